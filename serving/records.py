@@ -1,0 +1,80 @@
+"""CONTRACT. What a replica tells the monitor: which samples clients got, and what the replica counted.
+
+A record holds the very array that was served, subsampled to a budget. A heartbeat carries records and counters; it is sent
+also when there are none, so that silence can be told from health. Needs numpy and the standard library, nothing else.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy import ndarray
+
+SCHEMA = 1
+Origin = Literal["server_seed", "client_seed", "client_z", "probe"]
+ORIGINS: tuple[Origin, ...] = get_args(Origin)
+
+
+@dataclass(frozen=True)
+class Record:
+    """Rows offset .. offset + len(samples) of `seed`, as they were answered at `at` (Unix seconds)."""
+
+    model: str
+    version: str
+    origin: Origin
+    seed: int
+    offset: int
+    samples: ndarray  # [k, *sample_shape], uint8 or float32
+    at: float
+    label: int | None = None  # the class the request named; None: drawn from the class law, or no classes
+    truncation: float = 1.0
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether these are independent draws of the model's own law: the only samples an alarm may eat."""
+        return self.origin in ("server_seed", "probe") and self.truncation == 1.0 and self.label is None
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Everything one replica has to say since its last heartbeat. Counters are totals since the replica started."""
+
+    replica: str  # unique for the life of a replica
+    at: float  # Unix seconds
+    records: tuple[Record, ...]
+    counters: dict[str, float]  # e.g. requests_total{status="200",model="digits"} -> 12
+
+    def encode(self) -> bytes:
+        """npz: a JSON header and one array per record. No pickle."""
+        header = {"schema": SCHEMA, "replica": self.replica, "at": self.at, "counters": self.counters}
+        header["records"] = [{k: v for k, v in _shallow(r).items() if k != "samples"} for r in self.records]
+        buffer = io.BytesIO()
+        arrays = {f"r{i}": r.samples for i, r in enumerate(self.records)}
+        np.savez(buffer, allow_pickle=False, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
+        return buffer.getvalue()
+
+    @staticmethod
+    def decode(body: bytes) -> Heartbeat:
+        """Raises ValueError where `body` is not what `encode` writes."""
+        try:
+            with np.load(io.BytesIO(body), allow_pickle=False) as data:
+                header = json.loads(data["header"].tobytes())
+                if header.get("schema") != SCHEMA:
+                    raise ValueError(f"heartbeat schema is {header.get('schema')!r}, this monitor reads {SCHEMA}")
+                records = tuple(Record(**r, samples=data[f"r{i}"]) for i, r in enumerate(header["records"]))
+                return Heartbeat(header["replica"], header["at"], records, header["counters"])
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(f"not a heartbeat: {type(error).__name__}: {error}") from error
+
+
+def _shallow(record: Record) -> dict[str, object]:
+    return dict(record.__dict__)
+
+
+__all__ = ["ORIGINS", "SCHEMA", "Heartbeat", "Origin", "Record"]

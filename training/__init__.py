@@ -1,0 +1,1 @@
+"""Trains GANs with Ray Train and writes certified bundles. Imports nothing of serving, monitoring or deploy."""

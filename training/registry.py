@@ -1,0 +1,174 @@
+"""CONTRACT. A registry is a directory of bundles: `<root>/<model>/<version>/`, with `<root>/<model>/aliases.json`.
+
+Versions are immutable; `production`, `canary` and `shadow` are names that point at one. A rollback is an edit of that
+file. It knows nothing of what a bundle contains beyond its card.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from training.bundle import Bundle, BundleError, Card, load_card, open_bundle, write_card
+
+ALIASES = ("production", "canary", "shadow")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+class RegistryError(ValueError):
+    """A name that the registry does not hold, or cannot take. The text lists what there is."""
+
+
+@dataclass(frozen=True)
+class AliasChange:
+    alias: str
+    version: str | None  # None: the alias was removed
+    at: str  # ISO 8601, UTC
+    reason: str
+
+
+def ganwatch_home() -> Path:
+    """Where ganwatch keeps what it makes: GANWATCH_HOME, or .ganwatch under the working directory."""
+    return Path(os.environ.get("GANWATCH_HOME", ".ganwatch")).resolve()
+
+
+class Registry:
+    """The bundles under `root` (default: `<ganwatch home>/registry`)."""
+
+    def __init__(self, root: str | os.PathLike[str] | None = None) -> None:
+        self.root = Path(root) if root is not None else ganwatch_home() / "registry"
+        if "://" in str(root):
+            raise RegistryError(f"registry root is {root!r}; this version reads local directories only")
+
+    def models(self) -> list[str]:
+        if not self.root.is_dir():
+            return []
+        return sorted(entry.name for entry in self.root.iterdir() if entry.is_dir() and _NAME.fullmatch(entry.name))
+
+    def versions(self, model: str) -> list[str]:
+        """Complete versions, oldest first."""
+        directory = self.root / _checked(model, "model")
+        found = [e.name for e in directory.iterdir() if _NAME.fullmatch(e.name) and (e / "card.json").is_file()] if directory.is_dir() else []
+        return sorted(found, key=lambda v: (len(v), v))
+
+    def aliases(self, model: str) -> dict[str, str]:
+        """alias -> version, as it stands now."""
+        current: dict[str, str] = {}
+        for change in self.history(model):
+            if change.version is None:
+                current.pop(change.alias, None)
+            else:
+                current[change.alias] = change.version
+        return current
+
+    def history(self, model: str) -> list[AliasChange]:
+        """Every change of an alias, oldest first."""
+        path = self.root / _checked(model, "model") / "aliases.json"
+        try:
+            return [AliasChange(**change) for change in json.loads(path.read_text())["history"]]
+        except FileNotFoundError:
+            return []
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise RegistryError(f"{path}: unreadable ({error}); restore it or delete it and promote a version again") from None
+
+    def resolve(self, model: str, reference: str = "production") -> str:
+        """The version that `reference`, an alias or a version, names now. Raises RegistryError listing what there is."""
+        if model not in self.models():
+            raise RegistryError(f"unknown model {model!r}; the registry at {self.root} holds {self.models() or 'none'}")
+        versions, aliases = self.versions(model), self.aliases(model)
+        version = aliases.get(reference, reference)
+        if version not in versions:
+            raise RegistryError(f"unknown version {reference!r} of model {model!r}; versions: {versions or 'none'}, aliases: {aliases or 'none'}")
+        return version
+
+    def path(self, model: str, reference: str = "production") -> Path:
+        return self.root / model / self.resolve(model, reference)
+
+    def card(self, model: str, reference: str = "production") -> Card:
+        return load_card(self.path(model, reference))
+
+    def open(self, model: str, reference: str = "production") -> Bundle:
+        """The verified bundle. Raises RegistryError or BundleError."""
+        return open_bundle(self.path(model, reference))
+
+    @contextmanager
+    def staging(self, model: str) -> Iterator[Path]:
+        """An empty directory on the registry's own file system, removed again unless it is published."""
+        directory = self.root / _checked(model, "model") / f".staging-{uuid.uuid4().hex[:12]}"
+        directory.mkdir(parents=True)
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def publish(self, staged: Path, card: Card) -> Bundle:
+        """Make the staged files the next version of `card.model`: hashes, card, then one rename."""
+        with self._locked(card.model):
+            taken = [int(v[1:]) for v in self.versions(card.model) if re.fullmatch(r"v\d+", v)]
+            version = f"v{max(taken, default=0) + 1}"
+            values = {**card.__dict__, "model": card.model, "version": version}
+            write_card(staged, Card(**values))
+            target = self.root / card.model / version
+            os.rename(staged, target)
+        return open_bundle(target)
+
+    def set_alias(self, model: str, alias: str, reference: str | None, *, reason: str) -> AliasChange:
+        """Point `alias` at a version (None removes it), in one step, with the reason kept for ever."""
+        if alias not in ALIASES:
+            raise RegistryError(f"alias is {alias!r}; it must be one of {', '.join(ALIASES)}")
+        version = None if reference is None else self.resolve(model, reference)
+        if version is not None:
+            self.open(model, version)
+        with self._locked(model):
+            change = AliasChange(alias, version, datetime.now(UTC).isoformat(timespec="milliseconds"), reason)
+            history = [*self.history(model), change]
+            target = self.root / model / "aliases.json"
+            partial = target.with_suffix(".json.partial")
+            with open(partial, "w") as file:
+                json.dump({"schema": 1, "history": [c.__dict__ for c in history]}, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+        return change
+
+    def rollback(self, model: str, alias: str = "production", *, reason: str = "rollback") -> AliasChange:
+        """Point `alias` back at the version it named before the present one. Raises RegistryError where there is none.
+
+        Rolling back twice goes back twice: versions that were left by a rollback are not returned to.
+        """
+        stack: list[str] = []
+        for change in self.history(model):
+            if change.alias == alias and change.version is not None:
+                if change.version in stack:
+                    del stack[stack.index(change.version) + 1 :]
+                else:
+                    stack.append(change.version)
+        if len(stack) < 2:
+            raise RegistryError(f"{alias} of model {model!r} has no earlier version to roll back to; versions: {self.versions(model)}")
+        return self.set_alias(model, alias, stack[-2], reason=reason)
+
+    @contextmanager
+    def _locked(self, model: str) -> Iterator[None]:
+        directory = self.root / _checked(model, "model")
+        directory.mkdir(parents=True, exist_ok=True)
+        with open(directory / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def _checked(name: str, what: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise RegistryError(f"{what} name is {name!r}; use letters, digits, '-' and '_', at most 64, starting with a letter or digit")
+    return name
+
+
+__all__ = ["ALIASES", "AliasChange", "BundleError", "Registry", "RegistryError", "ganwatch_home"]
