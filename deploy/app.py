@@ -1,0 +1,64 @@
+"""Composition root: wires the sampler that answers to the monitor that watches, and deploys it on Ray Serve.
+
+`deploy.app:build` is the import path for `serve deploy deploy/config/serve.yaml` on any Ray cluster; `python -m deploy.app`
+is what `ganwatch up` runs against the Ray it started.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What one deployment serves, and whom it tells."""
+
+    registry: str
+    """Directory of bundles; every model with an alias is served."""
+    monitor_url: str | None = None
+    """Where samples are reported; none = unwatched."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """cuda = an error where onnxruntime cannot use it."""
+    replicas: int = 1
+    """Processes that run onnxruntime."""
+    num_gpus: float = 0.0
+    """GPUs of each replica, fractions allowed."""
+    tap_rate: float = 2000.0
+    """Samples per second that each replica reports to the monitor, at most."""
+
+
+def build(args: dict[str, object]) -> object:
+    """The Serve application for `args`, the fields of Serving."""
+    from serving.deployment import build as bind
+
+    serving = Serving(**args)
+    return bind(
+        registry=serving.registry,
+        monitor_url=serving.monitor_url,
+        device=serving.device,
+        num_replicas=serving.replicas,
+        num_gpus=serving.num_gpus,
+        tap_rate=serving.tap_rate,
+    )
+
+
+def deploy(serving: Serving, *, port: int = 8000) -> None:
+    """Deploy on the Ray that RAY_ADDRESS names, listening on 127.0.0.1, and return when it is healthy."""
+    import ray
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    ray.init(log_to_driver=False)
+    serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
+    serve.run(build(asdict(serving)), name="ganwatch", route_prefix="/")
+
+
+def main(serving: tyro.conf.OmitArgPrefixes[Serving], port: int = 8000) -> None:
+    deploy(serving, port=port)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,550 @@
+"""`ganwatch`: everything an operator does, one function a command. `python -m deploy.cli` is the same program.
+
+It knows the other parts only through their contracts and their HTTP surfaces.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import httpx
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from deploy import stack
+from deploy.inject import FAULTS, InjectError
+from deploy.stack import Settings, StackError
+from training.bundle import BundleError
+from training.registry import Registry, RegistryError, ganwatch_home
+
+console = Console(stderr=True, highlight=False)
+
+RegistryFlag = Annotated[Path | None, tyro.conf.arg(name="registry")]
+
+
+# --- running it -------------------------------------------------------------------------------------------------------
+
+
+def up(settings: tyro.conf.OmitArgPrefixes[Settings] = Settings(), registry: Path | None = None) -> None:
+    """Start Ray, the sampler behind HAProxy, the monitor, and Prometheus and Alertmanager where they are installed.
+
+    Everything listens on 127.0.0.1. Returns when all of it answers; `ganwatch down` stops it.
+
+    Args:
+        settings: how things run.
+        registry: directory of bundles; default: registry under GANWATCH_HOME (.ganwatch).
+    """
+    run = stack.begin(settings, _registry(registry).root)
+    with _stopped_on_failure(run):
+        _start_ray(run)
+        _start_the_rest(run)
+    _say_where(run)
+
+
+def down() -> None:
+    """Stop everything that `up` or `demo` started: no process and no listening port is left."""
+    run = stack.running()
+    if run is None:
+        console.print(f"nothing is up under {ganwatch_home()}")
+        return
+    with _stage("stopping"):
+        names = stack.down(run)
+    console.print(f"stopped {len(names)} processes")
+
+
+def demo(settings: tyro.conf.OmitArgPrefixes[Settings] = Settings(), model: str = "digits", dataset: str = "digits") -> None:
+    """From nothing to a monitored generator: train, certify, serve, watch. Ctrl-C stops everything.
+
+    A model that the registry already holds is served as it is.
+
+    Args:
+        settings: how things run.
+        model: name under which the generator is published.
+        dataset: what to train it on: ring, grid or digits.
+    """
+    registry = Registry()
+    run = stack.begin(settings, registry.root)
+    with stack.interrupted_as_exit():
+        try:
+            _start_ray(run)
+            if "production" not in registry.aliases(model):
+                _train(run, model, dataset)
+                version = registry.versions(model)[-1]
+                with _stage(f"promoting {model} {version} to production"):
+                    registry.set_alias(model, "production", version, reason="demo")
+            _start_the_rest(run)
+            _say_where(run, model)
+            _send_traffic(run, model)
+        except KeyboardInterrupt:
+            console.print("\nstopping ...")
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it running
+            if stack.running() == run:
+                with _stage("stopping"):
+                    stack.down(run)
+
+
+def status(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+    """What is up, where it listens, and what the monitor says of each model."""
+    run = stack.running()
+    report: dict[str, Any] = {"up": run is not None, "home": str(ganwatch_home())}
+    if run is not None:
+        report |= {"url": run.url, "page": f"{run.monitor_url}/", "registry": run.registry}
+        report["processes"] = [{"pid": p.pid, "name": p.name()} for p in stack.processes(run.run_id)]
+        report["listening"] = [f"{address}:{port} {name}" for address, port, name in stack.listening(run.run_id)]
+        report["models"] = {name: _summary(model) for name, model in _state(run)["models"].items()}
+    if as_json:
+        return _print_json(report)
+    if run is None:
+        return console.print(f"nothing is up under {ganwatch_home()}; start it with `ganwatch up` or `make demo`")
+    console.print(f"page {report['page']}   sampling {run.url}   {len(report['processes'])} processes, {len(report['listening'])} listening sockets")
+    for name, model in report["models"].items():
+        console.print(f"[bold]{name}[/] {model['version']}  {_colour(model['verdict'])}  {escape(model['words'])}")
+
+
+# --- versions ---------------------------------------------------------------------------------------------------------
+
+
+def models(registry: RegistryFlag = None, as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+    """The models and versions of the registry, with their aliases."""
+    reg = _registry(registry)
+    report = {}
+    for name in reg.models():
+        cards = [reg.card(name, version) for version in reg.versions(name)]
+        report[name] = {
+            "aliases": reg.aliases(name),
+            "versions": [{"version": c.version, "created": c.created, "fault": c.fault, "injected_from": c.injected_from, "forced": c.forced} for c in cards],
+        }
+    if as_json:
+        return _print_json(report)
+    if not report:
+        return console.print(f"the registry at {reg.root} is empty; train a model with `python training/train.py --dataset digits`")
+    table = Table("model", "version", "alias", "created", "remarks", box=None)
+    for name, entry in report.items():
+        for v in entry["versions"]:
+            names = ", ".join(a for a, version in entry["aliases"].items() if version == v["version"])
+            remarks = f"fault: {v['fault']} (from {v['injected_from']})" if v["injected_from"] else f"forced: {v['forced']}" if v["forced"] else ""
+            table.add_row(name, v["version"], names, v["created"], escape(remarks))
+    Console(highlight=False).print(table)
+
+
+def publish(
+    bundle: tyro.conf.Positional[Path],
+    model: str | None = None,
+    force: bool = False,
+    registry: RegistryFlag = None,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Publish a bundle directory as the next version of its model. Promotes nothing.
+
+    Refused where the certified generator is too far from the real data, unless forced.
+
+    Args:
+        bundle: a bundle directory, such as the one that a refused training run left.
+        model: publish under this name; default: the name in its card.
+        force: publish although the quality gate objects; the objections stay in the card.
+        registry: directory of bundles.
+    """
+    from training.export import publish_bundle
+
+    published = publish_bundle(bundle, _registry(registry), model=model, force=force)
+    _tell({"model": published.card.model, "version": published.card.version, "path": str(published.path), "forced": published.card.forced}, as_json)
+
+
+def promote(
+    version: tyro.conf.Positional[str],
+    model: str | None = None,
+    alias: Literal["production", "canary", "shadow"] = "production",
+    registry: RegistryFlag = None,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Point an alias at a version and, where ganwatch is up, wait until that version answers.
+
+    Args:
+        version: such as v2.
+        model: default: the only model of the registry.
+        alias: what to point at it.
+        registry: directory of bundles.
+    """
+    reg = _registry(registry)
+    change = reg.set_alias(_model(reg, model), alias, version, reason="promote")
+    _await_alias(_model(reg, model), alias, change.version)
+    _tell(asdict(change), as_json)
+
+
+def rollback(
+    model: str | None = None,
+    alias: Literal["production", "canary", "shadow"] = "production",
+    registry: RegistryFlag = None,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Point an alias back at the version before and, where ganwatch is up, wait until that version answers.
+
+    Args:
+        model: default: the only model of the registry.
+        alias: which alias.
+        registry: directory of bundles.
+    """
+    reg = _registry(registry)
+    change = reg.rollback(_model(reg, model), alias)
+    _await_alias(_model(reg, model), alias, change.version)
+    _tell(asdict(change), as_json)
+
+
+def inject(
+    fault: tyro.conf.Positional[Literal["drop-modes", "off-manifold", "latent-fault", "nothing"]],
+    model: str | None = None,
+    labels: str = "",
+    registry: RegistryFlag = None,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Publish and promote a deliberately faulty version, to see the alarm work. `ganwatch rollback` undoes it.
+
+    Only model.onnx changes: certificate, golden pairs, features and reference stay those of the version in production.
+
+    Args:
+        fault: drop-modes: never gives the modes of --labels; off-manifold: some samples are noise; latent-fault: the latent
+            lost its randomness, samples repeat; nothing: the control, which must stay silent.
+        model: default: the only model of the registry.
+        labels: modes to drop, such as 3,8.
+        registry: directory of bundles.
+    """
+    from deploy.inject import inject as make
+
+    reg = _registry(registry)
+    name = _model(reg, model)
+    made = make(reg, name, fault, labels=tuple(label.strip() for label in labels.split(",") if label.strip()))
+    reg.set_alias(name, "production", made.card.version, reason=f"inject {made.card.fault}")
+    _await_alias(name, "production", made.card.version)
+    _tell({"model": name, "version": made.card.version, "fault": made.card.fault, "injected_from": made.card.injected_from}, as_json)
+
+
+# --- using it ---------------------------------------------------------------------------------------------------------
+
+
+def sample(
+    n: int = 16,
+    model: str | None = None,
+    seed: int | None = None,
+    offset: int = 0,
+    label: int | str | None = None,
+    truncation: float = 1.0,
+    version: str | None = None,
+    out: Path | None = None,
+    url: str | None = None,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Draw samples from the running server.
+
+    Args:
+        n: how many.
+        model: default: the only model served.
+        seed: the same seed gives the same samples, for ever; default: the server draws one and says which.
+        offset: first row of the seed's samples.
+        label: class, for conditional models.
+        truncation: central share of the Gaussian latents to keep, in (0, 1].
+        version: version or alias; default: production.
+        out: file to write, .npy or .png.
+        url: of the server; default: the one that `ganwatch up` started.
+    """
+    from serving.client import Client
+
+    if out is not None and out.suffix not in (".npy", ".png"):
+        raise StackError(f"--out is {out}; its name must end in .npy or .png")
+    base = url or stack.require_running().url
+    with Client(base) as client:
+        name = model or _only([m["name"] for m in client.models()], "model")
+        drawn = client.sample(name, n, seed=seed, offset=offset, label=label, truncation=truncation, version=version)
+        report = {"model": drawn.model, "version": drawn.version, "seed": drawn.seed, "offset": drawn.offset, "n": len(drawn.array)}
+        if out is not None and out.suffix == ".npy":
+            import numpy as np
+
+            np.save(out, drawn.array)
+        elif out is not None:
+            out.write_bytes(client.png(name, n, seed=drawn.seed, offset=offset, label=label, truncation=truncation, version=version))
+    if as_json:
+        return _print_json(report if out else {**report, "samples": drawn.array.tolist()})
+    print(f"{report['n']} samples of {report['model']} {report['version']}, seed {report['seed']}, offset {report['offset']}" + (f" -> {out}" if out else ""))
+    if out is None:
+        print(drawn.array)
+
+
+def replay(
+    bundle: Path,
+    samples: Path,
+    arl: float = 2.6e9,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Run the service's monitor over a recorded stream, which you state to be independent draws of one law.
+
+    Exit code 0 with or without an alarm: the answer is in what is printed.
+
+    Args:
+        bundle: directory of the bundle whose certificate is the null hypothesis.
+        samples: .npy file of samples in served form, in the order in which they were served.
+        arl: average number of samples to a false alarm.
+    """
+    from deploy.replay import replay as run_monitor
+
+    report = run_monitor(bundle, samples, arl)
+    if as_json:
+        return _print_json(report)
+    print(f"{report['verdict']}: {report['words']}")
+    print(f"first alarm at sample {report['first_alarm']} of {report['samples']}" if report["first_alarm"] is not None else f"no alarm in {report['samples']} samples")
+    table = Table("gauge", "value", "low", "high", "n", "interval", box=None)
+    for name, g in report["gauges"].items():
+        table.add_row(name, *(f"{g[k]:.4g}" if g[k] is not None else "-" for k in ("value", "low", "high")), str(g["n"]), g["ci"])
+    Console(highlight=False).print(table)
+
+
+def ack(model: str | None = None, as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+    """Acknowledge a model's alarm: it unlatches, and its detectors start again.
+
+    Args:
+        model: default: the only model watched.
+    """
+    run = stack.require_running()
+    name = model or _only(list(_state(run)["models"]), "model")
+    response = httpx.post(f"{run.monitor_url}/api/ack", json={"model": name}, timeout=10)
+    if response.is_error:
+        raise StackError(f"the monitor refused: {response.json().get('error', response.text)}")
+    _tell(response.json(), as_json)
+
+
+def grafana(action: tyro.conf.Positional[Literal["apply"]], url: str, token_env: str, dry_run: bool = False) -> None:
+    """Push datasource, folder, dashboard and alert rules into a Grafana. Running it again changes nothing.
+
+    Args:
+        action: apply.
+        url: of Grafana, such as http://127.0.0.1:3000.
+        token_env: name of the environment variable that holds a service-account token.
+        dry_run: say what would change and change nothing.
+    """
+    from deploy.grafana_apply import apply
+
+    token = os.environ.get(token_env)
+    if not token:
+        raise StackError(f"--token-env is {token_env}, and that environment variable is not set; put a Grafana service-account token into it")
+    for line in apply(url, token, dry_run=dry_run):
+        print(line)
+
+
+def doctor(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+    """Look at this machine, at the registry and at what is up, and say what is wrong and what to do. Exit code 1 if anything is."""
+    from deploy.doctor import checks
+
+    results = checks(stack.running(), Registry())
+    if as_json:
+        _print_json([asdict(r) for r in results])
+    else:
+        for r in results:
+            mark = "[green]ok[/]  " if r.ok else "[red]FAIL[/]"
+            console.print(f"{mark} {r.name:<22} {escape(r.words)}")
+    if not all(r.ok for r in results):
+        raise SystemExit(1)
+
+
+# --- how the commands do it -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _stage(words: str) -> Iterator[Callable[[str], None]]:
+    """One progress line: a spinner while it lasts, then what was done and the seconds it took."""
+    start = time.monotonic()
+    with console.status(words) as spinner:
+        yield lambda more: spinner.update(f"{words}: {escape(more)}")
+    console.print(f"[green]✓[/] {words} [dim]{time.monotonic() - start:6.1f} s[/]")
+
+
+@contextmanager
+def _stopped_on_failure(run: stack.Run) -> Iterator[None]:
+    try:
+        with stack.interrupted_as_exit():
+            yield
+    except BaseException:
+        stack.down(run)
+        raise
+
+
+def _start_ray(run: stack.Run) -> None:
+    with _stage("starting Ray"):
+        stack.start_ray(run)
+
+
+def _start_the_rest(run: stack.Run) -> None:
+    with _stage("starting the monitor"):
+        stack.start_monitor(run)
+    with _stage("deploying the sampler on Ray Serve behind HAProxy"):
+        stack.deploy_serve(run)
+        _await_ready(run)
+    for name, start, binary in (
+        ("Prometheus", stack.start_prometheus, stack.find_binary("prometheus")),
+        ("Alertmanager", stack.start_alertmanager, stack.find_binary("alertmanager", "prometheus-alertmanager")),
+    ):
+        if binary is None:
+            console.print(f"[dim]- {name} is not installed; its rules are in deploy/prometheus/rules.yml[/]")
+        else:
+            with _stage(f"starting {name}"):
+                start(run, binary)
+
+
+def _train(run: stack.Run, model: str, dataset: str) -> None:
+    """Submit the training job exactly as a user would, and show its last line while it runs."""
+    script = ["python", "training/train.py", "--dataset", dataset, "--model", model, "--registry", run.registry]
+    ray = shutil.which("ray", path=run.environment()["PATH"]) or "ray"
+    log = run.logs / "train.log"
+    with _stage(f"training on {dataset} (ray job submit)") as show, open(log, "w") as file:
+        command = [ray, "job", "submit", "--working-dir", ".", "--", *script]
+        job = subprocess.Popen(
+            command, cwd=stack.ROOT, env=run.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace", start_new_session=True,
+        )  # fmt: skip
+        last = []
+        for line in job.stdout:
+            file.write(line)
+            if words := line.strip():
+                last = [*last[-11:], words]
+                show(words[:120])
+        if job.wait() != 0:
+            raise StackError("training failed:\n" + "\n".join(last) + f"\nthe whole log is {log}")
+
+
+def _send_traffic(run: stack.Run, model: str) -> None:
+    """Gentle traffic, as applications send it, until Ctrl-C or until somebody else runs `ganwatch down`."""
+    sent, failures = 0, 0
+    with httpx.Client(base_url=run.url, timeout=10) as client, console.status("sending samples") as spinner:
+        while stack.running() == run:
+            body = {"n": 16} if sent % 8 else {"n": 16, "seed": sent}
+            try:
+                client.post(f"/v1/models/{model}/sample", json=body, headers={"Accept": "application/x-npy"}).raise_for_status()
+                sent += 1
+            except httpx.HTTPError as error:
+                failures += 1
+                spinner.update(f"{failures} requests failed; the last one: {escape(str(error))}")
+            else:
+                spinner.update(f"{sent} requests answered, {failures} failed; Ctrl-C stops everything")
+            time.sleep(0.25)
+    console.print("stopped by `ganwatch down`")
+
+
+def _say_where(run: stack.Run, model: str | None = None) -> None:
+    ports, registry = run.settings.ports, Registry(run.registry)
+    served = model or next((m for m in registry.models() if "production" in registry.aliases(m)), None)
+    console.print(f"\n[bold]page[/]      {run.monitor_url}/\n[bold]metrics[/]   {run.monitor_url}/metrics")
+    if stack.port_holder(ports.prometheus):
+        console.print(f"[bold]alerts[/]    http://127.0.0.1:{ports.prometheus}/alerts")
+    if served is None:
+        console.print(f"no model is in production yet. Train one:\n  source {run.home}/env && ray job submit --working-dir . -- python training/train.py --dataset digits")
+        return console.print("  ganwatch promote v1")
+    print(f"curl -s -X POST {run.url}/v1/models/{served}/sample -H 'Accept: image/png' -d '{{\"n\": 64, \"seed\": 7}}' -o {served}.png")
+    if model is not None:
+        console.print(f"[dim]break it:[/]  ganwatch inject drop-modes --model {served} --labels 3,8     [dim]mend it:[/]  ganwatch rollback")
+
+
+def _await_ready(run: stack.Run) -> None:
+    deadline = time.monotonic() + 60
+    while (answer := httpx.get(f"{run.url}/v2/health/ready", timeout=5)).status_code != 200:
+        if time.monotonic() > deadline:
+            raise StackError(f"the sampler is up but not ready after 60 s: {answer.text[:500]}")
+        time.sleep(0.1)
+
+
+def _await_alias(model: str, alias: str, version: str | None) -> None:
+    """Where ganwatch is up: wait until the replicas and the monitor follow the registry."""
+    run = stack.running()
+    if run is None or not stack.processes(run.run_id):
+        return
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        served = next((m for m in httpx.get(f"{run.url}/v1/models", timeout=5).json()["models"] if m["name"] == model), {"aliases": {}})
+        watched = _state(run)["models"].get(model, {}).get("version") if alias == "production" else version
+        if served["aliases"].get(alias) == version and watched == version:
+            return
+        time.sleep(0.1)
+    raise StackError(f"the registry says {alias} of {model} is {version}, but after 30 s it is not served: {json.dumps(served)[:500]}")
+
+
+def _state(run: stack.Run) -> dict[str, Any]:
+    return httpx.get(f"{run.monitor_url}/api/state", timeout=10).json()
+
+
+def _summary(model: dict[str, Any]) -> dict[str, Any]:
+    snapshot = model["snapshot"]
+    verdict = snapshot["verdict"]
+    return {
+        "version": model["version"], "verdict": verdict["id"], "words": verdict["words"], "modes": verdict["modes"],
+        "stale": model["stale"], "monitored": snapshot["monitored"], "detectable": snapshot["detectable"],
+    }  # fmt: skip
+
+
+def _colour(verdict: str) -> str:
+    style = {"healthy": "green", "warming_up": "yellow"}.get(verdict, "bold red")
+    return f"[{style}]{verdict}[/]"
+
+
+def _registry(root: Path | None) -> Registry:
+    run = stack.running()
+    return Registry(root if root is not None else run.registry if run is not None else None)
+
+
+def _model(registry: Registry, name: str | None) -> str:
+    return name or _only(registry.models(), "model")
+
+
+def _only(names: list[str], what: str) -> str:
+    if len(names) != 1:
+        raise StackError(f"which {what}? There are {len(names)}: {', '.join(names) or 'none'}; name one with --{what}")
+    return names[0]
+
+
+def _tell(report: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        return _print_json(report)
+    print("  ".join(f"{k}={v}" for k, v in report.items() if v is not None))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, allow_nan=False))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "up": up, "down": down, "status": status, "demo": demo, "publish": publish, "promote": promote, "rollback": rollback,
+    "models": models, "sample": sample, "inject": inject, "replay": replay, "ack": ack, "grafana": grafana, "doctor": doctor,
+}  # fmt: skip
+assert set(FAULTS) == {"drop-modes", "off-manifold", "latent-fault", "nothing"}
+
+
+def main() -> None:
+    """Run the command line. A user's mistake is one line and exit code 2, never a traceback."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="ganwatch", description="Train, serve and watch GANs.")
+    except (StackError, RegistryError, BundleError, InjectError) as error:
+        _fail(str(error))
+    except httpx.HTTPStatusError as error:
+        _fail(f"{error.request.url} answered {error.response.status_code}: {error.response.text[:500]}")
+    except httpx.HTTPError as error:
+        _fail(f"{getattr(error.request, 'url', 'the server')} does not answer ({error}); `ganwatch status` says what is up")
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _fail(words: str) -> NoReturn:
+    console.print(f"[bold red]error:[/] {escape(words)}", soft_wrap=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

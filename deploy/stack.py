@@ -1,0 +1,346 @@
+"""The processes of one ganwatch on this machine: Ray, the Serve app behind HAProxy, the monitor, Prometheus, Alertmanager.
+
+Every process carries GANWATCH_RUN=<run id> in its environment, and so does whatever it starts in turn. That is how `down`
+finds HAProxy, which outlives Ray, without ever touching a process that is not ours. Everything listens on 127.0.0.1.
+It knows how to start and stop; it knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import httpx
+import psutil
+
+from deploy.observability import alertmanager_config, prometheus_config
+from training.registry import ganwatch_home
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN_VARIABLE = "GANWATCH_RUN"
+
+
+class StackError(RuntimeError):
+    """Something that a person must see to: the text says what, with which value, and what to do."""
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where things listen, always on 127.0.0.1."""
+
+    http: int = 8000
+    """Sampling over HTTP (HAProxy)."""
+    monitor: int = 9464
+    """The live page, /metrics and /api."""
+    dashboard: int = 8265
+    """Ray's job server and dashboard."""
+    prometheus: int = 9090
+    """Prometheus, where its binary exists."""
+    alertmanager: int = 9093
+    """Alertmanager, where its binary exists."""
+    gcs: int = 6379
+    """Ray's control plane."""
+    ray_client: int = 10001
+    """Ray's client server."""
+    ray_agent: int = 52365
+    """Ray's dashboard agent."""
+    haproxy_stats: int = 8404
+    """HAProxy's statistics."""
+    haproxy_metrics: int = 9101
+    """HAProxy's metrics."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How `ganwatch up` runs things."""
+
+    ports: Ports = Ports()
+    """Where things listen."""
+    replicas: int = 1
+    """Serve replicas that run onnxruntime."""
+    device: str = "auto"
+    """auto, cpu or cuda; cuda without a CUDA device is an error."""
+    arl: float = 2.6e9
+    """Average number of monitored samples to a false alarm; 2.6e9 is one a month at 1,000 monitored samples/s."""
+    probe_rate: float = 50.0
+    """The monitor sends its own requests when fresh samples per second fall below this; 0 = off."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `up` wrote down for the other commands. `<home>/run.json`."""
+
+    run_id: str
+    home: str
+    registry: str
+    temp: str  # Ray's and HAProxy's files; short, for Unix sockets have short names
+    started: float
+    settings: Settings
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.settings.ports.http}"
+
+    @property
+    def monitor_url(self) -> str:
+        return f"http://127.0.0.1:{self.settings.ports.monitor}"
+
+    @property
+    def token_path(self) -> Path:
+        return Path(self.home) / "ray-token"
+
+    @property
+    def logs(self) -> Path:
+        return Path(self.home) / "logs"
+
+    def ray_variables(self) -> dict[str, str]:
+        """What a Ray client needs to reach this Ray: also written to `<home>/env` for a person's shell."""
+        return {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.token_path),
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.settings.ports.dashboard}",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "GANWATCH_HOME": self.home,
+        }
+
+    def environment(self) -> dict[str, str]:
+        """The environment of every process of this run."""
+        ports, haproxy = self.settings.ports, Path(self.temp) / "haproxy"
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        own = {
+            RUN_VARIABLE: self.run_id,
+            "PATH": path,
+            "PYTHONUNBUFFERED": "1",
+            # Ray takes 127.0.0.1 for itself only where it believes that no cluster is possible; then all its sockets follow.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "AUTOSCALER_METRIC_PORT": "0",
+            "DASHBOARD_METRIC_PORT": "0",
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(ROOT / "deploy" / "haproxy"),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.haproxy_stats),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.haproxy_metrics),
+        }
+        inherited = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        return {**inherited, **self.ray_variables(), **own}
+
+
+def running(home: Path | None = None) -> Run | None:
+    """The run that `up` started and `down` has not stopped, or None."""
+    path = (home or ganwatch_home()) / "run.json"
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError as error:
+        raise StackError(f"{path} is unreadable ({error}); look for processes with {RUN_VARIABLE} in their environment, then delete it") from None
+    settings = raw.pop("settings")
+    known = {f.name for f in fields(Ports)}
+    ports = Ports(**{k: v for k, v in settings.pop("ports").items() if k in known})
+    return Run(**raw, settings=Settings(ports=ports, **settings))
+
+
+def require_running() -> Run:
+    """The present run. Raises StackError where nothing is up."""
+    if (run := running()) is None:
+        raise StackError(f"nothing is up under {ganwatch_home()}; start it with `ganwatch up` (or `make demo`)")
+    return run
+
+
+def begin(settings: Settings, registry: Path) -> Run:
+    """Check that the ports are free and that nothing is up, then write down the new run.
+
+    Raises StackError naming the process that holds a port.
+    """
+    home = ganwatch_home()
+    if (old := running(home)) is not None:
+        if processes(old.run_id):
+            raise StackError(f"ganwatch is already up (page {old.monitor_url}/); stop it with `ganwatch down` first")
+        down(old)
+    for field in fields(Ports):
+        if (holder := port_holder(getattr(settings.ports, field.name))) is not None:
+            port = getattr(settings.ports, field.name)
+            flag = "--ports." + field.name.replace("_", "-")
+            raise StackError(f"port {port} ({field.name}) is in use by {holder}; stop that process or choose another port with {flag}")
+    run_id = secrets.token_hex(8)
+    temp = Path(tempfile.gettempdir()) / f"ganwatch-{run_id[:8]}"
+    run = Run(run_id, str(home), str(registry), str(temp), time.time(), settings)
+    (temp / "haproxy").mkdir(parents=True)
+    run.logs.mkdir(parents=True, exist_ok=True)
+    if not run.token_path.exists():
+        descriptor = os.open(run.token_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+    (home / "env").write_text("".join(f"export {k}='{v}'\n" for k, v in run.ray_variables().items()))
+    partial = home / "run.json.partial"
+    partial.write_text(json.dumps(asdict(run), indent=1))
+    partial.replace(home / "run.json")
+    return run
+
+
+def start_ray(run: Run) -> None:
+    ports = run.settings.ports
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
+    command += [f"--port={ports.gcs}", f"--dashboard-port={ports.dashboard}", f"--ray-client-server-port={ports.ray_client}"]
+    command += [f"--dashboard-agent-listen-port={ports.ray_agent}", "--dashboard-host=127.0.0.1", "--include-dashboard=true"]
+    # Two logical CPUs more than there are: a training job must fit beside the replicas on a small machine.
+    command += ["--disable-usage-stats", f"--temp-dir={run.temp}/ray", f"--num-cpus={(os.cpu_count() or 1) + 2 + run.settings.replicas}"]
+    process = _spawn(run, "ray", command)
+    headers = {"Authorization": f"Bearer {run.token_path.read_text()}"}
+    _wait_for(process, "ray", run, lambda: httpx.get(f"{run.ray_variables()['RAY_API_SERVER_ADDRESS']}/api/jobs/", headers=headers, timeout=2).status_code == 200, 90)
+
+
+def start_monitor(run: Run) -> None:
+    settings = run.settings
+    command = [sys.executable, "-m", "monitoring.service", "--registry", run.registry, "--home", run.home, "--host", "127.0.0.1"]
+    command += ["--port", str(settings.ports.monitor), "--arl", repr(settings.arl), "--probe-rate", str(settings.probe_rate), "--serving-url", run.url]
+    process = _spawn(run, "monitor", command)
+    _wait_for(process, "monitor", run, lambda: httpx.get(f"{run.monitor_url}/healthz", timeout=2).status_code == 200, 60)
+
+
+def deploy_serve(run: Run) -> None:
+    """Deploy the sampler behind HAProxy and wait until it answers."""
+    settings = run.settings
+    command = [sys.executable, "-m", "deploy.app", "--registry", run.registry, "--monitor-url", run.monitor_url]
+    command += ["--port", str(settings.ports.http), "--replicas", str(settings.replicas), "--device", settings.device]
+    process = _spawn(run, "serve", command, {"RAY_ADDRESS": f"127.0.0.1:{settings.ports.gcs}"})
+    if process.wait() != 0:
+        raise StackError(f"deploying to Ray Serve failed:\n{_tail(run, 'serve')}\nthe whole log is {run.logs / 'serve.log'}")
+    _wait_for(None, "serve", run, lambda: httpx.get(f"{run.url}/v2/health/live", timeout=2).status_code == 200, 60)
+
+
+def start_prometheus(run: Run, binary: str) -> None:
+    ports = run.settings.ports
+    config = Path(run.home) / "prometheus.yml"
+    config.write_text(prometheus_config(monitor_port=ports.monitor, alertmanager_port=ports.alertmanager))
+    command = [binary, f"--config.file={config}", f"--storage.tsdb.path={run.home}/prometheus", f"--web.listen-address=127.0.0.1:{ports.prometheus}"]
+    process = _spawn(run, "prometheus", command)
+    _wait_for(process, "prometheus", run, lambda: httpx.get(f"http://127.0.0.1:{ports.prometheus}/-/ready", timeout=2).status_code == 200, 60)
+
+
+def start_alertmanager(run: Run, binary: str) -> None:
+    ports = run.settings.ports
+    config = Path(run.home) / "alertmanager.yml"
+    config.write_text(alertmanager_config())
+    command = [binary, f"--config.file={config}", f"--storage.path={run.home}/alertmanager", f"--web.listen-address=127.0.0.1:{ports.alertmanager}"]
+    process = _spawn(run, "alertmanager", [*command, "--cluster.listen-address="])
+    _wait_for(process, "alertmanager", run, lambda: httpx.get(f"http://127.0.0.1:{ports.alertmanager}/-/ready", timeout=2).status_code == 200, 60)
+
+
+def find_binary(*names: str) -> str | None:
+    """The first of `names` on PATH: Debian calls Alertmanager prometheus-alertmanager."""
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def down(run: Run) -> list[str]:
+    """Stop every process of this run, wait until they are gone, remove the temporary files. Returns the names stopped."""
+    stopped: list[str] = []
+    for attempt in (signal.SIGTERM, signal.SIGKILL):
+        # A process may be started while we look (Ray restarts its own), so look again until there are none.
+        for _ in range(3):
+            ours = processes(run.run_id)
+            for process in ours:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if attempt is signal.SIGTERM:
+                        stopped.append(process.name())
+                    process.send_signal(attempt)
+            _, alive = psutil.wait_procs(ours, timeout=8 if attempt is signal.SIGTERM else 5)
+            if not alive and not processes(run.run_id):
+                break
+    if left := processes(run.run_id):
+        raise StackError(f"these processes did not stop: {', '.join(_describe(p) for p in left)}; run.json is kept")
+    shutil.rmtree(run.temp, ignore_errors=True)
+    (Path(run.home) / "run.json").unlink(missing_ok=True)
+    return stopped
+
+
+def processes(run_id: str) -> list[psutil.Process]:
+    """All processes of a run, without this one: `demo` may be one of them."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE and process.environ().get(RUN_VARIABLE) == run_id:
+                found.append(process)
+    return found
+
+
+def listening(run_id: str) -> list[tuple[str, int, str]]:
+    """(address, port, process name) of every TCP socket on which a process of the run listens."""
+    ours = {p.pid: p.name() for p in processes(run_id)}
+    return sorted(
+        (c.laddr.ip, c.laddr.port, ours[c.pid]) for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in ours
+    )
+
+
+def port_holder(port: int) -> str | None:
+    """Who listens on 127.0.0.1:port, in words, or None where it is free."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+            return None
+        except OSError as error:
+            reason = str(error)
+    with contextlib.suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                return _describe(psutil.Process(connection.pid))
+    return f"another process, which this user may not see ({reason})"
+
+
+def _describe(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return f"{process.name()} (pid {process.pid}: {' '.join(process.cmdline())[:120]})"
+    return f"pid {process.pid}"
+
+
+def _spawn(run: Run, name: str, command: list[str], extra: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """Start a process of the run in a session of its own, so that a Ctrl-C reaches us and not it."""
+    with open(run.logs / f"{name}.log", "wb") as log:
+        return subprocess.Popen(
+            command, cwd=ROOT, env={**run.environment(), **(extra or {})}, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def _wait_for(process: subprocess.Popen[bytes] | None, name: str, run: Run, ready: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(httpx.HTTPError):
+            if ready():
+                return
+        if process is not None and process.poll() is not None:
+            raise StackError(f"{name} stopped with exit code {process.returncode}:\n{_tail(run, name)}\nthe whole log is {run.logs / name}.log")
+        if time.monotonic() > deadline:
+            raise StackError(f"{name} did not answer within {seconds:g} s:\n{_tail(run, name)}\nthe whole log is {run.logs / name}.log")
+        time.sleep(0.1)
+
+
+def _tail(run: Run, name: str, lines: int = 12) -> str:
+    path = run.logs / f"{name}.log"
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else "(no log)"
+
+
+@contextlib.contextmanager
+def interrupted_as_exit() -> Iterator[None]:
+    """SIGTERM behaves as Ctrl-C, so that one clean-up serves both."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,93 @@
+"""The record of every alarm, with the evidence it was raised on: one SQLite file that outlives the monitor.
+
+At most one incident of a (model, version) is open. It opens when the alarm is crossed, follows the verdict while that
+sharpens, and closes when somebody acknowledges it or the version is no longer served. It does not know what a verdict means.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+_TABLE = """
+CREATE TABLE IF NOT EXISTS incident (
+    id INTEGER PRIMARY KEY,
+    model TEXT NOT NULL,
+    version TEXT NOT NULL,
+    verdict TEXT NOT NULL,
+    words TEXT NOT NULL,
+    modes TEXT NOT NULL,          -- JSON list of names
+    evidence TEXT NOT NULL,       -- JSON object
+    first_alarm INTEGER NOT NULL, -- 0-based index among the fresh monitored samples of the version
+    opened_at REAL NOT NULL,      -- Unix seconds, as all times here
+    acknowledged_at REAL,
+    closed_at REAL,
+    closed_by TEXT                -- acknowledged | version change
+);
+CREATE UNIQUE INDEX IF NOT EXISTS one_open ON incident (model, version) WHERE closed_at IS NULL;
+"""
+
+
+class Incidents:
+    """The incidents in the SQLite file at `path`. May be used from several threads."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        self._database.row_factory = sqlite3.Row
+        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute("PRAGMA synchronous = FULL")  # an alarm is on the disk before anybody is told of it
+        self._database.executescript(_TABLE)
+
+    def record(
+        self, model: str, version: str, *, at: float, verdict: str, words: str, modes: Collection[str], evidence: dict[str, Any], first_alarm: int
+    ) -> bool:
+        """Open an incident of this version, or bring the open one up to date. Returns whether it was opened now."""
+        values = (verdict, words, json.dumps(list(modes)), json.dumps(evidence, allow_nan=False))
+        with self._lock:
+            updated = self._database.execute(
+                "UPDATE incident SET verdict = ?, words = ?, modes = ?, evidence = ? WHERE model = ? AND version = ? AND closed_at IS NULL",
+                (*values, model, version),
+            ).rowcount
+            if not updated:
+                self._database.execute(
+                    "INSERT INTO incident (verdict, words, modes, evidence, model, version, first_alarm, opened_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    (*values, model, version, first_alarm, at),
+                )
+        return not updated
+
+    def acknowledge(self, model: str, *, at: float) -> list[dict[str, Any]]:
+        """Close the open incidents of a model because somebody has seen them. Returns them as closed."""
+        with self._lock:
+            rows = self._database.execute(
+                "UPDATE incident SET acknowledged_at = ?, closed_at = ?, closed_by = 'acknowledged' WHERE model = ? AND closed_at IS NULL RETURNING *",
+                (at, at, model),
+            ).fetchall()
+        return [_plain(row) for row in rows]
+
+    def keep(self, model: str, versions: Collection[str], *, at: float) -> None:
+        """Close the open incidents of a model's versions that are not among `versions`: they are served no longer."""
+        marks = ", ".join("?" * len(versions))
+        with self._lock:
+            self._database.execute(
+                f"UPDATE incident SET closed_at = ?, closed_by = 'version change' WHERE model = ? AND closed_at IS NULL AND version NOT IN ({marks})",
+                (at, model, *versions),
+            )
+
+    def newest(self, limit: int = 50) -> list[dict[str, Any]]:
+        """The newest incidents, newest first."""
+        with self._lock:
+            rows = self._database.execute("SELECT * FROM incident ORDER BY id DESC LIMIT ?", (limit,)).fetchall()
+        return [_plain(row) for row in rows]
+
+    def close(self) -> None:
+        self._database.close()
+
+
+def _plain(row: sqlite3.Row) -> dict[str, Any]:
+    return {**dict(row), "modes": json.loads(row["modes"]), "evidence": json.loads(row["evidence"])}

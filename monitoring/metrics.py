@@ -1,0 +1,176 @@
+"""What Prometheus reads. Every series is made from the monitor's present view at the moment of the scrape, so that none outlives
+its model, and the names and labels here are a contract with deploy/prometheus/rules.yml and the dashboards.
+
+The only file that imports prometheus_client. It knows nothing of how the figures came about.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from monitoring.monitor import VERDICTS
+from monitoring.watch import Shown, View, parse_counter
+from serving.records import ORIGINS
+
+ESTIMATORS = ("forward_kl", "reverse_kl", "js", "chi_squared", "tv", "frechet")
+RATIOS = {"mode_coverage": "modes of the real data that the model still serves", "off_manifold": "samples that look like nothing in the real data"}
+ALARMS = tuple(verdict for verdict in VERDICTS if verdict not in ("healthy", "warming_up"))
+DROPPED = ("queue_full", "unknown_model")  # why records that reached the monitor were not looked at
+
+Labelled = Iterable[tuple[Mapping[str, str], float | None]]
+
+
+class Exporter:
+    """Renders what `read` returns at each scrape: the view, the records dropped by reason, the probes by (model, outcome)."""
+
+    def __init__(self, read: Callable[[], tuple[View, Mapping[str, int], Mapping[tuple[str, str], int]]]) -> None:
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(_ViewCollector(read))
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """The exposition and its content type: OpenMetrics where `accept` asks for it, the text format otherwise."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+
+class _ViewCollector(Collector):
+    def __init__(self, read: Callable[[], tuple[View, Mapping[str, int], Mapping[tuple[str, str], int]]]) -> None:
+        self._read = read
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        view, dropped, probes = self._read()
+        yield _gauge("ganwatch_monitor_up", "1 while the monitor's process answers", [({}, 1)])
+        yield _gauge("ganwatch_arl_target_samples", "Monitored samples to a false alarm, on average, at least", [({}, view.arl)])
+        yield from _estimates(view)
+        yield from _modes(view)
+        yield from _alarms(view)
+        yield from _samples(view, dropped, probes)
+        yield from _versions(view)
+        yield from _serving(view)
+
+
+def _estimates(view: View) -> Iterator[Metric]:
+    gauges = [(model, population, gauge) for model, shown in view.models.items() for population, gauge in shown.gauges.items()]
+    for suffix, words, pick in (
+        ("", "", lambda gauge: gauge.value),
+        ("_low", ", lower end of its interval", lambda gauge: gauge.low),
+        ("_high", ", upper end of its interval", lambda gauge: gauge.high),
+    ):
+        yield _gauge(
+            f"ganwatch_divergence{suffix}",
+            f"Divergence of served samples from the real data{words}",
+            [({"model": m, "population": p, "estimator": e}, pick(g[e])) for m, p, g in gauges for e in ESTIMATORS if e in g],
+        )
+        for ratio, meaning in RATIOS.items():
+            samples = [({"model": m, "population": p}, pick(g[ratio])) for m, p, g in gauges if ratio in g]
+            yield _gauge(f"ganwatch_{ratio}_ratio{suffix}", f"Share of {meaning}{words}", samples)
+    for bound, words in (("certified", "as certified"), ("threshold", "above which the quality is out of tolerance")):
+        samples = [
+            ({"model": model, "estimator": estimator}, limits[bound])
+            for model, shown in view.models.items()
+            for estimator, limits in shown.snapshot["tolerance"].items()
+        ]
+        yield _gauge(f"ganwatch_divergence_{bound}", f"Divergence from the real data {words}", samples)
+    windows = [({"model": m, "population": p}, g["js"].n) for m, p, g in gauges]
+    yield _gauge("ganwatch_window_samples", "Samples behind the present estimates", windows)
+    yield _gauge(
+        "ganwatch_estimate_timestamp_seconds",
+        "When the newest sample entered the estimates, 0 before the first",
+        _by_model(view, lambda shown: shown.last_sample_at or 0),
+    )
+
+
+def _modes(view: View) -> Iterator[Metric]:
+    cells = [({"model": model, "mode": cell["name"]}, cell) for model, shown in view.models.items() for cell in shown.snapshot["modes"]]
+    yield _gauge("ganwatch_mode_share", "Share of served samples in the mode", [(labels, cell["served"]) for labels, cell in cells])
+    yield _gauge("ganwatch_mode_share_reference", "Share of the real data in the mode", [(labels, cell["reference"]) for labels, cell in cells])
+    yield _gauge("ganwatch_mode_alarmed", "1 while an alarm names the mode", [(labels, cell["status"] == "alarmed") for labels, cell in cells])
+
+
+def _alarms(view: View) -> Iterator[Metric]:
+    kinds = [({"model": model, "verdict": verdict}, shown) for model, shown in view.models.items() for verdict in ALARMS]
+    active = [(labels, shown.snapshot["verdict"]["id"] == labels["verdict"]) for labels, shown in kinds]
+    yield _gauge("ganwatch_alarm_active", "1 while the alarm of this verdict is latched", active)
+    raised = [(labels, view.alarms.get((labels["model"], labels["verdict"]), 0)) for labels, _ in kinds]
+    yield _counter("ganwatch_alarms_total", "Alarms raised, by the verdict they opened with", raised)
+    families = [({"model": m, "family": f}, e) for m, shown in view.models.items() for f, e in shown.snapshot["evidence"].items()]
+    yield _gauge("ganwatch_evidence_log10", "log10 of the family's weighted e-value", families)
+    yield _gauge(
+        "ganwatch_evidence_threshold_log10",
+        "log10 of what the families' e-values must sum to for an alarm",
+        _by_model(view, lambda shown: shown.snapshot["log10_threshold"]),
+    )
+
+
+def _samples(view: View, dropped: Mapping[str, int], probes: Mapping[tuple[str, str], int]) -> Iterator[Metric]:
+    observed = [({"model": m, "origin": origin}, view.observed.get((m, origin), 0)) for m in view.models for origin in ORIGINS]
+    yield _counter("ganwatch_samples_observed_total", "Served samples that reached the monitor", observed)
+    rejected = [({"model": model, "reason": reason}, count) for (model, reason), count in view.rejected.items()]
+    yield _counter("ganwatch_samples_rejected_total", "Samples that could not be looked at", rejected)
+    dropped = {**dropped, "unknown_model": view.unknown_model}
+    yield _counter("ganwatch_records_dropped_total", "Records the monitor did not look at", [({"reason": r}, dropped.get(r, 0)) for r in DROPPED])
+    asked = [({"model": model, "outcome": outcome}, count) for (model, outcome), count in probes.items()]
+    yield _counter("ganwatch_probe_requests_total", "The monitor's own requests for samples", asked)
+
+
+def _versions(view: View) -> Iterator[Metric]:
+    cards = [
+        {
+            "model": model,
+            "version": card.version,
+            "alias": alias,
+            "onnx_sha256": card.files["model.onnx"],
+            "reference_sha256": card.files["reference.npz"],
+        }
+        for model, shown in view.models.items()
+        for alias, card in shown.cards.items()
+    ]
+    yield _gauge("ganwatch_model_info", "The versions under watch", [(labels, 1) for labels in cards])
+    yield _gauge(
+        "ganwatch_model_loaded_timestamp_seconds",
+        "When the monitor began to judge the present version",
+        _by_model(view, lambda shown: shown.loaded_at),
+    )
+    failures = [({"model": model}, count) for model, count in view.load_failures.items()]
+    yield _counter("ganwatch_model_load_failures_total", "Bundles that the monitor could not load", failures)
+
+
+def _serving(view: View) -> Iterator[Metric]:
+    yield _gauge("ganwatch_serving_replicas", "Replicas heard within the last ten seconds", [({}, view.replicas)])
+    yield _gauge("ganwatch_serving_heartbeat_timestamp_seconds", "When a replica was last heard, 0 before the first", [({}, view.heard_at or 0)])
+    families: dict[str, list[tuple[Mapping[str, str], float | None]]] = defaultdict(list)
+    for text, value in view.serving.items():
+        name, labels = parse_counter(text)
+        families[name].append((dict(labels), value))
+    for name, samples in sorted(families.items()):
+        make = _counter if name.endswith("_total") else _gauge
+        yield make(f"ganwatch_serving_{name}", "Counted by the replicas, summed over them", samples)
+
+
+def _by_model(view: View, pick: Callable[[Shown], Any]) -> Labelled:
+    return [({"model": model}, pick(shown)) for model, shown in view.models.items()]
+
+
+def _gauge(name: str, words: str, samples: Labelled) -> Metric:
+    metric = Metric(name, words, "gauge")
+    for labels, value in samples:
+        metric.add_sample(name, dict(labels), math.nan if value is None else float(value))
+    return metric
+
+
+def _counter(name: str, words: str, samples: Labelled) -> Metric:
+    metric = Metric(name.removesuffix("_total"), words, "counter")
+    for labels, value in samples:
+        metric.add_sample(name, dict(labels), math.nan if value is None else float(value))
+    return metric

@@ -1,0 +1,397 @@
+"""The monitor's process: takes in what replicas report, runs the Monitors, answers with metrics, state, events and the live page.
+
+    python -m monitoring.service --registry .ganwatch/registry --serving-url http://127.0.0.1:8000
+
+Three threads: the event loop, which only moves bytes; one that owns every Monitor and is fed through a bounded inbox; one that
+probes. It knows no statistics.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+import tyro
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from monitoring import picture
+from monitoring.incidents import Incidents
+from monitoring.metrics import Exporter
+from monitoring.probes import Prober
+from monitoring.watch import View, Watch, parse_counter
+from serving.records import ORIGINS, Heartbeat
+from training.registry import Registry, ganwatch_home
+
+PAGE = Path(__file__).parent / "page"
+BODY_LIMIT = 64 * 2**20  # bytes of one heartbeat
+FOLLOW_PERIOD = 0.25  # seconds between looks at the registry
+PUBLISH_PERIOD = 1.0  # seconds between views
+HEARTBEAT_PERIOD = 15.0  # seconds of silence after which an event stream says that it is alive
+
+log = logging.getLogger("ganwatch.monitor")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Watch what is served and say when it is no longer what was certified."""
+
+    registry: Path | None = None
+    """Directory of bundles; None: `registry` under the home."""
+    host: str = "127.0.0.1"
+    """Address to listen on. There is no login: whoever reaches it may read everything and acknowledge alarms."""
+    port: int = 9464
+    """TCP port to listen on; 0 takes a free one."""
+    arl: float = 2.6e9
+    """Monitored samples to a false alarm, on average, at least, per model. 2.6e9 is one a month at 1,000 samples/s."""
+    serving_url: str = "http://127.0.0.1:8000"
+    """Where probes ask for samples."""
+    probe_rate: int = 50
+    """Fresh samples a second and model below which probes make up for the rest; 0 sends none."""
+    home: Path | None = None
+    """Where the record of alarms lies; None: GANWATCH_HOME, or .ganwatch under the working directory."""
+    inbox: int = 65_536
+    """Samples that may wait for the Monitors; what comes beyond is dropped and counted."""
+
+    def __post_init__(self) -> None:
+        if not self.arl > 1:
+            raise ValueError(f"arl is {self.arl}; it must be a number of samples above 1")
+        if self.probe_rate < 0:
+            raise ValueError(f"probe_rate is {self.probe_rate}; it must be 0 or more samples a second")
+        if urlsplit(self.serving_url).scheme not in ("http", "https"):
+            raise ValueError(f"serving_url is {self.serving_url!r}; it must be an http:// or https:// URL")
+
+
+class Inbox:
+    """What waits for the Monitors' thread: heartbeats, bounded in samples, and acknowledgements."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.dropped = 0  # records
+        self._waiting: deque[Heartbeat | tuple[str, Future[Any]]] = deque()
+        self._samples = 0
+        self._news = threading.Condition()
+
+    def put(self, item: Heartbeat | tuple[str, Future[Any]]) -> None:
+        """Never waits. A heartbeat that does not fit is dropped whole: its counters are totals and come again with the next."""
+        weight = _weight(item)
+        with self._news:
+            if self._samples + weight > self.limit:
+                assert isinstance(item, Heartbeat)
+                self.dropped += len(item.records)
+                return
+            self._samples += weight
+            self._waiting.append(item)
+            self._news.notify()
+
+    def take(self, timeout: float) -> list[Heartbeat | tuple[str, Future[Any]]]:
+        """All that waits, oldest first, or nothing after `timeout` seconds."""
+        with self._news:
+            if not self._waiting:
+                self._news.wait(timeout)
+            items = list(self._waiting)
+            self._waiting.clear()
+            self._samples = 0
+        return items
+
+
+def _weight(item: Heartbeat | tuple[str, Future[Any]]) -> int:
+    return max(1, sum(len(record.samples) for record in item.records)) if isinstance(item, Heartbeat) else 0
+
+
+class Service:
+    """The monitor between its inbox and its views."""
+
+    def __init__(self, options: Options) -> None:
+        home = options.home or ganwatch_home()
+        self.options = options
+        self.incidents = Incidents(home / "incidents.db")
+        self.watch = Watch(Registry(options.registry or home / "registry"), self.incidents, arl=options.arl)
+        self.inbox = Inbox(options.inbox)
+        self.prober = Prober(options.serving_url, options.probe_rate, self._fresh_rates)
+        self.exporter = Exporter(lambda: (self.view, {"queue_full": self.inbox.dropped}, dict(self.prober.outcomes)))
+        self.trouble: str | None = None
+        self.stopping = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="monitors", daemon=True)
+        now = time.time()
+        self._step(self.watch.follow, now)
+        self.view: View = self.watch.publish(now)
+
+    def start(self) -> None:
+        self._thread.start()
+        if self.options.probe_rate:
+            self.prober.start()
+
+    def stop(self) -> None:
+        self.stopping.set()
+        self._thread.join()
+        if self.options.probe_rate:
+            self.prober.stop()
+        self.incidents.close()
+
+    def state(self, since: float = -math.inf) -> dict[str, Any]:
+        state = self.view.state(since)
+        state["errors"] += [*self.prober.trouble.values(), *([self.trouble] if self.trouble else [])]
+        return state
+
+    def acknowledge(self, model: str) -> Future[list[dict[str, Any]]]:
+        """The incidents that acknowledging the alarms of `model` closes, once the Monitors' thread has done it; KeyError if unknown."""
+        answer: Future[list[dict[str, Any]]] = Future()
+        self.inbox.put((model, answer))
+        return answer
+
+    def _fresh_rates(self) -> Mapping[str, float]:
+        return {name: shown.fresh_rate for name, shown in self.view.models.items() if shown.alias == "production"}
+
+    def _work(self) -> None:
+        followed = published = time.time()
+        while not self.stopping.is_set():
+            items = self.inbox.take(timeout=0.1)
+            now = time.time()
+            if now - followed >= FOLLOW_PERIOD:
+                followed = now
+                self._step(self.watch.follow, now)
+            heartbeats = [item for item in items if isinstance(item, Heartbeat)]
+            for heartbeat in heartbeats:
+                self._step(self.watch.hear, heartbeat, now)
+            if heartbeats:
+                self._step(self.watch.eat, [record for heartbeat in heartbeats for record in heartbeat.records], now)
+            answers = [item for item in items if not isinstance(item, Heartbeat)]
+            closed: list[tuple[Future[Any], Any]] = []
+            for model, answer in answers:
+                try:
+                    closed.append((answer, self.watch.acknowledge(model, now)))
+                except KeyError as error:
+                    answer.set_exception(error)
+            if self.watch.changed or now - published >= PUBLISH_PERIOD:
+                point = now - published >= PUBLISH_PERIOD
+                published = now if point else published
+                self._step(self._publish, now, point)
+            for answer, incidents in closed:  # the view says so already when the caller hears of it
+                answer.set_result(incidents)
+
+    def _publish(self, now: float, point: bool) -> None:
+        self.view = self.watch.publish(now, point=point)
+
+    def _step(self, step: Any, *arguments: Any) -> None:
+        """One step of the Monitors' thread. An error of ours is shown and logged, and does not end the watch."""
+        try:
+            step(*arguments)
+        except Exception as error:
+            log.exception("%s failed", step.__name__)
+            self.trouble = f"internal error in {step.__name__}: {type(error).__name__}: {error}; the log has the traceback, please report it"
+
+
+def build(options: Options) -> Starlette:
+    """The ASGI application; its lifespan starts and stops the threads. `app.state.service` is the Service."""
+    service = Service(options)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await asyncio.to_thread(service.stop)
+
+    async def page(request: Request) -> Response:
+        return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+
+    async def metrics(request: Request) -> Response:
+        body, content_type = await asyncio.to_thread(service.exporter.render, request.headers.get("accept", ""))
+        return Response(body, headers={"Content-Type": content_type})
+
+    async def healthz(request: Request) -> Response:
+        late = time.time() - service.view.at
+        alive = late < 10 * PUBLISH_PERIOD
+        return JSONResponse({"ok": alive, "seconds_since_last_view": round(late, 3)}, 200 if alive else 503)
+
+    async def state(request: Request) -> Response:
+        return JSONResponse(service.state())
+
+    async def events(request: Request) -> Response:
+        try:
+            since = float(request.headers.get("last-event-id", "-inf"))
+        except ValueError:
+            since = -math.inf
+        return StreamingResponse(_events(request, service, since), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    async def samples(request: Request) -> Response:
+        model = request.path_params["model"]
+        shown = service.view.models.get(model)
+        newest = shown.samples() if shown else None
+        if newest is None:
+            what = "unknown model" if shown is None else "no sample was served yet"
+            return _error(404, "no_samples", f"{what}: {model!r}", "model", model, f"one of {sorted(service.view.models)} that has been asked for samples")
+        try:
+            body = await asyncio.to_thread(picture.png, newest)
+        except ValueError as error:
+            return _error(404, "no_picture", str(error), "model", model, "a model of images or of vectors in the plane")
+        return Response(body, media_type="image/png", headers={"Cache-Control": "no-store"})
+
+    async def incidents(request: Request) -> Response:
+        return JSONResponse({"incidents": await asyncio.to_thread(service.incidents.newest)})
+
+    async def records(request: Request) -> Response:
+        body = await _body(request, BODY_LIMIT)
+        try:
+            heartbeat = await asyncio.to_thread(_decode, body)
+        except ValueError as error:
+            return _error(400, "bad_heartbeat", str(error), None, None, "the bytes of serving.records.Heartbeat.encode")
+        service.inbox.put(heartbeat)
+        return Response(status_code=204)
+
+    async def acknowledge(request: Request) -> Response:
+        body = await _body(request, 4096)
+        try:
+            model = json.loads(body)["model"]
+        except (ValueError, KeyError, TypeError):
+            return _error(400, "bad_body", "the body names no model", "model", None, 'JSON like {"model": "digits"}')
+        try:
+            closed = await asyncio.wrap_future(service.acknowledge(model))
+        except (KeyError, TypeError):
+            return _error(404, "unknown_model", f"no watched model {model!r}", "model", model, f"one of {sorted(service.view.models)}")
+        return JSONResponse({"acknowledged": closed})
+
+    routes = [
+        Route("/", page),
+        Route("/metrics", metrics),
+        Route("/healthz", healthz),
+        Route("/api/state", state),
+        Route("/api/events", events),
+        Route("/api/samples/{model}.png", samples),
+        Route("/api/incidents", incidents),
+        Route("/api/records", records, methods=["POST"]),
+        Route("/api/ack", acknowledge, methods=["POST"]),
+        Mount("/page", StaticFiles(directory=PAGE)),
+    ]
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error})
+    app.state.service = service
+    return app
+
+
+async def _events(request: Request, service: Service, since: float) -> AsyncIterator[str]:
+    """A `state` event for every view: first the whole, then with the points of the histories that are new since the event before."""
+    seen, spoke = None, time.monotonic()
+    while not service.stopping.is_set() and not request.app.state.server_should_exit():
+        if (view := service.view) is not seen:
+            seen, spoke = view, time.monotonic()
+            yield f"id: {view.at}\nevent: state\ndata: {json.dumps(service.state(since), allow_nan=False, separators=(',', ':'))}\n\n"
+            since = view.at
+        elif time.monotonic() - spoke > HEARTBEAT_PERIOD:
+            spoke = time.monotonic()
+            yield ": still here\n\n"
+        await asyncio.sleep(0.1)
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    """The body, refused as soon as it is known to be too long; and refused from another site's page, which a browser would let post."""
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        raise HTTPException(403, f"origin is {origin!r}; only this monitor's own page may post from a browser")
+    too_long = HTTPException(413, f"body is longer than {limit} bytes; send fewer records at a time")
+    if int(request.headers.get("content-length", 0)) > limit:
+        raise too_long
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise too_long
+    return bytes(body)
+
+
+def _decode(body: bytes) -> Heartbeat:
+    """The heartbeat in `body`, with the types that its annotations promise. Raises ValueError naming field and value."""
+    heartbeat = Heartbeat.decode(body)
+    if not isinstance(heartbeat.replica, str) or not 0 < len(heartbeat.replica) <= 256:
+        raise ValueError(f"replica is {heartbeat.replica!r}; expected a text of 1 to 256 characters")
+    if not isinstance(heartbeat.counters, dict):
+        raise ValueError(f"counters are {heartbeat.counters!r}; expected an object of numbers")
+    for name, value in heartbeat.counters.items():
+        parse_counter(name)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"counter {name} is {value!r}; expected a finite number")
+    for i, record in enumerate(heartbeat.records):
+        if record.origin not in ORIGINS:
+            raise ValueError(f"origin of record {i} is {record.origin!r}; expected one of {', '.join(ORIGINS)}")
+        if not isinstance(record.model, str) or not isinstance(record.version, str):
+            raise ValueError(f"record {i} is of model {record.model!r}, version {record.version!r}; expected two texts")
+        if record.samples.ndim < 2:
+            raise ValueError(f"samples of record {i} have shape {list(record.samples.shape)}; expected [k, *sample_shape]")
+    return heartbeat
+
+
+def _error(status: int, code: str, message: str, field: str | None, value: Any, expected: str) -> JSONResponse:
+    return JSONResponse({"error": {"code": code, "message": message, "field": field, "value": value, "expected": expected}}, status)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = HTTPStatus(error.status_code).name.lower()
+    return _error(error.status_code, code, error.detail, None, None, "see the message")
+
+
+def serve(options: Options) -> None:
+    """Listen until SIGINT or SIGTERM. Raises OSError where the port cannot be had."""
+    listener = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET)
+    with listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((options.host, options.port))
+        app = build(options)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        app.state.server_should_exit = lambda: server.should_exit
+        # uvicorn stops in good order at a signal and then raises it again, for whoever was there before.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: sys.exit(0))
+        print(f"monitor: http://{options.host}:{listener.getsockname()[1]}/", flush=True)
+        server.run(sockets=[listener])
+
+
+def holder_of(port: int) -> str:
+    """Words for the process that listens on a TCP port."""
+    try:
+        pid = next((c.pid for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr and c.laddr.port == port), None)
+        return f"process {pid} ({' '.join(psutil.Process(pid).cmdline())[:120]})" if pid else "a process of another user"
+    except psutil.Error:
+        return "a process that may not be looked at"
+
+
+def main() -> None:
+    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    try:
+        options = tyro.cli(Options)
+        serve(options)
+    except OSError as error:
+        why = f"it is held by {holder_of(options.port)}" if error.errno == 98 else error.strerror
+        sys.exit(_complain(f"cannot listen on {options.host}:{options.port}: {why}; stop it or choose another --port"))
+    except ValueError as error:
+        sys.exit(_complain(str(error)))
+
+
+def _complain(words: str) -> int:
+    print(f"error: {words}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,424 @@
+"""What is being watched: a Monitor for each version that an alias names, fed by records, and the view that page and metrics read.
+
+    registry -> follow --.
+    tap -> hear, eat ----+--> Monitors --> publish --> View, replaced whole once a second
+
+It knows neither HTTP nor threads, and no clock but the `at` (Unix seconds) that every call brings. One thread calls it; any
+thread may read a View, which nobody alters once it is published.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_right
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy import ndarray
+
+from monitoring import picture
+from monitoring.incidents import Incidents
+from monitoring.monitor import Gauge, Monitor
+from serving.records import Heartbeat, Record
+from training.bundle import Bundle, Card, open_bundle
+from training.registry import AliasChange, Registry, RegistryError
+
+SHARES = {"production": 0.5, "canary": 0.25, "shadow": 0.25}  # of a model's false-alarm budget; they sum to 1
+STALE_AFTER = 10.0  # seconds without a sample, or without a heartbeat
+HISTORY = 3600  # seconds that the page can look back, one point each
+RATE_WINDOW = 2.0  # seconds over which the rate of fresh samples is taken
+CHUNK = 4096  # samples a Monitor eats at once, so that no single record holds up the rest
+RETIRED = 8  # versions no alias names any more whose Monitor is kept, for a rollback
+REPLICAS = 256  # silent replicas whose counters are kept apart, in case they speak again
+COLUMNS = ("t", "js", "js_low", "js_high", "log10_e")
+
+_COUNTER = re.compile(r'([a-z_][a-z0-9_]*)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)*)\})?')
+_LABEL = re.compile(r'([a-z_]+)="((?:[^"\\\n]|\\.)*)"')
+_OURS = {"replicas", "heartbeat_timestamp_seconds"}  # ganwatch_serving_* that the monitor itself says
+
+
+def parse_counter(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """`samples_total{model="digits"}` -> ("samples_total", (("model", "digits"),)). Raises ValueError where it is no such thing."""
+    found = _COUNTER.fullmatch(text)
+    if found is None or found[1] in _OURS:
+        raise ValueError(f'counter is {text!r}; expected a name with labels in Prometheus form, like samples_total{{model="digits"}}')
+    unescape = {"\\\\": "\\", '\\"': '"', "\\n": "\n"}
+    labels = {name: re.sub(r"\\.", lambda m: unescape.get(m[0], m[0]), value) for name, value in _LABEL.findall(found[2] or "")}
+    return found[1], tuple(sorted(labels.items()))
+
+
+@dataclass
+class Replicas:
+    """The counters of every replica that ever spoke, summed so that totals never go backwards when one goes away."""
+
+    last: OrderedDict[str, tuple[float, Mapping[str, float]]] = field(default_factory=OrderedDict)
+    gone: Counter[str] = field(default_factory=Counter)
+    heard_at: float | None = None
+
+    def hear(self, replica: str, counters: Mapping[str, float], at: float) -> None:
+        self.last[replica] = (at, counters)
+        self.last.move_to_end(replica)
+        self.heard_at = at
+        while len(self.last) > REPLICAS:
+            _, (_, counters) = self.last.popitem(last=False)
+            self.gone.update({name: value for name, value in counters.items() if _is_total(name)})
+
+    def speaking(self, at: float) -> int:
+        return sum(at - heard <= STALE_AFTER for heard, _ in self.last.values())
+
+    def totals(self, at: float) -> dict[str, float]:
+        """Counters over all replicas there ever were; everything else over those that still speak."""
+        totals = Counter(self.gone)
+        for heard, counters in self.last.values():
+            for name, value in counters.items():
+                if _is_total(name) or at - heard <= STALE_AFTER:
+                    totals[name] += value
+        return dict(totals)
+
+
+def _is_total(counter: str) -> bool:
+    return counter.partition("{")[0].endswith("_total")
+
+
+@dataclass
+class Watched:
+    """One version under watch."""
+
+    bundle: Bundle
+    monitor: Monitor
+    share: float
+    last_sample_at: float | None = None
+    recorded: tuple[str, tuple[str, ...]] | None = None  # verdict and modes of the open incident, as last written down
+    newest: deque[ndarray] = field(default_factory=deque)  # newest served samples, a few arrays, newest last
+
+    def show(self, samples: ndarray) -> None:
+        """Keep the newest samples for the picture, copies, so that a request of 65,536 is not held for the sake of 64."""
+        if samples.shape[1:] == self.bundle.card.sample_shape and samples.dtype == self.bundle.card.sample_dtype:
+            wanted = picture.wanted(self.bundle.card.sample_shape)
+            self.newest.append(samples[-wanted:].copy())
+            while sum(map(len, self.newest)) - len(self.newest[0]) >= wanted:
+                self.newest.popleft()
+
+
+@dataclass
+class Model:
+    """What is remembered of a model while its versions change."""
+
+    aliases: dict[str, str] = field(default_factory=dict)  # alias -> version, those whose bundle could be loaded
+    history: tuple[AliasChange, ...] = ()
+    shown_since: float = 0.0
+    rows: deque[tuple[float | None, ...]] = field(default_factory=lambda: deque(maxlen=HISTORY))
+    fresh: deque[tuple[float, int]] = field(default_factory=deque)  # (at, samples) that clients drew with the server's seeds
+
+    @property
+    def shown(self) -> str | None:
+        """The alias that page and metrics speak of: production, or the first there is."""
+        return next((alias for alias in SHARES if alias in self.aliases), None)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The version of a model that page and metrics speak of, as it stood when the view was published."""
+
+    alias: str
+    version: str
+    cards: Mapping[str, Card]  # alias -> card of the version it names
+    share: float
+    loaded_at: float
+    last_sample_at: float | None
+    snapshot: dict[str, Any]
+    gauges: Mapping[str, Mapping[str, Gauge]]  # population -> name -> gauge
+    others: tuple[dict[str, Any], ...]
+    marks: tuple[dict[str, Any], ...]
+    rows: tuple[tuple[float | None, ...], ...]  # COLUMNS, oldest first
+    fresh_rate: float  # samples a second that clients drew with the server's seeds
+    picture: tuple[ndarray, ...]
+
+    def samples(self) -> ndarray | None:
+        """The newest served samples, newest first."""
+        return np.concatenate(self.picture)[::-1] if self.picture else None
+
+
+@dataclass(frozen=True)
+class View:
+    """All that the monitor has to say at one moment."""
+
+    at: float
+    arl: float
+    models: Mapping[str, Shown]
+    observed: Mapping[tuple[str, str], int]  # (model, origin) -> samples
+    rejected: Mapping[tuple[str, str], int]  # (model, reason) -> samples
+    alarms: Mapping[tuple[str, str], int]  # (model, verdict) -> alarms raised
+    load_failures: Mapping[str, int]  # model -> bundles that could not be loaded
+    unknown_model: int  # records of models that the registry does not hold
+    serving: Mapping[str, float]  # the replicas' counters, summed
+    replicas: int
+    heard_at: float | None
+    received: int  # samples
+    errors: tuple[str, ...]
+
+    def state(self, since: float = -math.inf) -> dict[str, Any]:
+        """The JSON of /api/state. `since` (Unix seconds) leaves out the older points of the histories."""
+        dropped = sum(value for name, value in self.serving.items() if name.startswith("tap_dropped_samples_total"))
+        return {
+            "now": self.at,
+            "arl": self.arl,
+            "models": {name: self._model(shown, since) for name, shown in self.models.items()},
+            "tap": {"replicas": self.replicas, "last_heartbeat_at": self.heard_at, "dropped": dropped, "received": self.received},
+            "errors": list(self.errors),
+        }
+
+    def _model(self, shown: Shown, since: float) -> dict[str, Any]:
+        card = shown.cards[shown.alias]
+        rows = shown.rows[bisect_right(shown.rows, since, key=lambda row: row[0]) :]
+        history: dict[str, Any] = {name: [row[i] for row in rows] for i, name in enumerate(COLUMNS)}
+        history["threshold"] = shown.snapshot["tolerance"].get("js", {}).get("threshold")
+        history["log10_threshold"] = shown.snapshot["log10_threshold"]
+        return {
+            "alias": shown.alias,
+            "version": shown.version,
+            "snapshot": shown.snapshot,
+            "stale": self.at - (shown.last_sample_at or shown.loaded_at) > STALE_AFTER,
+            "last_sample_at": shown.last_sample_at,
+            "loaded_at": shown.loaded_at,
+            "budget_share": shown.share,
+            "sample_shape": list(card.sample_shape),
+            "card": {"created": card.created, "injected_from": card.injected_from, "fault": card.fault, "forced": card.forced},
+            "history": history,
+            "marks": list(shown.marks),
+            "other_versions": list(shown.others),
+        }
+
+
+class Watch:
+    """The registry's aliased versions, each under its Monitor.
+
+    `arl`: samples to a false alarm, on average, for all versions of a model together; each alias gets its SHARES of it.
+    """
+
+    def __init__(self, registry: Registry, incidents: Incidents, *, arl: float) -> None:
+        self.registry, self.incidents, self.arl = registry, incidents, arl
+        self.replicas = Replicas()
+        self.changed = True  # something happened that a reader should see before the second is over
+        self._models: dict[str, Model] = {}
+        self._watched: OrderedDict[tuple[str, str], Watched] = OrderedDict()
+        self._failed: dict[tuple[str, str], tuple[Any, str]] = {}  # what the files looked like, and why they could not be loaded
+        self._unreadable: dict[str, str] = {}
+        self._observed: Counter[tuple[str, str]] = Counter()
+        self._rejected: Counter[tuple[str, str]] = Counter()
+        self._alarms: Counter[tuple[str, str]] = Counter()
+        self._load_failures: Counter[str] = Counter()
+        self._unknown_model = 0
+
+    def follow(self, at: float) -> None:
+        """Bring the Monitors into line with the registry's aliases. A bundle that fails to load leaves the version before it watched."""
+        present = self.registry.models()
+        self._unreadable.clear()
+        for name in set(self._models) - set(present):
+            del self._models[name]
+            self._failed = {key: failure for key, failure in self._failed.items() if key[0] != name}
+            self._watched = OrderedDict((key, watched) for key, watched in self._watched.items() if key[0] != name)
+            self.incidents.keep(name, (), at=at)
+            self.changed = True
+        for name in present:
+            try:
+                history, aliases = tuple(self.registry.history(name)), self.registry.aliases(name)
+            except RegistryError as error:
+                self._unreadable[name] = str(error)
+                continue
+            self._follow_model(name, self._models.setdefault(name, Model()), history, aliases, at)
+
+    def _follow_model(self, name: str, model: Model, history: tuple[AliasChange, ...], wanted: dict[str, str], at: float) -> None:
+        settled = dict(model.aliases)
+        self._failed = {key: failure for key, failure in self._failed.items() if key[0] != name or key[1] in wanted.values()}
+        for alias in SHARES:
+            if alias not in wanted:
+                settled.pop(alias, None)
+            elif self._load(name, wanted[alias], max(SHARES[a] for a in wanted if wanted[a] == wanted[alias]), at):
+                settled[alias] = wanted[alias]
+        if settled == model.aliases and history == model.history:
+            return
+        before = model.aliases.get(model.shown or "")
+        model.aliases, model.history = settled, history
+        if model.aliases.get(model.shown or "") != before:
+            model.shown_since = at
+        self.incidents.keep(name, {*settled.values(), *wanted.values()}, at=at)
+        aliased = {(n, v) for n, m in self._models.items() for v in m.aliases.values()}
+        retired = [key for key in self._watched if key not in aliased]
+        for key in retired:
+            self._unlatch(self._watched[key])
+        for key in retired[:-RETIRED]:
+            del self._watched[key]
+        for version in set(settled.values()):
+            self._watched.move_to_end((name, version))
+        self.changed = True
+
+    def _load(self, name: str, version: str, share: float, at: float) -> bool:
+        """Whether the version is under watch with this share, loading it where it was not. Failures are tried again when the files change."""
+        key = (name, version)
+        if key in self._watched and self._watched[key].share == share:
+            return True
+        path = self.registry.root / name / version
+        look = _look_of(path)
+        if key in self._failed and self._failed[key][0] == look:
+            return False
+        try:
+            bundle = open_bundle(path)
+            # Another share is another threshold: evidence gathered under the old one is not carried over.
+            self._watched[key] = Watched(bundle, Monitor(bundle, arl=self.arl, share=share), share)
+        except Exception as error:  # whatever is wrong with one bundle, the others stay watched
+            self._failed[key] = (look, f"{name} {version} is not watched, its bundle could not be loaded: {error}")
+            self._load_failures[name] += 1
+            self.changed = True
+            return False
+        self._failed.pop(key, None)
+        return True
+
+    def hear(self, heartbeat: Heartbeat, at: float) -> None:
+        """Take in what a replica counted and served; `at` is when it arrived."""
+        self.replicas.hear(heartbeat.replica, heartbeat.counters, at)
+
+    def eat(self, records: Iterable[Record], at: float) -> None:
+        """Feed the Monitors. Records of one version are joined, since small batches cost a run of features.onnx each."""
+        groups: dict[tuple[Any, ...], list[ndarray]] = {}
+        for record in records:
+            model = self._models.get(record.model)
+            if model is None:
+                self._unknown_model += 1
+                continue
+            self._observed[record.model, record.origin] += len(record.samples)
+            if record.version not in model.aliases.values():
+                continue  # asked for by its number, or served before a rollback reached every replica: counted, not judged
+            if record.origin == "server_seed" and record.is_fresh and record.version == model.aliases.get("production"):
+                model.fresh.append((at, len(record.samples)))
+            kind = (record.samples.dtype.str, record.samples.shape[1:])
+            groups.setdefault((record.model, record.version, record.is_fresh, kind), []).append(record.samples)
+        for (name, version, fresh, _), arrays in groups.items():
+            samples = np.concatenate(arrays)
+            for start in range(0, len(samples), CHUNK):
+                self._update(name, version, samples[start : start + CHUNK], fresh, at)
+
+    def _update(self, name: str, version: str, samples: ndarray, fresh: bool, at: float) -> None:
+        watched = self._watched[name, version]
+        rejected = dict(watched.monitor.rejected)
+        watched.monitor.update(samples, fresh=fresh, at=at)
+        for reason, count in watched.monitor.rejected.items():
+            self._rejected[name, reason] += count - rejected.get(reason, 0)
+        watched.last_sample_at = at
+        watched.show(samples)
+        self._raise_alarm(name, version, at)
+
+    def _raise_alarm(self, name: str, version: str, at: float) -> None:
+        """Write an alarm down before anybody can read of it, and follow its verdict while that sharpens."""
+        watched = self._watched[name, version]
+        monitor, verdict = watched.monitor, watched.monitor.verdict
+        if monitor.first_alarm is None or watched.recorded == (verdict.id, verdict.modes):
+            return
+        snapshot = monitor.snapshot()
+        evidence = {key: snapshot[key] for key in ("evidence", "log10_threshold", "arl", "gauges", "modes")}
+        opened = self.incidents.record(
+            name, version, at=at, verdict=verdict.id, words=verdict.words, modes=verdict.modes, evidence=evidence, first_alarm=monitor.first_alarm
+        )
+        watched.recorded = (verdict.id, verdict.modes)
+        self._alarms[name, verdict.id] += opened
+        self.changed = True
+
+    @staticmethod
+    def _unlatch(watched: Watched) -> None:
+        watched.recorded = None
+        if watched.monitor.first_alarm is not None:
+            watched.monitor.acknowledge()
+
+    def acknowledge(self, name: str, at: float) -> list[dict[str, Any]]:
+        """Unlatch the alarms of a model's versions. Returns the incidents that this closed. Raises KeyError for a model not watched."""
+        for version in set(self._models[name].aliases.values()):
+            self._unlatch(self._watched[name, version])
+        self.changed = True
+        return self.incidents.acknowledge(name, at=at)
+
+    def publish(self, at: float, *, point: bool = True) -> View:
+        """The view as of now; with `point`, the histories grow by one."""
+        self.changed = False
+        errors = [*self._unreadable.values(), *(words for _, words in self._failed.values())]
+        return View(
+            at=at,
+            arl=self.arl,
+            models={name: self._shown(name, model, at, point) for name, model in sorted(self._models.items()) if model.shown},
+            observed=dict(self._observed),
+            rejected=dict(self._rejected),
+            alarms=dict(self._alarms),
+            load_failures={**dict.fromkeys(self._models, 0), **self._load_failures},
+            unknown_model=self._unknown_model,
+            serving=self.replicas.totals(at),
+            replicas=self.replicas.speaking(at),
+            heard_at=self.replicas.heard_at,
+            received=sum(self._observed.values()),
+            errors=tuple(errors),
+        )
+
+    def _shown(self, name: str, model: Model, at: float, point: bool) -> Shown:
+        alias = model.shown
+        assert alias is not None
+        version = model.aliases[alias]
+        watched = self._watched[name, version]
+        gauges = {population: watched.monitor.gauges(population) for population in ("fresh", "served")}
+        if point:
+            stale = watched.last_sample_at is None or at - watched.last_sample_at > STALE_AFTER
+            js = gauges["fresh"]["js"]
+            values = (js.value, js.low, js.high, total_log10(watched.monitor.evidence()))
+            model.rows.append((round(at, 3), *(None if stale else _short(value) for value in values)))
+        while model.fresh and model.fresh[0][0] < at - RATE_WINDOW:
+            model.fresh.popleft()
+        return Shown(
+            alias=alias,
+            version=version,
+            cards={a: self._watched[name, v].bundle.card for a, v in model.aliases.items()},
+            share=watched.share,
+            loaded_at=model.shown_since,
+            last_sample_at=watched.last_sample_at,
+            snapshot=watched.monitor.snapshot(),
+            gauges=gauges,
+            others=tuple(self._others(name, model, version)),
+            marks=tuple(self._marks(name, model, at)),
+            rows=tuple(model.rows),
+            fresh_rate=sum(count for _, count in model.fresh) / RATE_WINDOW,
+            picture=tuple(watched.newest),
+        )
+
+    def _others(self, name: str, model: Model, shown: str) -> Iterator[dict[str, Any]]:
+        for alias, version in model.aliases.items():
+            if version != shown:
+                monitor = self._watched[name, version].monitor
+                verdict = {"id": monitor.verdict.id, "words": monitor.verdict.words, "modes": list(monitor.verdict.modes)}
+                yield {"alias": alias, "version": version, "verdict": verdict, "monitored": monitor.monitored, "budget_share": SHARES[alias]}
+
+    def _marks(self, name: str, model: Model, at: float) -> list[dict[str, Any]]:
+        """What the charts mark within the time they show: changes of the shown alias, and alarms."""
+        changes = [(datetime.fromisoformat(c.at).timestamp(), c) for c in model.history if c.alias == model.shown]
+        marks = [{"t": t, "text": f"{c.alias}: {c.version or 'none'} ({c.reason})", "kind": "version"} for t, c in changes]
+        alarms = [incident for incident in self.incidents.newest() if incident["model"] == name]
+        marks += [{"t": i["opened_at"], "text": f"alarm on {i['version']}: {i['verdict'].replace('_', ' ')}", "kind": "alarm"} for i in alarms]
+        return sorted((mark for mark in marks if mark["t"] >= at - HISTORY), key=lambda mark: mark["t"])
+
+
+def total_log10(evidence: Mapping[str, float]) -> float:
+    """log10 of the sum of the families' weighted e-values, which is what the threshold is held against."""
+    top = max(evidence.values(), default=-math.inf)
+    return top if math.isinf(top) else top + math.log10(sum(10.0 ** (value - top) for value in evidence.values()))
+
+
+def _short(value: float) -> float | None:
+    """Five digits are more than a chart shows."""
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def _look_of(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, times and sizes of a bundle's files: when these change it is worth trying again."""
+    entries = sorted(path.iterdir()) if path.is_dir() else []
+    return tuple((entry.name, entry.stat().st_mtime_ns, entry.stat().st_size) for entry in entries)

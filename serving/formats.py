@@ -1,0 +1,93 @@
+"""Samples -> bytes, by media type, and which media type an Accept header asks for. Adding a format is one function and one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from numpy import ndarray
+from PIL import Image
+
+from serving.errors import NotAcceptable, SamplingFailed
+
+_JSON_ROWS = 256  # encoded at a time, so that a big answer leaves other threads room between two pieces
+_IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def json_text(samples: ndarray, about: dict[str, Any]) -> bytes:
+    """`about` and the samples as nested lists; float32 values come back exactly."""
+    pieces = [samples[i : i + _JSON_ROWS].tolist() for i in range(0, len(samples), _JSON_ROWS)]
+    try:
+        rows = ", ".join(json.dumps(piece, allow_nan=False)[1:-1] for piece in pieces)
+    except ValueError:
+        raise SamplingFailed("the model gave NaN or infinite values, which JSON cannot hold; ask for application/x-npy to see them") from None
+    return f'{json.dumps(about)[:-1]}, "samples": [{rows}]}}'.encode()
+
+
+def npy(samples: ndarray, about: dict[str, Any]) -> bytes:
+    """NumPy's own file format: `numpy.load(io.BytesIO(body))`."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(samples), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def png(samples: UInt8[ndarray, "n h w c"], about: dict[str, Any]) -> bytes:
+    """One picture: a square grid of the images, row by row, without gaps; unused cells are black."""
+    n, h, w, c = samples.shape
+    columns = math.isqrt(n - 1) + 1
+    rows = -(-n // columns)
+    cells = np.zeros((rows * columns, h, w, c), np.uint8)
+    cells[:n] = samples
+    grid = cells.reshape(rows, columns, h, w, c).swapaxes(1, 2).reshape(rows * h, columns * w, c)
+    buffer = io.BytesIO()
+    Image.fromarray(grid[:, :, 0] if c == 1 else grid).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+FORMATS: dict[str, Callable[[ndarray, dict[str, Any]], bytes]] = {"application/json": json_text, "application/x-npy": npy, "image/png": png}
+
+
+def available(sample_shape: tuple[int, ...]) -> list[str]:
+    """The media types that samples of this shape can be sent as. A picture needs [h, w, c] with c = 1, 3 or 4."""
+    drawable = len(sample_shape) == 3 and sample_shape[-1] in _IMAGE_MODES
+    return [name for name in FORMATS if drawable or not name.startswith("image/")]
+
+
+def negotiate(accept: str, sample_shape: tuple[int, ...]) -> str:
+    """The media type to answer with: the highest quality, the order of FORMATS among equals (RFC 9110, 12.5.1).
+
+    Raises NotAcceptable listing what there is.
+    """
+    offered = available(sample_shape)
+    if not accept.strip():
+        return offered[0]
+    ranges = [_range(item) for item in accept.split(",")]
+    quality = {name: _quality(name, ranges) for name in offered}
+    best = max(offered, key=lambda name: quality[name])
+    if quality[best] > 0:
+        return best
+    why = "" if len(offered) == len(FORMATS) else f" (samples of shape {list(sample_shape)} are no pictures)"
+    raise NotAcceptable(f"cannot answer with {accept[:200]!r}{why}", field="Accept", value=accept, expected=f"one of {', '.join(offered)}")
+
+
+def _range(item: str) -> tuple[str, float]:
+    """One element of an Accept header -> (media range, quality). A quality that is no number refuses the range."""
+    name, *parameters = (part.strip().lower() for part in item.split(";"))
+    quality = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+    try:
+        return name, min(1.0, max(0.0, float(quality)))
+    except ValueError:
+        return name, 0.0
+
+
+def _quality(name: str, ranges: list[tuple[str, float]]) -> float:
+    """Of the ranges that match, the most specific one decides."""
+    for wanted in (name, name.split("/")[0] + "/*", "*/*"):
+        if matching := [q for media, q in ranges if media == wanted]:
+            return max(matching)
+    return 0.0

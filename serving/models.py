@@ -1,0 +1,132 @@
+"""Which versions a replica serves now. It follows the registry's aliases; a version that cannot be loaded never replaces one that serves.
+
+Readers take one look at `ModelTable.models`, an immutable snapshot, and keep the sampler they found for as long as they need it:
+a swap is the exchange of one pointer. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from serving.sampler import Device, Sampler, cuda_devices
+from training.bundle import open_bundle
+from training.registry import Registry, RegistryError
+
+_POLL_S = 0.25
+_RETRY_S = 5.0  # between two attempts at a version that was refused
+_LIVE_SESSIONS = 8  # kept for versions that no alias names, or no longer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model as this replica sees it."""
+
+    aliases: Mapping[str, str] = field(default_factory=dict)  # alias -> the version that the registry wants
+    serving: Mapping[str, Sampler] = field(default_factory=dict)  # alias -> what answers: the version before, where the wanted one was refused
+    errors: Mapping[str, str] = field(default_factory=dict)  # alias -> why its version is not served
+    stamp: tuple[int, ...] = ()  # of aliases.json when it was read
+    attempted: float = 0.0  # time.monotonic() of that
+
+    def find(self, reference: str) -> Sampler | None:
+        """What answers for an alias or a version, among those that an alias names."""
+        return self.serving.get(reference) or next((s for s in self.serving.values() if s.card.version == reference), None)
+
+    @property
+    def is_ready(self) -> bool:
+        return "production" not in self.aliases or "production" in self.serving
+
+
+class ModelTable:
+    """The samplers of every model of `registry`. `refresh` once before serving, then `start` to follow the aliases."""
+
+    def __init__(self, registry: Registry, device: Device = "auto", threads: int = 1) -> None:
+        if device == "cuda" and not cuda_devices():
+            raise RuntimeError("device is 'cuda', but the driver offers no CUDA device; use --device cpu or auto")
+        self.registry, self.device, self.threads = registry, device, threads
+        self.models: Mapping[str, Model] = {}
+        self.load_failures: Counter[str] = Counter()  # model -> versions refused, each attempt counted
+        self._recent: OrderedDict[tuple[str, str, int, int], Sampler] = OrderedDict()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def refresh(self) -> None:
+        """Load what the aliases name now and were not known to name; publish the new snapshot when all of it is warm."""
+        with self._lock:
+            models = {name: self._refreshed(name, self.models.get(name, Model())) for name in self.registry.models()}
+        if models != self.models:
+            self.models = models
+
+    def version(self, model: str, reference: str) -> Sampler:
+        """A version that no alias may name, loaded when first asked for. Blocks.
+
+        Raises RegistryError where there is none, and whatever is wrong with its bundle.
+        """
+        with self._lock:
+            return self._load(model, self.registry.resolve(model, reference))
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._follow, name="registry", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(_POLL_S):
+            try:
+                self.refresh()
+            except OSError as error:
+                logger.warning("the registry at %s cannot be read: %s", self.registry.root, error)
+
+    def _refreshed(self, name: str, before: Model) -> Model:
+        stamp = self._stamp(name)
+        if stamp == before.stamp and not (before.errors and time.monotonic() - before.attempted > _RETRY_S):
+            return before
+        now = time.monotonic()
+        try:
+            aliases = self.registry.aliases(name)
+        except RegistryError as error:
+            return replace(before, errors={"aliases.json": str(error)}, stamp=stamp, attempted=now)
+        serving, errors = {}, {}
+        for alias, version in aliases.items():
+            try:
+                serving[alias] = self._load(name, version)
+            except Exception as error:  # whatever is wrong with a new version, the one that serves stays
+                errors[alias] = f"{version}: {error}"
+                logger.warning("%s of model %s is not served: %s", alias, name, errors[alias])
+                if alias in before.serving:
+                    serving[alias] = before.serving[alias]
+        return Model(aliases, serving, errors, stamp, now)
+
+    def _load(self, model: str, version: str) -> Sampler:
+        path = self.registry.root / model / version
+        try:
+            card = (path / "card.json").stat()
+            # The stamp tells a version that was deleted and published again under the same name.
+            key = (model, version, card.st_mtime_ns, card.st_ino)
+            if key not in self._recent:
+                self._recent[key] = Sampler(open_bundle(path), self.device, self.threads)
+        except Exception:
+            self.load_failures[model] += 1
+            raise
+        self._recent.move_to_end(key)
+        while len(self._recent) > _LIVE_SESSIONS:
+            self._recent.popitem(last=False)
+        return self._recent[key]
+
+    def _stamp(self, name: str) -> tuple[int, ...]:
+        try:
+            found = (self.registry.root / name / "aliases.json").stat()
+        except FileNotFoundError:
+            return (0,)
+        return (found.st_mtime_ns, found.st_ino, found.st_size)

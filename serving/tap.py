@@ -1,0 +1,109 @@
+"""What clients got, told to the monitor. The request path only appends; a thread sends. What does not fit is dropped and counted.
+
+Knows nothing of how samples come about. A monitor that is slow, dead or absent costs drops, never time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import replace
+
+import httpx
+
+from serving.records import Heartbeat, Record
+
+_TICK_S = 0.25  # between two looks at the ring
+_SILENCE_S = 1.0  # the longest time without a heartbeat
+_TIMEOUT_S = 2.0
+_RING_S = 4.0  # seconds of the budget that are held while the monitor does not answer
+
+
+class Tap:
+    """`url`: of the monitor, None to send nothing. `rate`: samples/s that are shown to it, each for fresh samples and for the others,
+    so that no flood of clients' seeds hides the samples that an alarm may eat. `gauges`: what else a heartbeat says."""
+
+    def __init__(self, url: str | None, rate: float = 2000.0, gauges: Callable[[], dict[str, float]] = dict) -> None:
+        self.url, self.rate, self.gauges = url, rate, gauges
+        self.replica = uuid.uuid4().hex
+        self.counters: Counter[str] = Counter()
+        self._budgets = {fresh: _Budget(rate) for fresh in (True, False)}
+        self._ring: deque[Record] = deque()
+        self._held = 0  # samples in the ring
+        self._lock = threading.Lock()  # held for a few appends or one swap
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def offer(self, record: Record) -> None:
+        """Keep the first rows of `record` that the budget allows; the oldest records make room."""
+        if self.url is None:
+            return
+        count = self._budgets[record.is_fresh].take(len(record.samples))
+        if count < len(record.samples):
+            self.counters[f'tap_skipped_samples_total{{model="{record.model}"}}'] += len(record.samples) - count
+        if not count:
+            return
+        # A copy: a view would keep the whole batch alive.
+        record = replace(record, samples=record.samples[:count].copy())
+        with self._lock:
+            self._ring.append(record)
+            self._held += count
+            while self._held > _RING_S * 2 * self.rate and len(self._ring) > 1:
+                oldest = self._ring.popleft()
+                self._held -= len(oldest.samples)
+                self._drop(oldest)
+
+    def start(self) -> None:
+        if self.url is not None:
+            self._thread = threading.Thread(target=self._run, name="tap", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Send what is left, once."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        sent = 0.0
+        with httpx.Client(timeout=_TIMEOUT_S, trust_env=False) as client:
+            while True:
+                stopped = self._stop.wait(_TICK_S)
+                if self._ring or stopped or time.monotonic() - sent >= _SILENCE_S:
+                    sent = time.monotonic()
+                    self._send(client)
+                if stopped:
+                    return
+
+    def _send(self, client: httpx.Client) -> None:
+        with self._lock:
+            records, self._ring, self._held = tuple(self._ring), deque(), 0
+        heartbeat = Heartbeat(self.replica, time.time(), records, {name: float(value) for name, value in {**self.counters, **self.gauges()}.items()})
+        try:
+            client.post(f"{self.url}/api/records", content=heartbeat.encode()).raise_for_status()
+        except httpx.HTTPError:
+            with self._lock:
+                for record in records:
+                    self._drop(record)
+
+    def _drop(self, record: Record) -> None:
+        self.counters[f'tap_dropped_samples_total{{model="{record.model}"}}'] += len(record.samples)
+
+
+class _Budget:
+    """A token bucket that holds one second."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate = self._tokens = rate
+        self._at = time.monotonic()
+
+    def take(self, wanted: int) -> int:
+        now = time.monotonic()
+        self._tokens = min(self._rate, self._tokens + (now - self._at) * self._rate)
+        self._at = now
+        count = min(wanted, int(self._tokens))
+        self._tokens -= count
+        return count

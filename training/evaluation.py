@@ -1,0 +1,79 @@
+"""The offline measuring stick: how far samples are from real data, as numbers for people. Pure numpy and scipy.
+
+Whether a generator may be published is gate.py's question; whether it still behaves, the monitor's.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float, Float32, Float64, Int64
+from numpy import ndarray
+from scipy.spatial import cKDTree
+
+from training.data import Mixture
+
+
+def divergences(real: Float64[ndarray, "k"], generated: Float64[ndarray, "k"]) -> dict[str, float]:
+    """Divergences between two laws over the same cells, in nats; infinite where a cell is unseen on the wrong side."""
+    middle = (real + generated) / 2
+    with np.errstate(divide="ignore"):
+        chi_squared = np.sum(np.where(real > 0, (generated - real) ** 2 / real, np.where(generated > 0, np.inf, 0.0)))
+    return {
+        "forward_kl": _kl(real, generated),
+        "reverse_kl": _kl(generated, real),
+        "js": (_kl(real, middle) + _kl(generated, middle)) / 2,
+        "chi_squared": float(chi_squared),
+        "tv": float(np.abs(real - generated).sum() / 2),
+    }
+
+
+def _kl(p: Float64[ndarray, "k"], q: Float64[ndarray, "k"]) -> float:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.sum(np.where(p > 0, p * np.log(p / q), 0.0)))
+
+
+def frechet(mean1: Float64[ndarray, "p"], cov1: Float64[ndarray, "p p"], mean2: Float64[ndarray, "p"], cov2: Float64[ndarray, "p p"]) -> float:
+    """Squared 2-Wasserstein distance between two Gaussians (Dowson and Landau 1982; the F of FID, Heusel et al. 2017)."""
+    values, vectors = np.linalg.eigh(cov1)
+    root = vectors * np.sqrt(np.clip(values, 0, None)) @ vectors.T
+    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cov2 @ root), 0, None)).sum()
+    return float(np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * cross)
+
+
+def prdc(real: Float32[ndarray, "n d"], fake: Float32[ndarray, "m d"], k: int = 5) -> dict[str, float]:
+    """Precision, recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020), balls strict as in the authors' code.
+
+    `coverage` is divided by its expectation when both samples follow one law, so that 1 is perfect at any n and m.
+    """
+    n, m = len(real), len(fake)
+    real_radius = cKDTree(real).query(real, k + 1)[0][:, -1]
+    fake_radius = cKDTree(fake).query(fake, k + 1)[0][:, -1]
+    distance = np.sqrt(np.clip((real**2).sum(1)[:, None] - 2 * real @ fake.T + (fake**2).sum(1), 0, None))
+    in_real = distance < real_radius[:, None]
+    i = np.arange(k)
+    expected = 1 - np.prod((n - 1 - i) / (n + m - 1 - i))
+    return {
+        "precision": float(in_real.any(axis=0).mean()),
+        "recall": float((distance < fake_radius).any(axis=1).mean()),
+        "density": float(in_real.sum(axis=0).mean() / k),
+        "coverage": float((distance.min(axis=1) < real_radius).mean() / expected),
+    }
+
+
+def mixture_fit(mixture: Mixture, samples: Float[ndarray, "n d"]) -> dict[str, float]:
+    """How well samples follow a known mixture in the plane. A perfect sampler has high_quality 0.9889 and spread 0.974, not more.
+
+    high_quality: share within 3 sigma of a centre. modes: centres with at least one such sample nearest to them.
+    reverse_kl: from the uniform law over centres, of high-quality samples (NaN where there are none).
+    spread: standard deviation of high-quality samples around their centre, per coordinate, in sigmas.
+    """
+    distance, nearest = cKDTree(mixture.centres).query(samples)
+    good = distance < 3 * mixture.sigma
+    count: Int64[ndarray, "k"] = np.bincount(nearest[good], minlength=len(mixture.centres))
+    kept, centres = samples[good], mixture.centres[nearest[good]]
+    return {
+        "high_quality": float(good.mean()),
+        "modes": int(np.count_nonzero(count)),
+        "reverse_kl": _kl(count / count.sum(), np.full(len(count), 1 / len(count))) if good.any() else float("nan"),
+        "spread": float(np.sqrt(np.mean((kept - centres) ** 2)) / mixture.sigma) if good.any() else float("nan"),
+    }

@@ -1,0 +1,312 @@
+"""Makes a bundle of a trained generator: ONNX with a parity check, the reference, the certificate, the card.
+
+What is written here is what will be served: every count comes from onnxruntime and the files themselves, never from torch.
+Whether the bundle is good enough to publish is decided in gate.py.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import secrets
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from jaxtyping import Float, Int64
+from numpy import ndarray
+from torch import Tensor, nn
+
+from training.bundle import (
+    DUPLICATE_BLOCK,
+    Card,
+    Certificate,
+    Reference,
+    SignGaussian,
+    sample_classes,
+    write_arrays,
+    write_card,
+)
+from training.data import Dataset
+from training.evaluation import divergences, frechet, mixture_fit, prdc
+from training.features import Sight
+from training.networks import Generator
+
+CERTIFY_AT_LEAST, CERTIFY_CHUNK = 200_000, 8192
+DELTA = 0.01
+LEVELS = 0.5 ** np.arange(1, 17)
+GOLDEN = 64
+REFERENCE_POINTS = 10_000
+ARL = 2.6e9  # samples to a false alarm for which expected delays are stated
+UNWATCHED = 1e5  # a mode whose loss takes longer to see is listed, never called fine
+
+
+class ExportError(RuntimeError):
+    """onnxruntime does not compute what torch computes. The text says where and by how much."""
+
+
+class Served(nn.Module):
+    """A generator that answers in served form: uint8 [n, h, w, c], or float32 [n, d] in data units."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, generator: Generator, dataset: Dataset) -> None:
+        super().__init__()
+        self.generator, self.shape, self.is_image = generator, dataset.shape, dataset.is_image
+        self.register_buffer("shift", torch.from_numpy(dataset.shift))
+        self.register_buffer("scale", torch.from_numpy(dataset.scale))
+
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        x = self.generator(z, y) * self.scale + self.shift
+        return x.round().clamp(0, 255).to(torch.uint8).unflatten(1, self.shape) if self.is_image else x
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def export_onnx(module: nn.Module, path: Path, inputs: dict[str, Tensor], outputs: tuple[str, ...], *, tolerance: float) -> None:
+    """Write `module` in eval mode as ONNX with a free batch dimension and check it against torch on 1, 2, 7 and 64 rows.
+
+    `inputs` are example batches of at least 64 rows. Integers may differ by one level in at most one value of a thousand,
+    floats by `tolerance` relative to their scale. Raises ExportError otherwise.
+    """
+    module = module.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter warns about its own deprecations
+        torch.onnx.export(
+            module,
+            tuple(inputs.values()),
+            path,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=tuple({0: torch.export.Dim("n", min=1)} for _ in inputs),
+            external_data=False,
+            dynamo=True,
+            verbose=False,
+        )
+    check = session(path)
+    for n in (1, 2, 7, 64):
+        rows = {name: value[:n] for name, value in inputs.items()}
+        with torch.no_grad():
+            expected = module(*rows.values())
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        found = check.run(list(outputs), {name: value.numpy() for name, value in rows.items()})
+        for name, want, got in zip(outputs, (e.numpy() for e in expected), found, strict=True):
+            if got.shape != want.shape or got.dtype != want.dtype:
+                raise ExportError(f"{path.name}: {name} is {got.dtype} {got.shape} in onnxruntime and {want.dtype} {want.shape} in torch at n = {n}")
+            difference = np.abs(got.astype(np.float64) - want.astype(np.float64))
+            if np.issubdtype(want.dtype, np.integer):
+                agrees = difference.max() <= 1 and np.mean(difference > 0) <= max(1e-3, 1 / difference.size)
+            else:
+                agrees = difference.max() <= tolerance * max(1.0, float(np.abs(want).max()))
+            if not agrees:
+                raise ExportError(f"{path.name}: {name} differs from torch by {difference.max():.3g} at n = {n}; tolerance {tolerance:g}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The two exported graphs as one stream of samples and what the eye sees in them."""
+
+    model: onnxruntime.InferenceSession
+    features: onnxruntime.InferenceSession
+    latent: SignGaussian
+    class_shares: tuple[float, ...]
+
+    def samples(self, *, seed: int, offset: int = 0, count: int) -> ndarray:
+        feed: dict[str, Any] = {"z": self.latent.sample(seed=seed, offset=offset, count=count)}
+        if self.class_shares:
+            feed["y"] = sample_classes(np.array(self.class_shares), seed=seed, offset=offset, count=count)
+        return self.model.run(["samples"], feed)[0]
+
+    def see(self, samples: ndarray) -> tuple[ndarray, ndarray, ndarray]:
+        """features [n, p], scores [n, s], mode [n]."""
+        return tuple(self.features.run(["features", "scores", "mode"], {"x": samples}))
+
+
+def certify(source: Source, sample_count: int, *, cells: int, seconds: float, progress: Callable[[int, int], None]) -> Certificate:
+    """Count the generator's own law on fresh samples of a seed drawn for this purpose.
+
+    `sample_count` samples are drawn, or what fits into `seconds` but not fewer than CERTIFY_AT_LEAST (or `sample_count`, where
+    that is smaller). The first fifth sets the tail thresholds and is then forgotten; everything is counted on the rest.
+    `progress` hears (done, total).
+    """
+    seed = secrets.randbits(53)
+    begin = time.perf_counter()
+    source.see(source.samples(seed=secrets.randbits(53), count=2 * CERTIFY_CHUNK))
+    affordable = int(seconds * 2 * CERTIFY_CHUNK / (time.perf_counter() - begin))
+    total = max(min(sample_count, affordable), min(sample_count, CERTIFY_AT_LEAST))
+    first = total // 5
+
+    scores = np.concatenate([source.see(s)[1] for s in _chunks(source, seed, 0, first, total, progress)]).astype(np.float64)
+    upper = np.quantile(scores, 1 - LEVELS, axis=0, method="higher").T
+    lower = np.quantile(scores, LEVELS, axis=0, method="lower").T
+
+    upper_hits, lower_hits = np.zeros(upper.shape, np.int64), np.zeros(lower.shape, np.int64)
+    cell_count = np.zeros(cells + 1, np.int64)
+    blocks = hits = 0
+    mean: Any = 0.0
+    square: Any = 0.0
+    for samples in _chunks(source, seed, first, total - first, total, progress):
+        features, chunk_scores, mode = source.see(samples)
+        for s, column in enumerate(np.sort(chunk_scores.astype(np.float64), axis=0).T):
+            upper_hits[s] += len(column) - np.searchsorted(column, upper[s], side="right")
+            lower_hits[s] += np.searchsorted(column, lower[s], side="left")
+        cell_count += np.bincount(np.where(mode < 0, cells, mode), minlength=cells + 1)
+        chunk_blocks, chunk_hits = _repeats(samples)
+        blocks, hits = blocks + chunk_blocks, hits + chunk_hits
+        features = features.astype(np.float64)
+        mean, square = mean + features.sum(axis=0), square + features.T @ features
+    count = total - first
+    mean = mean / count
+    golden_seed, golden_offset = (np.array([secrets.randbits(53) for _ in range(GOLDEN)], np.int64) for _ in range(2))
+    golden_offset[: GOLDEN // 8] += 2**62
+    return Certificate(
+        count=count,
+        delta=DELTA,
+        cell_count=cell_count,
+        levels=LEVELS,
+        upper_threshold=upper,
+        upper_hits=upper_hits,
+        lower_threshold=lower,
+        lower_hits=lower_hits,
+        duplicate_blocks=blocks,
+        duplicate_hits=hits,
+        feature_mean=mean,
+        feature_cov=(square / count - np.outer(mean, mean)) * count / (count - 1),
+        golden_seed=golden_seed,
+        golden_offset=golden_offset,
+        golden_sample=np.concatenate([source.samples(seed=int(s), offset=int(o), count=1) for s, o in zip(golden_seed, golden_offset, strict=True)]),
+    )
+
+
+def _chunks(source: Source, seed: int, offset: int, count: int, total: int, progress: Callable[[int, int], None]) -> Iterator[ndarray]:
+    for at in range(offset, offset + count, CERTIFY_CHUNK):
+        chunk = min(CERTIFY_CHUNK, offset + count - at)
+        yield source.samples(seed=seed, offset=at, count=chunk)
+        progress(at + chunk, total)
+
+
+def _repeats(samples: ndarray) -> tuple[int, int]:
+    """Blocks of DUPLICATE_BLOCK consecutive samples, and how many of them hold an exact repeat. A rest is left out."""
+    blocks = len(samples) // DUPLICATE_BLOCK
+    rows = np.ascontiguousarray(samples[: blocks * DUPLICATE_BLOCK]).reshape(blocks * DUPLICATE_BLOCK, -1).view(np.uint8)
+    rows = np.sort(rows.view(f"V{rows.shape[1]}").reshape(blocks, DUPLICATE_BLOCK), axis=1)
+    return blocks, int((rows[:, 1:] == rows[:, :-1]).any(axis=1).sum())
+
+
+def describe_reals(dataset: Dataset, features: onnxruntime.InferenceSession, *, keep_points: bool) -> Reference:
+    """The real data through the exported eye. Mode shares come from all data, the off-manifold share from the held-out part."""
+    seen = features.run(["features", "mode", "probability"], {"x": dataset.samples})
+    points, mode, probability = seen
+    off = float(np.mean(mode[dataset.trained :] < 0))
+    share = np.bincount(probability.argmax(axis=1), minlength=dataset.cells) / len(mode)
+    rng = np.random.default_rng(0)
+    train, held_out = (rng.permutation(part)[: REFERENCE_POINTS if keep_points else 0] for part in np.split(points, [dataset.trained]))
+    return Reference(
+        count=len(mode),
+        cell_share=np.append((1 - off) * share, off),
+        feature_mean=points.mean(axis=0, dtype=np.float64),
+        feature_cov=np.cov(points.astype(np.float64), rowvar=False),
+        train_points=train,
+        held_out_points=held_out,
+    )
+
+
+def write_bundle(
+    directory: Path,
+    *,
+    model: str,
+    dataset: Dataset,
+    generator: Generator,
+    latent: SignGaussian,
+    sight: Sight,
+    training: dict[str, Any],
+    certify_samples: int,
+    certify_seconds: float,
+    keep_points: bool,
+    progress: Callable[[int, int], None],
+) -> Card:
+    """Write a complete bundle into the empty `directory`. Raises ExportError where onnxruntime and torch disagree."""
+    class_shares: tuple[float, ...] = ()
+    inputs = {"z": torch.from_numpy(latent.sample(seed=0, count=64))}
+    if generator.classes:
+        class_shares = tuple((np.bincount(dataset.labels, minlength=generator.classes) / len(dataset.labels)).tolist())
+        inputs["y"] = torch.arange(64) % generator.classes
+    export_onnx(Served(generator, dataset), directory / "model.onnx", inputs, ("samples",), tolerance=1e-5)
+    example = {"x": torch.from_numpy(dataset.samples[:64])}
+    export_onnx(sight.eye, directory / "features.onnx", example, ("features", "scores", "mode", "probability"), tolerance=1e-3)
+
+    source = Source(session(directory / "model.onnx"), session(directory / "features.onnx"), latent, class_shares)
+    reference = describe_reals(dataset, source.features, keep_points=keep_points)
+    certificate = certify(source, certify_samples, cells=dataset.cells, seconds=certify_seconds, progress=progress)
+    write_arrays(directory / "reference.npz", reference)
+    write_arrays(directory / "certificate.npz", certificate)
+    card = Card(
+        model=model,
+        version="unpublished",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        files={},
+        latent=latent,
+        sample_shape=dataset.shape,
+        sample_dtype=str(dataset.samples.dtype),
+        modes=sight.modes,
+        scores=sight.scores,
+        classes=dataset.classes if generator.classes else (),
+        class_shares=class_shares,
+        training=training,
+        certified=figures(dataset, reference, certificate, source, sight),
+        versions={name: importlib.metadata.version(name) for name in ("torch", "onnxruntime-gpu", "onnx", "numpy", "scikit-learn", "ray")}
+        | {"python": platform.python_version()},
+    )
+    return write_card(directory, card)
+
+
+def figures(dataset: Dataset, reference: Reference, certificate: Certificate, source: Source, sight: Sight) -> dict[str, Any]:
+    """What the certificate says, for people. Infinite and undefined numbers become None."""
+    share = certificate.cell_count / certificate.count
+    delay = _expected_delay(share[:-1])
+    samples = source.samples(seed=secrets.randbits(53), count=10_000)
+    found: dict[str, Any] = divergences(reference.cell_share, share)
+    found["frechet"] = frechet(reference.feature_mean, reference.feature_cov, certificate.feature_mean, certificate.feature_cov)
+    found["mode_coverage"] = float(np.mean(share[:-1] >= 0.25 * reference.cell_share[:-1]))
+    found["off_manifold"] = float(share[-1])
+    found["samples"] = certificate.count
+    found["smallest_tail_level"] = float(LEVELS[LEVELS * certificate.count >= 10].min())
+    found["expected_delay"] = dict(zip(sight.modes, delay.tolist(), strict=True))
+    found["unwatched"] = [mode for mode, d in zip(sight.modes, delay, strict=True) if not d <= UNWATCHED]
+    found["classifier_accuracy"] = sight.accuracy
+    if dataset.mixture is not None:
+        found |= {f"mixture_{name}": value for name, value in mixture_fit(dataset.mixture, samples).items()}
+    else:
+        real = dataset.normalised()[: dataset.trained]
+        fake = (samples[: len(real)].reshape(-1, dataset.dim) - dataset.shift) / dataset.scale
+        found |= {f"prdc_{name}": value for name, value in prdc(real, fake).items()}
+    return _finite(found)
+
+
+def _expected_delay(share: Float[ndarray, "k"]) -> Float[ndarray, "k"]:
+    """Samples until the loss of a whole mode is an alarm at the default ARL.
+
+    Each sample outside a mode of share p multiplies the evidence against it by about 1 / (1 - p); one of K experts that share
+    a quarter of the weight must reach log ARL.
+    """
+    with np.errstate(divide="ignore"):
+        return (np.log(ARL) + np.log(4 * len(share))) / -np.log1p(-share)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,58 @@
+"""Decides whether a certified generator may be published, and publishes it. Knows the contracts, neither torch nor Ray."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from training.bundle import FILES, Bundle, Certificate, Reference, open_bundle
+from training.registry import Registry
+
+MODE_FLOOR = 0.25  # of a mode's real share: below it the mode counts as dropped
+OFF_MANIFOLD_LIMIT = 0.5
+TV_LIMIT = 0.4  # total variation between real and generated shares of the cells, off-manifold included
+
+
+class QualityRefused(ValueError):
+    """A complete bundle whose generator is too bad to publish. The text lists every objection."""
+
+
+def quality_objections(reference: Reference, certificate: Certificate, modes: tuple[str, ...]) -> list[str]:
+    """What speaks against this generator, one sentence each; empty: nothing.
+
+    Only what the certificate proves counts: a mode is dropped when even the upper bound of its share is below MODE_FLOOR of
+    the real one, and off-manifold samples are too many when even the lower bound is above the limit.
+    """
+    share, n = reference.cell_share, certificate.count
+    high = certificate.upper(certificate.cell_count, n)
+    objections = [
+        f"mode {mode} is dropped: {certificate.cell_count[k] / n:.2%} of {n} samples, at most {high[k]:.2%}; real {share[k]:.2%}, floor {MODE_FLOOR * share[k]:.2%}"
+        for k, mode in enumerate(modes)
+        if high[k] < MODE_FLOOR * share[k]
+    ]
+    if (low := float(certificate.lower(certificate.cell_count[-1], n))) > OFF_MANIFOLD_LIMIT:
+        objections.append(f"at least {low:.1%} of samples are off the manifold of the real data; the limit is {OFF_MANIFOLD_LIMIT:.0%}")
+    if (tv := 0.5 * float(np.abs(certificate.cell_count / n - share).sum())) > TV_LIMIT:
+        objections.append(f"total variation between real and generated shares of the modes is {tv:.3f}; the limit is {TV_LIMIT}")
+    return objections
+
+
+def publish(directory: str | os.PathLike[str], registry: Registry, *, model: str | None = None, force: bool = False) -> Bundle:
+    """Publish the complete bundle at `directory` as the next version of `model` (default: the one its card names).
+
+    Raises BundleError where it is incomplete or altered, and QualityRefused where the gate objects and `force` is not set;
+    forced, the objections are kept in the card.
+    """
+    bundle = open_bundle(directory)
+    objections = quality_objections(bundle.reference, bundle.certificate, bundle.card.modes)
+    if objections and not force:
+        raise QualityRefused("\n".join(objections))
+    card = replace(bundle.card, model=model or bundle.card.model, forced="; ".join(objections) or None)
+    with registry.staging(card.model) as staged:
+        for name in FILES:
+            shutil.copyfile(Path(directory) / name, staged / name)
+        return registry.publish(staged, card)

@@ -1,0 +1,400 @@
+"""Trains a GAN with Ray Train, certifies what it learned and publishes it as the next version of a model.
+
+    python training/train.py --dataset digits                                    # starts Ray by itself
+    ray job submit --working-dir . -- python training/train.py --dataset digits  # on a running cluster
+    python training/train.py --dataset ring --penalty none                       # a collapse, which is refused
+
+Reads top to bottom: configuration, the loop of one worker, the run. Data, networks, objectives and penalties are registries
+in the files beside it. It knows nothing of serving or monitoring: its product is a bundle (bundle.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+import uuid
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # started as a script, sys.path[0] is training/
+    sys.path.insert(0, str(ROOT))
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import numpy as np
+import ray
+import ray.train
+import torch
+import tyro
+from PIL import Image
+from ray.train.torch import TorchTrainer
+from rich.console import Console
+from rich.table import Table
+
+from training.bundle import SignGaussian
+from training.data import DATASETS, Dataset
+from training.export import ExportError, write_bundle
+from training.features import fit_eye
+from training.gate import QualityRefused, publish
+from training.networks import Critic, Generator
+from training.objectives import OBJECTIVES
+from training.penalties import PENALTIES
+from training.registry import Registry, RegistryError, ganwatch_home
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What was found to work for one data set. Rates and gamma fall exponentially over the whole run: coarse to fine."""
+
+    steps: int
+    signs: int  # latent coordinates of +-1: they make the jumps between separate modes
+    normals: int  # latent coordinates of N(0, scale^2)
+    scale: float
+    width: int  # of both hidden layers, in both networks
+    fourier: int  # random directions in the critic's input; 0 = none
+    learning_rate: tuple[float, float]  # first and last step
+    gamma: tuple[float, float]  # weight of R1 + R2, first and last step
+    noise: float  # standard deviation added to the critic's inputs, real and fake; 0 = none
+    batch: int = 128  # over all workers
+
+
+PLANE = Recipe(5000, 10, 2, 1.0, 128, 32, (4e-3, 1.2e-5), (1.0, 1e-4), 0.0)
+RECIPES = {"ring": PLANE, "grid": PLANE, "digits": Recipe(8000, 48, 16, 0.5, 256, 0, (2e-3, 2e-5), (1.0, 0.1), 0.02)}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a GAN, certify it, publish it. Exit status: 0 published, 1 failed or refused, 2 bad input."""
+
+    dataset: Literal["ring", "grid", "digits"] = "digits"
+    """Real data: 8 Gaussians on a ring, 25 on a grid, or scikit-learn's 1,797 handwritten digits."""
+    model: str | None = None
+    """Name of the model in the registry; by default that of the data set."""
+    registry: Path | None = None
+    """Directory of the registry; by default GANWATCH_HOME/registry, or .ganwatch/registry here."""
+    seed: int = 0
+    """Fixes initial weights, batches and latents. The certificate always draws a seed of its own."""
+    workers: int = 1
+    """Ray Train workers, one CPU or one GPU each; the batch is split over them."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where the networks are trained; auto takes CUDA where Ray has a GPU for each worker."""
+    conditional: bool = False
+    """Train G(z, y) and D(x, y) on the labels, so that requests may name a class (digits only)."""
+    steps: int | None = None
+    """Updates of each network; by default the data set's recipe (5,000 in the plane, 8,000 for digits)."""
+    objective: Literal["relativistic", "non_saturating"] = "relativistic"
+    """The game: paired logits (RpGAN), or the classic one with -log D."""
+    penalty: Literal["closed_form", "autograd", "none"] = "closed_form"
+    """R1 + R2: by formula, by double differentiation (the same numbers, slower), or none, to see a collapse."""
+    gamma: float | None = None
+    """First weight of the penalty, in place of the recipe's; it falls by the same factor."""
+    learning_rate: float | None = None
+    """First learning rate of both networks, in place of the recipe's; it falls by the same factor."""
+    certify_samples: int = 1_000_000
+    """Fresh samples to certify with, as far as certify_seconds allow (never fewer than the smaller of this and 200,000)."""
+    certify_seconds: float = 10.0
+    """Time budget of certification."""
+    reference_points: bool = True
+    """Keep feature vectors of real data in the bundle; without them gauges that compare single samples are unavailable."""
+    force: bool = False
+    """Publish even when the quality gate objects; the objections are kept in the card."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The data set's recipe with what the user changed."""
+        recipe = RECIPES[self.dataset]
+        changed: dict[str, Any] = {} if self.steps is None else {"steps": self.steps}
+        for name in ("gamma", "learning_rate"):
+            if (first := getattr(self, name)) is not None:
+                old = getattr(recipe, name)
+                changed[name] = (first, first * old[1] / old[0])
+        return replace(recipe, **changed)
+
+
+class InputError(ValueError):
+    """A wish that cannot be granted. The text says which value, what is expected and what to do."""
+
+
+def check(config: Config) -> None:
+    """Raise InputError or RegistryError before anything expensive begins."""
+    for name, low in (("workers", 1), ("steps", 1), ("certify_samples", 1000), ("seed", 0)):
+        value = getattr(config, name)
+        if value is not None and value < low:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least {low}")
+    for name in ("gamma", "learning_rate", "certify_seconds"):
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be positive (the penalty is switched off by --penalty none)")
+    if config.conditional and config.dataset != "digits":
+        raise InputError(f"--conditional needs labelled data, and {config.dataset} has none; use --dataset digits")
+    if config.recipe.batch % config.workers:
+        raise InputError(f"--workers is {config.workers}; it must divide the batch of {config.recipe.batch}")
+    if config.device == "cuda" and torch.version.cuda is None:
+        raise InputError(f"--device is cuda, but torch {torch.__version__} is built without CUDA; use --device cpu or install a CUDA build")
+    registry = Registry(config.registry)
+    try:
+        with registry.staging(config.model or config.dataset):
+            pass
+    except OSError as error:
+        raise InputError(f"--registry is {registry.root}, which cannot be written ({error.strerror}); choose a writable directory") from None
+
+
+# The loop of one worker -------------------------------------------------------------------------------------------------------
+
+
+class Status:
+    """JSON lines in `<run>/status.jsonl`, so that others can follow the run; each is flushed at once."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / "status.jsonl"
+
+    def write(self, stage: str, **values: Any) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"at": time.time(), "stage": stage, **values}) + "\n")
+
+
+def decayed(ends: tuple[float, float], progress: float) -> float:
+    """From the first to the second value, exponentially, as progress goes from 0 to 1."""
+    return ends[0] * (ends[1] / ends[0]) ** progress
+
+
+def average_gradients(networks: tuple[torch.nn.Module, ...], world: int) -> None:
+    """All-reduce by hand in place of DistributedDataParallel, whose hooks neither see the penalty's second differentiation
+    nor gradients written by formula. Every worker begins with the same weights, so they stay equal."""
+    if world == 1:
+        return
+    gradients = [p.grad for network in networks for p in network.parameters()]
+    flat = torch.cat([g.flatten() for g in gradients])
+    torch.distributed.all_reduce(flat)
+    for gradient, part in zip(gradients, (flat / world).split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def build(config: Config, dataset: Dataset) -> tuple[SignGaussian, Generator, Critic]:
+    """The latent law and both networks; the same weights for the same seed in every process."""
+    recipe, classes = config.recipe, len(dataset.classes) if config.conditional else 0
+    torch.manual_seed(config.seed)
+    latent = SignGaussian(recipe.signs, recipe.normals, recipe.scale)
+    generator = Generator(latent.dim, dataset.dim, width=recipe.width, classes=classes, bounded=dataset.is_image)
+    return latent, generator, Critic(dataset.dim, width=recipe.width, classes=classes, fourier=recipe.fourier)
+
+
+def train_worker(job: dict[str, Any]) -> None:
+    """Runs in every Ray Train worker. Rank 0 reports the averaged generator, or the reason why there is none."""
+    config, run = Config(**job["config"]), Path(job["run"])
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    torch.set_num_threads(1)
+    recipe, dataset, status = config.recipe, DATASETS[config.dataset](), Status(run)
+    latent, generator, critic = build(config, dataset)
+    generator, critic = generator.to(device), critic.to(device)
+    average, _, _ = build(config, dataset)[1].to(device), None, None
+
+    data = torch.from_numpy(dataset.normalised()[: dataset.trained]).to(device)
+    labels = torch.from_numpy(dataset.labels).to(device) if config.conditional else None
+    optimisers = [torch.optim.Adam(n.parameters(), lr=recipe.learning_rate[0], betas=(0.0, 0.9), fused=True) for n in (generator, critic)]
+    gradients_of, objective = PENALTIES[config.penalty], OBJECTIVES[config.objective]
+    noise = torch.Generator(device).manual_seed(config.seed * world + rank)
+    local = recipe.batch // world
+    begin = said = time.monotonic()
+
+    for step in range(recipe.steps):
+        progress = step / recipe.steps
+        # Every worker takes its share of one global batch, so that the number of workers changes nothing but the rounding.
+        mine = slice(rank * local, (rank + 1) * local)
+        pick = torch.from_numpy(np.random.default_rng((config.seed, step)).integers(len(data), size=recipe.batch)[mine]).to(device)
+        z = torch.from_numpy(latent.sample(seed=config.seed, offset=step * recipe.batch + rank * local, count=local)).to(device)
+        real, y = data[pick], None if labels is None else labels[pick]
+        fake = generator(z, y)
+
+        def blurred(x: torch.Tensor) -> torch.Tensor:
+            return x + recipe.noise * torch.randn(x.shape, generator=noise, device=device) if recipe.noise else x
+
+        seen = gradients_of(critic, objective, blurred(real), blurred(fake.detach()), y, decayed(recipe.gamma, progress))
+        generator.zero_grad(set_to_none=True)
+        fake.backward(seen.by_fake)
+        average_gradients((generator, critic), world)
+        for optimiser in optimisers:
+            group = optimiser.param_groups[0]
+            group["lr"] = decayed(recipe.learning_rate, progress)
+            group["betas"] = (0.0, 0.9 + 0.09 * min(1.0, progress / 0.2))
+            optimiser.step()
+
+        # Weights averaged with a half-life of a twentieth of the run so far (Karras et al. 2024 call it power-function EMA).
+        keep = 0.5 ** (1 / max(1.0, 0.05 * step))
+        with torch.no_grad():
+            for target, source in zip(average.parameters(), generator.parameters(), strict=True):
+                target.lerp_(source, 1 - keep)
+
+        if step % 50 == 49 or step + 1 == recipe.steps:
+            # Gradients are averaged, so a number that is not finite reaches every worker in the same step.
+            if not all(bool(p.isfinite().all()) for n in (generator, critic) for p in n.parameters()):
+                reason = f"the weights are no longer finite at step {step + 1}; lower --learning-rate (now {recipe.learning_rate[0]}) or raise --gamma"
+                ray.train.report({"failed": reason})
+                return
+            now = time.monotonic()
+            if rank == 0 and (now - said > 2.0 or step + 1 == recipe.steps):
+                said = now
+                left = (now - begin) / (step + 1) * (recipe.steps - step - 1)
+                losses = {"critic_loss": seen.critic_loss.item(), "generator_loss": seen.generator_loss.item(), "penalty": seen.penalty.item()}
+                status.write("train", step=step + 1, steps=recipe.steps, seconds_left=left, **losses)
+                words = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+                print(f"step {step + 1:>6}/{recipe.steps}  {words}  {left:4.0f} s left", flush=True)
+
+    seconds = time.monotonic() - begin
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint = None
+        if rank == 0:
+            torch.save(average.cpu().state_dict(), Path(directory) / "generator.pt")
+            checkpoint = ray.train.Checkpoint.from_directory(directory)
+        final = {"critic_loss": seen.critic_loss.item(), "generator_loss": seen.generator_loss.item(), "penalty": seen.penalty.item()}
+        ray.train.report({"seconds": seconds, "steps": recipe.steps, "device": str(device), **final}, checkpoint=checkpoint)
+
+
+# The run ----------------------------------------------------------------------------------------------------------------------
+
+
+def start_ray(config: Config) -> bool:
+    """Join the cluster of a Ray job or of RAY_ADDRESS, else start one on this machine. Returns whether to use GPUs."""
+    workers_import_from = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(log_to_driver=True, logging_level="warning")
+    else:
+        ray.init(
+            "local",
+            num_cpus=max(os.cpu_count() or 1, config.workers),
+            include_dashboard=False,
+            runtime_env=workers_import_from,
+            logging_level="warning",
+            _node_ip_address="127.0.0.1",
+        )
+    have = ray.cluster_resources()
+    enough_gpus = have.get("GPU", 0) >= config.workers
+    if config.device == "cuda" and not enough_gpus:
+        raise InputError(f"--device is cuda and --workers {config.workers}, but Ray has {have.get('GPU', 0):.0f} GPUs; use --device cpu or fewer workers")
+    if have.get("CPU", 0) < config.workers:
+        raise InputError(f"--workers is {config.workers}, but the Ray cluster has {have.get('CPU', 0):.0f} CPUs; use fewer workers")
+    return enough_gpus and config.device != "cpu" and torch.cuda.is_available()
+
+
+def train(config: Config, run: Path, use_gpu: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The averaged generator's weights and the last metrics. Raises TrainingStopped where training did not end well."""
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"config": asdict(config), "run": str(run)},
+        scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=use_gpu, resources_per_worker=None if use_gpu else {"CPU": 1}),
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        run_config=ray.train.RunConfig(name="ray", storage_path=str(run)),
+    )
+    result = trainer.fit()
+    metrics = dict(result.metrics or {})
+    if "failed" in metrics:
+        raise TrainingStopped(metrics["failed"])
+    with result.checkpoint.as_directory() as directory:
+        return torch.load(Path(directory) / "generator.pt", weights_only=True), metrics
+
+
+class TrainingStopped(RuntimeError):
+    """Training ended without a usable generator. The text says why."""
+
+
+def picture(samples: np.ndarray) -> Image.Image:
+    """8 x 16 images in a grid, or a density plot of points in the plane."""
+    if samples.dtype == np.uint8:
+        h, w, c = samples.shape[1:]
+        tiles = samples[:128].reshape(8, 16, h, w, c).transpose(0, 2, 1, 3, 4).reshape(8 * h, 16 * w, c)
+        image = Image.fromarray(tiles[..., 0] if c == 1 else tiles)
+        return image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST)
+    reach = 1.1 * float(np.abs(samples).max())
+    density, _, _ = np.histogram2d(-samples[:, 1], samples[:, 0], bins=256, range=[[-reach, reach]] * 2)
+    return Image.fromarray((255 * np.sqrt(density / density.max())).astype(np.uint8)).resize((512, 512), Image.Resampling.NEAREST)
+
+
+def execute(config: Config, console: Console) -> int:
+    check(config)
+    registry, model = Registry(config.registry), config.model or config.dataset
+    run = ganwatch_home() / "runs" / f"{time.strftime('%Y%m%dT%H%M%S')}-{model}-{uuid.uuid4().hex[:6]}"
+    bundle = run / "bundle"
+    bundle.mkdir(parents=True)
+    status, begin = Status(run), time.monotonic()
+    said = begin
+
+    def stage(name: str, **values: Any) -> None:
+        """Say how long the stage took that has just ended."""
+        nonlocal said
+        now = time.monotonic()
+        status.write(name, seconds=now - said, **values)
+        console.print(f"[bold]{name:<8}[/] {now - said:6.1f} s")
+        said = now
+
+    use_gpu = start_ray(config)
+    stage("ray")
+    weights, metrics = train(config, run, use_gpu)
+    stage("train", **metrics)
+    torch.set_num_threads(1)
+    dataset = DATASETS[config.dataset]()
+    sight = fit_eye(dataset, seed=config.seed)
+    stage("features", accuracy=sight.accuracy)
+    latent, generator, _ = build(config, dataset)
+    generator.load_state_dict(weights)
+
+    def progress(done: int, total: int) -> None:
+        nonlocal heard
+        if time.monotonic() - heard > 2.0 or done == total:
+            heard = time.monotonic()
+            status.write("certify", done=done, total=total)
+            console.print(f"certified {done:>9,}/{total:,} samples")
+
+    heard = time.monotonic()
+    card = write_bundle(
+        bundle,
+        model=model,
+        dataset=dataset,
+        generator=generator,
+        latent=latent,
+        sight=sight,
+        training={"config": _plain(config), "recipe": asdict(config.recipe), "metrics": metrics},
+        certify_samples=config.certify_samples,
+        certify_seconds=config.certify_seconds,
+        keep_points=config.reference_points,
+        progress=progress,
+    )
+    stage("certify")
+    with torch.no_grad():
+        z = torch.from_numpy(latent.sample(seed=0, count=128 if dataset.is_image else 20_000))
+        y = torch.arange(len(z)) % generator.classes if generator.classes else None
+    from training.export import Served
+
+    with torch.no_grad():
+        picture(Served(generator, dataset)(z, y).numpy()).save(run / "samples.png")
+
+    table = Table("figure", "value", title=f"{model}: {card.certified['samples']:,} certified samples")
+    for name, value in card.certified.items():
+        if isinstance(value, float | int):
+            table.add_row(name, f"{value:.4g}")
+    console.print(table)
+    published = publish(bundle, registry, force=config.force)
+    stage("publish", version=published.card.version)
+    console.print(f"published {model} {published.card.version} at {published.path}, in {time.monotonic() - begin:.0f} s; run directory {run}")
+    return 0
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    console = Console()
+    sys.exit(execute(config, console))
+
+
+if __name__ == "__main__":
+    main()
