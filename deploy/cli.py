@@ -27,18 +27,20 @@ from rich.table import Table
 from deploy import stack
 from deploy.inject import FAULTS, InjectError
 from deploy.stack import Settings, StackError
+from serving.errors import ServingError
 from training.bundle import BundleError
 from training.registry import Registry, RegistryError, ganwatch_home
 
 console = Console(stderr=True, highlight=False)
 
-RegistryFlag = Annotated[Path | None, tyro.conf.arg(name="registry")]
+SettingsFlags = Annotated[Settings, tyro.conf.arg(name="")]
+JsonFlag = Annotated[bool, tyro.conf.arg(name="json", help="Print JSON for a program to read.")]
 
 
 # --- running it -------------------------------------------------------------------------------------------------------
 
 
-def up(settings: tyro.conf.OmitArgPrefixes[Settings] = Settings(), registry: Path | None = None) -> None:
+def up(settings: SettingsFlags = Settings(), registry: Path | None = None) -> None:
     """Start Ray, the sampler behind HAProxy, the monitor, and Prometheus and Alertmanager where they are installed.
 
     Everything listens on 127.0.0.1. Returns when all of it answers; `ganwatch down` stops it.
@@ -65,7 +67,7 @@ def down() -> None:
     console.print(f"stopped {len(names)} processes")
 
 
-def demo(settings: tyro.conf.OmitArgPrefixes[Settings] = Settings(), model: str = "digits", dataset: str = "digits") -> None:
+def demo(settings: SettingsFlags = Settings(), model: str = "digits", dataset: str = "digits") -> None:
     """From nothing to a monitored generator: train, certify, serve, watch. Ctrl-C stops everything.
 
     A model that the registry already holds is served as it is.
@@ -97,14 +99,14 @@ def demo(settings: tyro.conf.OmitArgPrefixes[Settings] = Settings(), model: str 
                     stack.down(run)
 
 
-def status(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+def status(as_json: JsonFlag = False) -> None:
     """What is up, where it listens, and what the monitor says of each model."""
     run = stack.running()
     report: dict[str, Any] = {"up": run is not None, "home": str(ganwatch_home())}
     if run is not None:
         report |= {"url": run.url, "page": f"{run.monitor_url}/", "registry": run.registry}
-        report["processes"] = [{"pid": p.pid, "name": p.name()} for p in stack.processes(run.run_id)]
-        report["listening"] = [f"{address}:{port} {name}" for address, port, name in stack.listening(run.run_id)]
+        report["processes"] = [{"pid": p.pid, "name": p.name()} for p in stack.processes(run)]
+        report["listening"] = [f"{address}:{port} {name}" for address, port, name in stack.listening(run)]
         report["models"] = {name: _summary(model) for name, model in _state(run)["models"].items()}
     if as_json:
         return _print_json(report)
@@ -118,7 +120,7 @@ def status(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None
 # --- versions ---------------------------------------------------------------------------------------------------------
 
 
-def models(registry: RegistryFlag = None, as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+def models(registry: Path | None = None, as_json: JsonFlag = False) -> None:
     """The models and versions of the registry, with their aliases."""
     reg = _registry(registry)
     report = {}
@@ -145,8 +147,8 @@ def publish(
     bundle: tyro.conf.Positional[Path],
     model: str | None = None,
     force: bool = False,
-    registry: RegistryFlag = None,
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    registry: Path | None = None,
+    as_json: JsonFlag = False,
 ) -> None:
     """Publish a bundle directory as the next version of its model. Promotes nothing.
 
@@ -168,8 +170,8 @@ def promote(
     version: tyro.conf.Positional[str],
     model: str | None = None,
     alias: Literal["production", "canary", "shadow"] = "production",
-    registry: RegistryFlag = None,
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    registry: Path | None = None,
+    as_json: JsonFlag = False,
 ) -> None:
     """Point an alias at a version and, where ganwatch is up, wait until that version answers.
 
@@ -188,8 +190,8 @@ def promote(
 def rollback(
     model: str | None = None,
     alias: Literal["production", "canary", "shadow"] = "production",
-    registry: RegistryFlag = None,
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    registry: Path | None = None,
+    as_json: JsonFlag = False,
 ) -> None:
     """Point an alias back at the version before and, where ganwatch is up, wait until that version answers.
 
@@ -208,8 +210,8 @@ def inject(
     fault: tyro.conf.Positional[Literal["drop-modes", "off-manifold", "latent-fault", "nothing"]],
     model: str | None = None,
     labels: str = "",
-    registry: RegistryFlag = None,
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    registry: Path | None = None,
+    as_json: JsonFlag = False,
 ) -> None:
     """Publish and promote a deliberately faulty version, to see the alarm work. `ganwatch rollback` undoes it.
 
@@ -240,12 +242,12 @@ def sample(
     model: str | None = None,
     seed: int | None = None,
     offset: int = 0,
-    label: int | str | None = None,
+    label: str | None = None,
     truncation: float = 1.0,
     version: str | None = None,
     out: Path | None = None,
     url: str | None = None,
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Draw samples from the running server.
 
@@ -274,7 +276,7 @@ def sample(
 
             np.save(out, drawn.array)
         elif out is not None:
-            out.write_bytes(client.png(name, n, seed=drawn.seed, offset=offset, label=label, truncation=truncation, version=version))
+            out.write_bytes(_png(drawn.array, report))
     if as_json:
         return _print_json(report if out else {**report, "samples": drawn.array.tolist()})
     print(f"{report['n']} samples of {report['model']} {report['version']}, seed {report['seed']}, offset {report['offset']}" + (f" -> {out}" if out else ""))
@@ -286,7 +288,7 @@ def replay(
     bundle: Path,
     samples: Path,
     arl: float = 2.6e9,
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Run the service's monitor over a recorded stream, which you state to be independent draws of one law.
 
@@ -310,7 +312,7 @@ def replay(
     Console(highlight=False).print(table)
 
 
-def ack(model: str | None = None, as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+def ack(model: str | None = None, as_json: JsonFlag = False) -> None:
     """Acknowledge a model's alarm: it unlatches, and its detectors start again.
 
     Args:
@@ -342,7 +344,7 @@ def grafana(action: tyro.conf.Positional[Literal["apply"]], url: str, token_env:
         print(line)
 
 
-def doctor(as_json: Annotated[bool, tyro.conf.arg(name="json")] = False) -> None:
+def doctor(as_json: JsonFlag = False) -> None:
     """Look at this machine, at the registry and at what is up, and say what is wrong and what to do. Exit code 1 if anything is."""
     from deploy.doctor import checks
 
@@ -377,6 +379,14 @@ def _stopped_on_failure(run: stack.Run) -> Iterator[None]:
     except BaseException:
         stack.down(run)
         raise
+
+
+def _png(samples: Any, about: dict[str, Any]) -> bytes:
+    from serving.formats import FORMATS
+
+    if samples.dtype != "uint8":
+        raise StackError(f"--out ends in .png, but {about['model']} gives vectors of {samples.dtype}; save them as .npy")
+    return FORMATS["image/png"](samples, about)
 
 
 def _start_ray(run: stack.Run) -> None:
@@ -465,16 +475,18 @@ def _await_ready(run: stack.Run) -> None:
 def _await_alias(model: str, alias: str, version: str | None) -> None:
     """Where ganwatch is up: wait until the replicas and the monitor follow the registry."""
     run = stack.running()
-    if run is None or not stack.processes(run.run_id):
+    if run is None or not stack.processes(run):
         return
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        served = next((m for m in httpx.get(f"{run.url}/v1/models", timeout=5).json()["models"] if m["name"] == model), {"aliases": {}})
+        served = next((m for m in httpx.get(f"{run.url}/v1/models", timeout=5).json()["models"] if m["name"] == model), {})
         watched = _state(run)["models"].get(model, {}).get("version") if alias == "production" else version
-        if served["aliases"].get(alias) == version and watched == version:
+        if served.get("serving", {}).get(alias) == version and watched == version:
             return
+        if refused := served.get("errors", {}).get(alias):
+            raise StackError(f"the registry says {alias} of {model} is {version}, but the server refuses it: {refused}")
         time.sleep(0.1)
-    raise StackError(f"the registry says {alias} of {model} is {version}, but after 30 s it is not served: {json.dumps(served)[:500]}")
+    raise StackError(f"the registry says {alias} of {model} is {version}, but after 30 s it is not served and watched: {json.dumps(served)[:500]}")
 
 
 def _state(run: stack.Run) -> dict[str, Any]:
@@ -530,8 +542,8 @@ assert set(FAULTS) == {"drop-modes", "off-manifold", "latent-fault", "nothing"}
 def main() -> None:
     """Run the command line. A user's mistake is one line and exit code 2, never a traceback."""
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="ganwatch", description="Train, serve and watch GANs.")
-    except (StackError, RegistryError, BundleError, InjectError) as error:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="ganwatch", description="Train, serve and watch GANs.", config=(tyro.conf.FlagCreatePairsOff,))
+    except (StackError, RegistryError, BundleError, InjectError, ServingError, ConnectionError) as error:
         _fail(str(error))
     except httpx.HTTPStatusError as error:
         _fail(f"{error.request.url} answered {error.response.status_code}: {error.response.text[:500]}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 import httpx
 
 from deploy import stack
+from serving.sampler import cuda_devices
 from training.bundle import BundleError
 from training.registry import Registry, RegistryError
 
@@ -41,9 +42,8 @@ def _packages() -> Check:
 
 
 def _device() -> Check:
-    from serving.sampler import available_device
-
-    return Check("device", True, f"sampling runs on {available_device()}")
+    gpus = cuda_devices()
+    return Check("device", True, f"{gpus} CUDA devices" if gpus else "no CUDA device; sampling and training run on the CPU")
 
 
 def _disk() -> Check:
@@ -70,7 +70,7 @@ def _ports() -> Check:
 
 
 def _loopback(run: stack.Run) -> Check:
-    exposed = [f"{address}:{port} ({name})" for address, port, name in stack.listening(run.run_id) if not is_loopback(address)]
+    exposed = [f"{address}:{port} ({name})" for address, port, name in stack.listening(run) if not is_loopback(address)]
     return Check("loopback", not exposed, f"listening beyond this machine: {', '.join(exposed)}" if exposed else "every socket listens on 127.0.0.1")
 
 

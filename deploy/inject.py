@@ -19,7 +19,7 @@ from scipy.special import ndtri
 from training.bundle import Bundle
 from training.registry import Registry
 
-CANDIDATES = 16  # latents tried for each sample before the least bad one is taken
+CANDIDATES = 8  # latents tried for each sample before the least bad one is taken
 CLEAR = 0.01  # a candidate passes where the dropped modes together have less than this probability
 NOISE_SHARE = 0.05  # share of samples that `off-manifold` replaces by noise
 LIVE_BITS = 10  # bits of entropy that `latent-fault` leaves

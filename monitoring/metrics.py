@@ -25,7 +25,7 @@ RATIOS = {"mode_coverage": "modes of the real data that the model still serves",
 ALARMS = tuple(verdict for verdict in VERDICTS if verdict not in ("healthy", "warming_up"))
 DROPPED = ("queue_full", "unknown_model")  # why records that reached the monitor were not looked at
 
-Labelled = Iterable[tuple[Mapping[str, str], float | None]]
+Labelled = Iterable[tuple[Mapping[str, str], float | int | None]]  # bool counts as int
 
 
 class Exporter:
@@ -116,7 +116,8 @@ def _alarms(view: View) -> Iterator[Metric]:
 def _samples(view: View, dropped: Mapping[str, int], probes: Mapping[tuple[str, str], int]) -> Iterator[Metric]:
     observed = [({"model": m, "origin": origin}, view.observed.get((m, origin), 0)) for m in view.models for origin in ORIGINS]
     yield _counter("ganwatch_samples_observed_total", "Served samples that reached the monitor", observed)
-    rejected = [({"model": model, "reason": reason}, count) for (model, reason), count in view.rejected.items()]
+    reasons = [(model, reason) for model, shown in view.models.items() for reason in shown.snapshot["rejected"]]
+    rejected = [({"model": model, "reason": reason}, view.rejected.get((model, reason), 0)) for model, reason in reasons]
     yield _counter("ganwatch_samples_rejected_total", "Samples that could not be looked at", rejected)
     dropped = {**dropped, "unknown_model": view.unknown_model}
     yield _counter("ganwatch_records_dropped_total", "Records the monitor did not look at", [({"reason": r}, dropped.get(r, 0)) for r in DROPPED])
@@ -149,7 +150,7 @@ def _versions(view: View) -> Iterator[Metric]:
 def _serving(view: View) -> Iterator[Metric]:
     yield _gauge("ganwatch_serving_replicas", "Replicas heard within the last ten seconds", [({}, view.replicas)])
     yield _gauge("ganwatch_serving_heartbeat_timestamp_seconds", "When a replica was last heard, 0 before the first", [({}, view.heard_at or 0)])
-    families: dict[str, list[tuple[Mapping[str, str], float | None]]] = defaultdict(list)
+    families: dict[str, list[tuple[Mapping[str, str], float | int | None]]] = defaultdict(list)
     for text, value in view.serving.items():
         name, labels = parse_counter(text)
         families[name].append((dict(labels), value))

@@ -8,7 +8,7 @@ import math
 import numpy as np
 from jaxtyping import Float, UInt8
 from numpy import ndarray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 GRID = 8  # tiles a side
 POINTS = 1024  # points of a scatter
@@ -52,18 +52,19 @@ def grid(images: UInt8[ndarray, "n h w c"]) -> Image.Image:
 
 
 def scatter(points: Float[ndarray, "n 2"]) -> Image.Image:
-    """A square that is symmetric about the origin and wide enough for every point, rounded up to 1, 2 or 5 times a power of ten."""
+    """A square that is symmetric about the origin and wide enough for every point, rounded up to a round number."""
     points = points[np.isfinite(points).all(axis=1)]
     reach = float(np.abs(points).max(initial=1e-9))
     decade = 10.0 ** math.floor(math.log10(reach))
-    reach = next(step * decade for step in (1, 2, 5, 10) if step * decade >= reach)
+    reach = next(step * decade for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if step * decade >= reach)
     sheet = Image.new("RGBA", (PIXELS, PIXELS))
     draw = ImageDraw.Draw(sheet, "RGBA")
     middle, margin = PIXELS / 2, 12
     draw.line([(middle, 0), (middle, PIXELS)], _AXIS)
     draw.line([(0, middle), (PIXELS, middle)], _AXIS)
-    draw.text((PIXELS - 6, middle + 4), f"{reach:g}", _AXIS[:3], anchor="ra")
-    draw.text((middle + 6, 2), f"{reach:g}", _AXIS[:3])
+    font = ImageFont.load_default(16)
+    draw.text((PIXELS - margin, middle + 4), f"{reach:g}", _AXIS[:3], font, anchor="ra")
+    draw.text((middle + 6, margin), f"{reach:g}", _AXIS[:3], font, anchor="lm")
     layer = Image.new("RGBA", sheet.size)  # points are blended one over the other, so that density shows
     for x, y in middle + points * [1, -1] * (middle - margin) / reach:
         dot = Image.new("RGBA", (7, 7))

@@ -9,6 +9,7 @@ probes. It knows no statistics.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import math
@@ -98,8 +99,7 @@ class Inbox:
         """Never waits. A heartbeat that does not fit is dropped whole: its counters are totals and come again with the next."""
         weight = _weight(item)
         with self._news:
-            if self._samples + weight > self.limit:
-                assert isinstance(item, Heartbeat)
+            if isinstance(item, Heartbeat) and self._samples + weight > self.limit:
                 self.dropped += len(item.records)
                 return
             self._samples += weight
@@ -151,8 +151,9 @@ class Service:
             self.prober.stop()
         self.incidents.close()
 
-    def state(self, since: float = -math.inf) -> dict[str, Any]:
-        state = self.view.state(since)
+    def state(self, view: View, since: float = -math.inf) -> dict[str, Any]:
+        """The JSON of /api/state: the view, with what troubles the process itself."""
+        state = view.state(since)
         state["errors"] += [*self.prober.trouble.values(), *([self.trouble] if self.trouble else [])]
         return state
 
@@ -183,7 +184,7 @@ class Service:
             for model, answer in answers:
                 try:
                     closed.append((answer, self.watch.acknowledge(model, now)))
-                except KeyError as error:
+                except Exception as error:  # the caller's answer, not the end of the watch
                     answer.set_exception(error)
             if self.watch.changed or now - published >= PUBLISH_PERIOD:
                 point = now - published >= PUBLISH_PERIOD
@@ -227,7 +228,7 @@ def build(options: Options) -> Starlette:
         return JSONResponse({"ok": alive, "seconds_since_last_view": round(late, 3)}, 200 if alive else 503)
 
     async def state(request: Request) -> Response:
-        return JSONResponse(service.state())
+        return JSONResponse(service.state(service.view))
 
     async def events(request: Request) -> Response:
         try:
@@ -264,12 +265,12 @@ def build(options: Options) -> Starlette:
     async def acknowledge(request: Request) -> Response:
         body = await _body(request, 4096)
         try:
-            model = json.loads(body)["model"]
+            model = str(json.loads(body)["model"])
         except (ValueError, KeyError, TypeError):
             return _error(400, "bad_body", "the body names no model", "model", None, 'JSON like {"model": "digits"}')
         try:
             closed = await asyncio.wrap_future(service.acknowledge(model))
-        except (KeyError, TypeError):
+        except KeyError:
             return _error(404, "unknown_model", f"no watched model {model!r}", "model", model, f"one of {sorted(service.view.models)}")
         return JSONResponse({"acknowledged": closed})
 
@@ -293,10 +294,10 @@ def build(options: Options) -> Starlette:
 async def _events(request: Request, service: Service, since: float) -> AsyncIterator[str]:
     """A `state` event for every view: first the whole, then with the points of the histories that are new since the event before."""
     seen, spoke = None, time.monotonic()
-    while not service.stopping.is_set() and not request.app.state.server_should_exit():
+    while not request.app.state.stopping():
         if (view := service.view) is not seen:
             seen, spoke = view, time.monotonic()
-            yield f"id: {view.at}\nevent: state\ndata: {json.dumps(service.state(since), allow_nan=False, separators=(',', ':'))}\n\n"
+            yield f"id: {view.at}\nevent: state\ndata: {json.dumps(service.state(view, since), allow_nan=False, separators=(',', ':'))}\n\n"
             since = view.at
         elif time.monotonic() - spoke > HEARTBEAT_PERIOD:
             spoke = time.monotonic()
@@ -351,23 +352,21 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return _error(error.status_code, code, error.detail, None, None, "see the message")
 
 
-def serve(options: Options) -> None:
-    """Listen until SIGINT or SIGTERM. Raises OSError where the port cannot be had."""
-    listener = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET)
-    with listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((options.host, options.port))
-        app = build(options)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
-        app.state.server_should_exit = lambda: server.should_exit
-        # uvicorn stops in good order at a signal and then raises it again, for whoever was there before.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: sys.exit(0))
-        print(f"monitor: http://{options.host}:{listener.getsockname()[1]}/", flush=True)
-        server.run(sockets=[listener])
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the address. Raises OSError that names the process in the way."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        why = f"it is held by {_holder_of(port)}" if error.errno == errno.EADDRINUSE else error.strerror
+        raise OSError(f"cannot listen on {host}:{port}: {why}; stop it or choose another --port") from None
+    return listener
 
 
-def holder_of(port: int) -> str:
+def _holder_of(port: int) -> str:
     """Words for the process that listens on a TCP port."""
     try:
         pid = next((c.pid for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr and c.laddr.port == port), None)
@@ -376,21 +375,32 @@ def holder_of(port: int) -> str:
         return "a process that may not be looked at"
 
 
+def make_server(options: Options) -> uvicorn.Server:
+    """The server of the application; event streams end when it is told to exit, which is what it waits for."""
+    app = build(options)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    app.state.stopping = lambda: server.should_exit
+    return server
+
+
+def serve(options: Options) -> None:
+    """Answer until SIGINT or SIGTERM. Raises OSError where the port or the home cannot be had."""
+    with listen(options.host, options.port) as listener:
+        server = make_server(options)
+        # uvicorn stops in good order at a signal, then raises it again for whoever handled it before.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: sys.exit(0))
+        print(f"monitor: http://{options.host}:{listener.getsockname()[1]}/", flush=True)
+        server.run(sockets=[listener])
+
+
 def main() -> None:
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
     try:
-        options = tyro.cli(Options)
-        serve(options)
-    except OSError as error:
-        why = f"it is held by {holder_of(options.port)}" if error.errno == 98 else error.strerror
-        sys.exit(_complain(f"cannot listen on {options.host}:{options.port}: {why}; stop it or choose another --port"))
-    except ValueError as error:
-        sys.exit(_complain(str(error)))
-
-
-def _complain(words: str) -> int:
-    print(f"error: {words}", file=sys.stderr)
-    return 2
+        serve(tyro.cli(Options, description=Options.__doc__))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -57,11 +57,11 @@ def parse_counter(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
 class Replicas:
     """The counters of every replica that ever spoke, summed so that totals never go backwards when one goes away."""
 
-    last: OrderedDict[str, tuple[float, Mapping[str, float]]] = field(default_factory=OrderedDict)
+    last: OrderedDict[str, tuple[float, Mapping[str, float | int]]] = field(default_factory=OrderedDict)
     gone: Counter[str] = field(default_factory=Counter)
     heard_at: float | None = None
 
-    def hear(self, replica: str, counters: Mapping[str, float], at: float) -> None:
+    def hear(self, replica: str, counters: Mapping[str, float | int], at: float) -> None:
         self.last[replica] = (at, counters)
         self.last.move_to_end(replica)
         self.heard_at = at
@@ -72,7 +72,7 @@ class Replicas:
     def speaking(self, at: float) -> int:
         return sum(at - heard <= STALE_AFTER for heard, _ in self.last.values())
 
-    def totals(self, at: float) -> dict[str, float]:
+    def totals(self, at: float) -> dict[str, float | int]:
         """Counters over all replicas there ever were; everything else over those that still speak."""
         totals = Counter(self.gone)
         for heard, counters in self.last.values():
@@ -157,7 +157,7 @@ class View:
     alarms: Mapping[tuple[str, str], int]  # (model, verdict) -> alarms raised
     load_failures: Mapping[str, int]  # model -> bundles that could not be loaded
     unknown_model: int  # records of models that the registry does not hold
-    serving: Mapping[str, float]  # the replicas' counters, summed
+    serving: Mapping[str, float | int]  # the replicas' counters, summed
     replicas: int
     heard_at: float | None
     received: int  # samples

@@ -103,7 +103,7 @@ class Batcher:
         if self._loop is not None:
             self._loop.cancel()
             await asyncio.wait([self._loop])
-        self._thread.shutdown(wait=True)
+        await asyncio.to_thread(self._thread.shutdown)  # waits for the batch that runs
 
     async def _run(self) -> None:
         while True:

@@ -7,7 +7,6 @@ Knows nothing of HTTP beyond the numbers; needs the standard library only.
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 _LONGEST_ECHO = 200  # characters of a wrong value that are sent back
@@ -87,7 +86,9 @@ KINDS = (BadRequest, NotFound, MethodNotAllowed, NotAcceptable, BodyTooLarge, In
 
 def _echo(value: Any) -> Any:
     """`value` if it is short and JSON can hold it, else its beginning as text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
     text = json.dumps(value)
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return text[:_LONGEST_ECHO]
     return value if len(text) <= _LONGEST_ECHO else text[:_LONGEST_ECHO] + "..."

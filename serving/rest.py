@@ -165,9 +165,9 @@ class App:
             raise Unavailable(f"production is not served of {why}", field="model", value=waiting, expected="every production version loaded")
         return 200, b'{"ready": true}'
 
-    def _gauges(self) -> dict[str, float]:
+    def _gauges(self) -> dict[str, int | float]:
         """What the replica counts apart from requests, for the heartbeat. Zeros too: a rate needs the first of its counter."""
-        gauges: dict[str, float] = {"queued_samples": self.batcher.queued, "batches_total": self.batcher.batches}
+        gauges: dict[str, int | float] = {"queued_samples": self.batcher.queued, "batches_total": self.batcher.batches}
         for name, model in self.table.models.items():
             gauges[f'load_failures_total{{model="{name}"}}'] = self.table.load_failures[name]
             gauges.setdefault(f'tap_dropped_samples_total{{model="{name}"}}', self.tap.counters[f'tap_dropped_samples_total{{model="{name}"}}'])

@@ -26,7 +26,7 @@ class Tap:
     """`url`: of the monitor, None to send nothing. `rate`: samples/s that are shown to it, each for fresh samples and for the others,
     so that no flood of clients' seeds hides the samples that an alarm may eat. `gauges`: what else a heartbeat says."""
 
-    def __init__(self, url: str | None, rate: float = 2000.0, gauges: Callable[[], dict[str, float]] = dict) -> None:
+    def __init__(self, url: str | None, rate: float = 2000.0, gauges: Callable[[], dict[str, int | float]] = dict) -> None:
         self.url, self.rate, self.gauges = url, rate, gauges
         self.replica = uuid.uuid4().hex
         self.counters: Counter[str] = Counter()
@@ -84,7 +84,7 @@ class Tap:
         heartbeat = Heartbeat(self.replica, time.time(), records, {name: float(value) for name, value in {**self.counters, **self.gauges()}.items()})
         try:
             client.post(f"{self.url}/api/records", content=heartbeat.encode()).raise_for_status()
-        except httpx.HTTPError:
+        except (httpx.HTTPError, httpx.InvalidURL):
             with self._lock:
                 for record in records:
                     self._drop(record)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor, nn
 
@@ -39,7 +39,7 @@ from training.evaluation import divergences, frechet, mixture_fit, prdc
 from training.features import Sight
 from training.networks import Generator
 
-CERTIFY_AT_LEAST, CERTIFY_CHUNK = 200_000, 8192
+CERTIFY_AT_LEAST, CERTIFY_CHUNK = 200_000, 2048
 DELTA = 0.01
 LEVELS = 0.5 ** np.arange(1, 17)
 GOLDEN = 64
@@ -135,6 +135,10 @@ class Source:
         return tuple(self.features.run(["features", "scores", "mode"], {"x": samples}))
 
 
+def open_source(directory: Path, card: Card) -> Source:
+    return Source(session(directory / "model.onnx"), session(directory / "features.onnx"), card.latent, card.class_shares)
+
+
 def certify(source: Source, sample_count: int, *, cells: int, seconds: float, progress: Callable[[int, int], None]) -> Certificate:
     """Count the generator's own law on fresh samples of a seed drawn for this purpose.
 
@@ -144,8 +148,10 @@ def certify(source: Source, sample_count: int, *, cells: int, seconds: float, pr
     """
     seed = secrets.randbits(53)
     begin = time.perf_counter()
-    source.see(source.samples(seed=secrets.randbits(53), count=2 * CERTIFY_CHUNK))
-    affordable = int(seconds * 2 * CERTIFY_CHUNK / (time.perf_counter() - begin))
+    trial = 4 * CERTIFY_CHUNK
+    for samples in _chunks(source, secrets.randbits(53), 0, trial, trial, lambda done, total: None):
+        source.see(samples)
+    affordable = int(seconds * trial / (time.perf_counter() - begin))
     total = max(min(sample_count, affordable), min(sample_count, CERTIFY_AT_LEAST))
     first = total // 5
 

@@ -18,7 +18,11 @@ TV_LIMIT = 0.4  # total variation between real and generated shares of the cells
 
 
 class QualityRefused(ValueError):
-    """A complete bundle whose generator is too bad to publish. The text lists every objection."""
+    """A complete bundle whose generator is too bad to publish. The text lists every objection; `remedy` is a command."""
+
+    def __init__(self, objections: list[str], remedy: str) -> None:
+        super().__init__("\n".join(objections))
+        self.remedy = remedy
 
 
 def quality_objections(reference: Reference, certificate: Certificate, modes: tuple[str, ...]) -> list[str]:
@@ -50,7 +54,7 @@ def publish(directory: str | os.PathLike[str], registry: Registry, *, model: str
     bundle = open_bundle(directory)
     objections = quality_objections(bundle.reference, bundle.certificate, bundle.card.modes)
     if objections and not force:
-        raise QualityRefused("\n".join(objections))
+        raise QualityRefused(objections, f"ganwatch publish {Path(directory).resolve()} --force --registry {registry.root.resolve()}")
     card = replace(bundle.card, model=model or bundle.card.model, forced="; ".join(objections) or None)
     with registry.staging(card.model) as staged:
         for name in FILES:

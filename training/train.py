@@ -10,21 +10,28 @@ in the files beside it. It knows nothing of serving or monitoring: its product i
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
+import socket
 import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, sys.path[0] is training/
     sys.path.insert(0, str(ROOT))
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints every line of a worker twice
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nothing here can be preempted, and it logs an error
 
 import numpy as np
 import ray
@@ -32,13 +39,13 @@ import ray.train
 import torch
 import tyro
 from PIL import Image
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 from rich.table import Table
 
 from training.bundle import SignGaussian
 from training.data import DATASETS, Dataset
-from training.export import ExportError, write_bundle
+from training.export import ExportError, open_source, write_bundle
 from training.features import fit_eye
 from training.gate import QualityRefused, publish
 from training.networks import Critic, Generator
@@ -75,7 +82,7 @@ class Config:
     """Real data: 8 Gaussians on a ring, 25 on a grid, or scikit-learn's 1,797 handwritten digits."""
     model: str | None = None
     """Name of the model in the registry; by default that of the data set."""
-    registry: Path | None = None
+    registry: str | None = None
     """Directory of the registry; by default GANWATCH_HOME/registry, or .ganwatch/registry here."""
     seed: int = 0
     """Fixes initial weights, batches and latents. The certificate always draws a seed of its own."""
@@ -116,6 +123,10 @@ class Config:
         return replace(recipe, **changed)
 
 
+class TrainingStopped(RuntimeError):
+    """Training ended without a usable generator. The text says why."""
+
+
 class InputError(ValueError):
     """A wish that cannot be granted. The text says which value, what is expected and what to do."""
 
@@ -137,9 +148,12 @@ def check(config: Config) -> None:
     if config.device == "cuda" and torch.version.cuda is None:
         raise InputError(f"--device is cuda, but torch {torch.__version__} is built without CUDA; use --device cpu or install a CUDA build")
     registry = Registry(config.registry)
+    model = config.model or config.dataset
     try:
-        with registry.staging(config.model or config.dataset):
+        with registry.staging(model):
             pass
+        with suppress(OSError):  # not empty: it has versions
+            (registry.root / model).rmdir()
     except OSError as error:
         raise InputError(f"--registry is {registry.root}, which cannot be written ({error.strerror}); choose a writable directory") from None
 
@@ -185,38 +199,34 @@ def build(config: Config, dataset: Dataset) -> tuple[SignGaussian, Generator, Cr
     return latent, generator, Critic(dataset.dim, width=recipe.width, classes=classes, fourier=recipe.fourier)
 
 
-def train_worker(job: dict[str, Any]) -> None:
-    """Runs in every Ray Train worker. Rank 0 reports the averaged generator, or the reason why there is none."""
-    config, run = Config(**job["config"]), Path(job["run"])
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    torch.set_num_threads(1)
-    recipe, dataset, status = config.recipe, DATASETS[config.dataset](), Status(run)
+def adversarial_training(
+    config: Config, dataset: Dataset, *, rank: int = 0, world: int = 1, device: torch.device | str = "cpu", say: Callable[..., None] = lambda **_: None
+) -> tuple[Generator, dict[str, float]]:
+    """Train worker `rank` of `world` to the end. Returns the averaged generator and the last losses; `say` hears of progress.
+
+    Where world > 1 a process group must exist. Raises TrainingStopped, in every worker alike, where the numbers blow up.
+    """
+    recipe = config.recipe
     latent, generator, critic = build(config, dataset)
     generator, critic = generator.to(device), critic.to(device)
-    average, _, _ = build(config, dataset)[1].to(device), None, None
-
+    average = copy.deepcopy(generator)
     data = torch.from_numpy(dataset.normalised()[: dataset.trained]).to(device)
     labels = torch.from_numpy(dataset.labels).to(device) if config.conditional else None
     optimisers = [torch.optim.Adam(n.parameters(), lr=recipe.learning_rate[0], betas=(0.0, 0.9), fused=True) for n in (generator, critic)]
     gradients_of, objective = PENALTIES[config.penalty], OBJECTIVES[config.objective]
-    noise = torch.Generator(device).manual_seed(config.seed * world + rank)
+    rng = torch.Generator(device).manual_seed(config.seed * world + rank)
     local = recipe.batch // world
-    begin = said = time.monotonic()
+
+    def blurred(x: torch.Tensor) -> torch.Tensor:
+        return x + recipe.noise * torch.randn(x.shape, generator=rng, device=device) if recipe.noise else x
 
     for step in range(recipe.steps):
         progress = step / recipe.steps
-        # Every worker takes its share of one global batch, so that the number of workers changes nothing but the rounding.
-        mine = slice(rank * local, (rank + 1) * local)
-        pick = torch.from_numpy(np.random.default_rng((config.seed, step)).integers(len(data), size=recipe.batch)[mine]).to(device)
+        # Each worker takes its part of one global batch, so that without noise the number of workers changes only the rounding.
+        pick = np.random.default_rng((config.seed, step)).integers(len(data), size=recipe.batch)[rank * local : (rank + 1) * local]
         z = torch.from_numpy(latent.sample(seed=config.seed, offset=step * recipe.batch + rank * local, count=local)).to(device)
         real, y = data[pick], None if labels is None else labels[pick]
         fake = generator(z, y)
-
-        def blurred(x: torch.Tensor) -> torch.Tensor:
-            return x + recipe.noise * torch.randn(x.shape, generator=noise, device=device) if recipe.noise else x
-
         seen = gradients_of(critic, objective, blurred(real), blurred(fake.detach()), y, decayed(recipe.gamma, progress))
         generator.zero_grad(set_to_none=True)
         fake.backward(seen.by_fake)
@@ -227,35 +237,49 @@ def train_worker(job: dict[str, Any]) -> None:
             group["betas"] = (0.0, 0.9 + 0.09 * min(1.0, progress / 0.2))
             optimiser.step()
 
-        # Weights averaged with a half-life of a twentieth of the run so far (Karras et al. 2024 call it power-function EMA).
+        # The served weights are a running mean with a half-life of a twentieth of the run so far (Karras et al. 2024).
         keep = 0.5 ** (1 / max(1.0, 0.05 * step))
         with torch.no_grad():
-            for target, source in zip(average.parameters(), generator.parameters(), strict=True):
-                target.lerp_(source, 1 - keep)
+            for mean, now in zip(average.parameters(), generator.parameters(), strict=True):
+                mean.lerp_(now, 1 - keep)
 
         if step % 50 == 49 or step + 1 == recipe.steps:
             # Gradients are averaged, so a number that is not finite reaches every worker in the same step.
             if not all(bool(p.isfinite().all()) for n in (generator, critic) for p in n.parameters()):
-                reason = f"the weights are no longer finite at step {step + 1}; lower --learning-rate (now {recipe.learning_rate[0]}) or raise --gamma"
-                ray.train.report({"failed": reason})
-                return
-            now = time.monotonic()
-            if rank == 0 and (now - said > 2.0 or step + 1 == recipe.steps):
-                said = now
-                left = (now - begin) / (step + 1) * (recipe.steps - step - 1)
-                losses = {"critic_loss": seen.critic_loss.item(), "generator_loss": seen.generator_loss.item(), "penalty": seen.penalty.item()}
-                status.write("train", step=step + 1, steps=recipe.steps, seconds_left=left, **losses)
-                words = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
-                print(f"step {step + 1:>6}/{recipe.steps}  {words}  {left:4.0f} s left", flush=True)
+                raise TrainingStopped(
+                    f"the weights are no longer finite at step {step + 1} of {recipe.steps}; lower --learning-rate (now {recipe.learning_rate[0]:g})"
+                )
+            losses = {name: float(getattr(seen, name)) for name in ("critic_loss", "generator_loss", "penalty")}
+            say(step=step + 1, steps=recipe.steps, **losses)
+    return average.cpu(), losses
 
-    seconds = time.monotonic() - begin
+
+def train_worker(job: dict[str, Any]) -> None:
+    """What Ray Train runs in every worker. Rank 0 reports the generator; all report the reason where there is none."""
+    context = ray.train.get_context()
+    rank, device = context.get_world_rank(), ray.train.torch.get_device()
+    torch.set_num_threads(1)
+    config, status = Config(**job["config"]), Status(Path(job["run"]))
+    begin = said = time.monotonic()
+
+    def say(step: int, steps: int, **losses: float) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if rank == 0 and (now - said > 2.0 or step == steps):
+            said, left = now, (now - begin) / step * (steps - step)
+            status.write("train", step=step, steps=steps, seconds_left=left, **losses)
+            print(f"step {step:>6}/{steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in losses.items()) + f"  {left:4.0f} s left", flush=True)
+
+    try:
+        dataset = DATASETS[config.dataset]()
+        generator, losses = adversarial_training(config, dataset, rank=rank, world=context.get_world_size(), device=device, say=say)
+    except TrainingStopped as stopped:
+        ray.train.report({"stopped": str(stopped)})
+        return
     with tempfile.TemporaryDirectory() as directory:
-        checkpoint = None
-        if rank == 0:
-            torch.save(average.cpu().state_dict(), Path(directory) / "generator.pt")
-            checkpoint = ray.train.Checkpoint.from_directory(directory)
-        final = {"critic_loss": seen.critic_loss.item(), "generator_loss": seen.generator_loss.item(), "penalty": seen.penalty.item()}
-        ray.train.report({"seconds": seconds, "steps": recipe.steps, "device": str(device), **final}, checkpoint=checkpoint)
+        torch.save(generator.state_dict(), Path(directory) / "generator.pt")
+        checkpoint = ray.train.Checkpoint.from_directory(directory) if rank == 0 else None
+        ray.train.report({"loop_seconds": time.monotonic() - begin, "device": str(device), **losses}, checkpoint=checkpoint)
 
 
 # The run ----------------------------------------------------------------------------------------------------------------------
@@ -263,50 +287,49 @@ def train_worker(job: dict[str, Any]) -> None:
 
 def start_ray(config: Config) -> bool:
     """Join the cluster of a Ray job or of RAY_ADDRESS, else start one on this machine. Returns whether to use GPUs."""
-    workers_import_from = {"env_vars": {"PYTHONPATH": str(ROOT)}}
     if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=True, logging_level="warning")
+        ray.init(logging_level="error")
     else:
+        # A port of our own choice, so that Ray's helpers find this instance where several run on the machine.
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ["RAY_GCS_SERVER_PORT"] = str(port)
         ray.init(
             "local",
             num_cpus=max(os.cpu_count() or 1, config.workers),
             include_dashboard=False,
-            runtime_env=workers_import_from,
-            logging_level="warning",
+            runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": f"127.0.0.1:{port}"}},
+            logging_level="error",
             _node_ip_address="127.0.0.1",
         )
     have = ray.cluster_resources()
-    enough_gpus = have.get("GPU", 0) >= config.workers
-    if config.device == "cuda" and not enough_gpus:
-        raise InputError(f"--device is cuda and --workers {config.workers}, but Ray has {have.get('GPU', 0):.0f} GPUs; use --device cpu or fewer workers")
-    if have.get("CPU", 0) < config.workers:
-        raise InputError(f"--workers is {config.workers}, but the Ray cluster has {have.get('CPU', 0):.0f} CPUs; use fewer workers")
-    return enough_gpus and config.device != "cpu" and torch.cuda.is_available()
+    gpus, cpus = have.get("GPU", 0), have.get("CPU", 0)
+    if config.device == "cuda" and gpus < config.workers:
+        raise InputError(f"--device is cuda with --workers {config.workers}, but Ray has {gpus:.0f} GPUs; use --device cpu or fewer workers")
+    if cpus < config.workers:
+        raise InputError(f"--workers is {config.workers}, but the Ray cluster has {cpus:.0f} CPUs; use fewer workers")
+    return config.device != "cpu" and gpus >= config.workers
 
 
 def train(config: Config, run: Path, use_gpu: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The averaged generator's weights and the last metrics. Raises TrainingStopped where training did not end well."""
+    """The averaged generator's weights and the last metrics. Raises TrainingStopped where the loop did."""
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": asdict(config), "run": str(run)},
-        scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=use_gpu, resources_per_worker=None if use_gpu else {"CPU": 1}),
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=use_gpu),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         run_config=ray.train.RunConfig(name="ray", storage_path=str(run)),
     )
     result = trainer.fit()
-    metrics = dict(result.metrics or {})
-    if "failed" in metrics:
-        raise TrainingStopped(metrics["failed"])
+    if "stopped" in result.metrics:
+        raise TrainingStopped(result.metrics["stopped"])
     with result.checkpoint.as_directory() as directory:
-        return torch.load(Path(directory) / "generator.pt", weights_only=True), metrics
-
-
-class TrainingStopped(RuntimeError):
-    """Training ended without a usable generator. The text says why."""
+        return torch.load(Path(directory) / "generator.pt", weights_only=True), result.metrics
 
 
 def picture(samples: np.ndarray) -> Image.Image:
-    """8 x 16 images in a grid, or a density plot of points in the plane."""
+    """Up to 128 images in a grid, or the density of points in the plane."""
     if samples.dtype == np.uint8:
         h, w, c = samples.shape[1:]
         tiles = samples[:128].reshape(8, 16, h, w, c).transpose(0, 2, 1, 3, 4).reshape(8 * h, 16 * w, c)
@@ -317,84 +340,90 @@ def picture(samples: np.ndarray) -> Image.Image:
     return Image.fromarray((255 * np.sqrt(density / density.max())).astype(np.uint8)).resize((512, 512), Image.Resampling.NEAREST)
 
 
-def execute(config: Config, console: Console) -> int:
+def execute(config: Config, console: Console) -> None:
+    """The whole run. Raises what `main` turns into words."""
     check(config)
     registry, model = Registry(config.registry), config.model or config.dataset
     run = ganwatch_home() / "runs" / f"{time.strftime('%Y%m%dT%H%M%S')}-{model}-{uuid.uuid4().hex[:6]}"
-    bundle = run / "bundle"
-    bundle.mkdir(parents=True)
+    (run / "bundle").mkdir(parents=True)
     status, begin = Status(run), time.monotonic()
     said = begin
+    console.print(f"run      {run}")
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not registry.root.is_absolute():
+        console.print(f"note: a Ray job runs in a copy of its working directory, so this relative registry is {registry.root.resolve()}")
 
-    def stage(name: str, **values: Any) -> None:
+    def done(stage: str, **values: Any) -> None:
         """Say how long the stage took that has just ended."""
         nonlocal said
         now = time.monotonic()
-        status.write(name, seconds=now - said, **values)
-        console.print(f"[bold]{name:<8}[/] {now - said:6.1f} s")
+        status.write(stage, seconds=now - said, **values)
+        console.print(f"{stage:<8} {now - said:6.1f} s")
         said = now
 
+    def certified(count: int, total: int) -> None:
+        nonlocal heard
+        if time.monotonic() - heard > 2.0 or count == total:
+            heard = time.monotonic()
+            status.write("certify", done=count, total=total)
+            console.print(f"certified {count:,} of {total:,} samples")
+
     use_gpu = start_ray(config)
-    stage("ray")
-    weights, metrics = train(config, run, use_gpu)
-    stage("train", **metrics)
+    done("ray")
     torch.set_num_threads(1)
     dataset = DATASETS[config.dataset]()
-    sight = fit_eye(dataset, seed=config.seed)
-    stage("features", accuracy=sight.accuracy)
+    with ThreadPoolExecutor(1) as beside:  # this process only waits while the workers train
+        eye = beside.submit(fit_eye, dataset, seed=config.seed)
+        weights, metrics = train(config, run, use_gpu)
+        sight = eye.result()
+    done("train", **metrics)
+
     latent, generator, _ = build(config, dataset)
     generator.load_state_dict(weights)
-
-    def progress(done: int, total: int) -> None:
-        nonlocal heard
-        if time.monotonic() - heard > 2.0 or done == total:
-            heard = time.monotonic()
-            status.write("certify", done=done, total=total)
-            console.print(f"certified {done:>9,}/{total:,} samples")
-
     heard = time.monotonic()
     card = write_bundle(
-        bundle,
+        run / "bundle",
         model=model,
         dataset=dataset,
         generator=generator,
         latent=latent,
         sight=sight,
-        training={"config": _plain(config), "recipe": asdict(config.recipe), "metrics": metrics},
+        training={"config": asdict(config), "recipe": asdict(config.recipe), "metrics": metrics},
         certify_samples=config.certify_samples,
         certify_seconds=config.certify_seconds,
         keep_points=config.reference_points,
-        progress=progress,
+        progress=certified,
     )
-    stage("certify")
-    with torch.no_grad():
-        z = torch.from_numpy(latent.sample(seed=0, count=128 if dataset.is_image else 20_000))
-        y = torch.arange(len(z)) % generator.classes if generator.classes else None
-    from training.export import Served
-
-    with torch.no_grad():
-        picture(Served(generator, dataset)(z, y).numpy()).save(run / "samples.png")
-
-    table = Table("figure", "value", title=f"{model}: {card.certified['samples']:,} certified samples")
+    picture(open_source(run / "bundle", card).samples(seed=0, count=128 if dataset.is_image else 20_000)).save(run / "samples.png")
+    done("certify")
+    table = Table("figure", "value", title=f"{model}, on {card.certified['samples']:,} certified samples")
     for name, value in card.certified.items():
         if isinstance(value, float | int):
             table.add_row(name, f"{value:.4g}")
     console.print(table)
-    published = publish(bundle, registry, force=config.force)
-    stage("publish", version=published.card.version)
-    console.print(f"published {model} {published.card.version} at {published.path}, in {time.monotonic() - begin:.0f} s; run directory {run}")
-    return 0
 
-
-def _plain(config: Config) -> dict[str, Any]:
-    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    published = publish(run / "bundle", registry, force=config.force)
+    done("publish", version=published.card.version, forced=published.card.forced)
+    console.print(f"published {model} {published.card.version} at {published.path.resolve()} after {time.monotonic() - begin:.0f} s", soft_wrap=True)
 
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    console = Console()
-    sys.exit(execute(config, console))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    try:
+        execute(config, console)
+    except (InputError, RegistryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except QualityRefused as refusal:
+        print(f"not published, the quality gate objects:\n{refusal}\nto publish it all the same: {refusal.remedy}", file=sys.stderr)
+        sys.exit(1)
+    except (TrainingStopped, ExportError) as error:
+        print(f"nothing published: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
+    # By its full name, so that Ray's workers import the loop in place of unpickling the globals of a script.
+    from training.train import main
+
     main()

@@ -1,0 +1,129 @@
+"""What the evidence means, in words: which failure it is, what to do, and what silence does and does not prove.
+
+Knows the groups of the e-detector and their names, no sample and no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float64
+from numpy import ndarray
+from scipy.special import xlogy
+
+from monitoring.edetectors import DROP_BETS, KINDS, mode_bounds
+from training.bundle import Certificate
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """id: one of VERDICTS; words and advice: a sentence each; modes: those dropped; null: which hypothesis was refuted, A or B."""
+
+    id: str
+    words: str
+    advice: str
+    modes: tuple[str, ...] = ()
+    null: Literal["A", "B"] | None = None
+
+
+VERDICTS: dict[str, Verdict] = {
+    v.id: v
+    for v in (
+        Verdict("healthy", "Nothing distinguishes the served samples from those of the certified model.", "Nothing to do."),
+        Verdict("warming_up", "Too few samples have been seen yet to say anything.", "Wait; traffic or probes will bring more."),
+        Verdict(
+            "latent_fault",
+            "Exact copies of samples keep coming: the model is fed latents that repeat or are too coarse.",
+            "Look at how latents are drawn, at seeds and at the random generator's precision; roll back if the version is new.",
+            null="A",
+        ),
+        Verdict(
+            "mode_dropping",
+            "The model has stopped producing, or produces far too rarely: {modes}.",
+            "Roll back to the version before; then look for what changed in the model file or in its latents.",
+            null="A",
+        ),
+        Verdict(
+            "off_manifold",
+            "More samples than certified look unlike any real data.",
+            "Look at the newest samples, roll back if they are junk; suspect wrong weights, preprocessing or precision.",
+            null="A",
+        ),
+        Verdict(
+            "within_mode_collapse",
+            "Samples crowd around the typical more than certified: the modes are there, their variety is not.",
+            "Look for truncated or narrowed latents, or a wrong checkpoint; roll back if the version is new.",
+            null="A",
+        ),
+        Verdict(
+            "quality_outside_tolerance",
+            "The model behaves as it was certified, but that is too far from the real data: modes are missing or fakes abound.",
+            "Do not roll back to a certificate like this one: train again, and publish a version that passes the gate.",
+            null="B",
+        ),
+        Verdict(
+            "drift",
+            "The served samples are no longer those of the certified model; some kinds come too often.",
+            "Compare the served shares with the certified ones, then roll back or certify anew.",
+            null="A",
+        ),
+    )
+}
+
+EXPLANATIONS = {
+    "duplicates": "latent_fault",
+    "drop": "mode_dropping",
+    "upper": "off_manifold",
+    "lower": "within_mode_collapse",
+    "quality": "quality_outside_tolerance",
+    "inflate": "drift",
+}
+"""Kind of evidence -> the failure that it names. The first one found explains the rest: what repeats has odd tails too, a mode that is gone
+inflates the others, and a model that left its certificate is judged by that before it is judged by the real data."""
+
+
+def diagnose(groups: Collection[str], modes: tuple[str, ...]) -> Verdict:
+    """The verdict on an alarm from the groups that are named for it, at least one; `modes` in the model's order."""
+    kinds = {group.partition(":")[0] for group in groups}
+    verdict = VERDICTS[next(EXPLANATIONS[kind] for kind in EXPLANATIONS if kind in kinds)]
+    dropped = tuple(name for name in modes if f"drop:{name}" in groups)
+    words = verdict.words.format(modes=", ".join(dropped))
+    return Verdict(verdict.id, words, verdict.advice, dropped, verdict.null)
+
+
+def delay_of_loss(certificate: Certificate, losses: Float64[ndarray, "m"], *, threshold: float) -> Float64[ndarray, "m k"]:
+    """Samples until a mode that lost this part of its share is found, about, by its own bets; infinite where they never would.
+
+    Wald: log(threshold / w) over the growth of the best bet, E[log L]. An approximation for people, no bound.
+    """
+    low, _ = mode_bounds(certificate)
+    modes = certificate.cell_count[:-1]
+    delay = np.full((len(losses), len(low)), np.inf)
+    if not (watched := low > 0).any():
+        return delay
+    weight = KINDS["drop"][1] / (len(DROP_BETS) * watched.sum())
+    q = (1 - losses[:, None]) * modes[watched] / modes.sum()
+    growth = np.max([xlogy(q, rho) + (1 - q) * np.log((1 - rho * low[watched]) / (1 - low[watched])) for rho in DROP_BETS], axis=0)
+    growth *= modes.sum() / certificate.count  # bets abstain off the manifold
+    with np.errstate(divide="ignore"):
+        delay[:, watched] = np.log(threshold / weight) / np.maximum(growth, 0)
+    return delay
+
+
+def detectable(certificate: Certificate, modes: tuple[str, ...], *, monitored: int, threshold: float) -> str:
+    """How small a fault would have been seen by now, in words; `monitored` counts samples since the detectors started."""
+    percent = np.arange(100, 0, -1)
+    delays = delay_of_loss(certificate, percent / 100, threshold=threshold)
+    watched = np.isfinite(delays[0])
+    if not watched.any():
+        return "The loss of a mode would never be seen: the certified model hardly produces any of them."
+    blind = [name for name, seen in zip(modes, watched, strict=True) if not seen]
+    note = f" Not watched, since the certified model hardly produces them: {', '.join(blind)}." if blind else ""
+    slowest = delays[:, watched].max(axis=1)
+    if monitored < slowest[0]:
+        return f"The loss of a whole mode is seen within about {slowest[0]:,.0f} samples; {monitored:,} were monitored.{note}"
+    smallest = percent[slowest <= monitored].min()
+    return f"By now a mode that had lost {smallest} % of its share from the start would have been seen, whichever it is.{note}"

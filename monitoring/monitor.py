@@ -1,0 +1,216 @@
+"""The monitor of one version of one model: samples in; gauges, evidence and a verdict out.
+
+Two hypotheses, never confused. Null A: what is served follows the certified generator's law; it is true by construction while nothing is
+broken. Null B: modes and off-manifold share stay within tolerance of the real data. Alarms eat fresh samples only, that is independent
+draws of the model's own law; whatever else clients asked for feeds the "served" gauges. "Served equals real" is never a hypothesis.
+
+Pure: no clock (the caller says when), no network, no file but the bundle's. See README.md beside it for the mathematics.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy import ndarray
+
+from monitoring.coverage import mode_coverage, mode_status
+from monitoring.diagnosis import VERDICTS, Verdict, detectable, diagnose
+from monitoring.divergences import DIVERGENCES, INTERVALS, ShareSet, frechet, smoothed
+from monitoring.edetectors import FAMILIES, EDetector
+from monitoring.features import Eye
+from monitoring.sketches import Blocks
+from training.bundle import Bundle
+
+POPULATIONS = ("fresh", "served")
+GAUGES = (*DIVERGENCES, "mode_coverage", "off_manifold", "frechet")
+WARM_UP = 512  # fresh samples before silence is called health
+GAUGE_DELTA = 0.05  # chance that an interval fails at any sample of a block
+PRIOR_SAMPLES = 1024  # how strongly one of the two priors of the intervals believes in the certificate
+
+TOLERANCES = {"forward_kl": 0.1, "reverse_kl": 0.08, "js": 0.02, "chi_squared": 0.08, "tv": 0.08, "frechet": 0.05}
+"""How far above its certified value a gauge may lie before it deserves a look: nats for KL and JS, Frechet as a part of the real
+features' total variance. The loss of one mode in ten exceeds each; the noise of a full block does not. Alarms do not depend on them."""
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """An estimate from n samples. exact: [low, high] holds at every sample of a block at once, with probability >= 1 - GAUGE_DELTA;
+    none: nobody has derived an interval, low and high are NaN."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    ci: Literal["exact", "asymptotic", "pointwise", "none"]
+
+
+class Monitor:
+    """Watches one bundle. arl: least mean number of fresh samples to a false alarm; share: this version's part of that budget.
+
+    verdict; first_alarm: 0-based number among the fresh samples of the one at which the alarm was raised; alarmed_at: the `at` of its update;
+    monitored: fresh samples eaten; served: all samples looked at; rejected: reason -> samples; tolerance: divergence -> its value for the
+    certified generator and the threshold above which it deserves a look.
+    """
+
+    def __init__(self, bundle: Bundle, *, arl: float = 2.6e9, share: float = 1.0) -> None:
+        if not (math.isfinite(arl) and arl >= 1):
+            raise ValueError(f"arl is {arl}; it must be a finite number of samples, 1 or more (2.6e9 is one a month at 1,000 samples/s)")
+        if not 0 < share <= 1:
+            raise ValueError(f"share is {share}; it must lie in (0, 1], and the shares of all live versions must not exceed 1 in sum")
+        self.bundle, self.arl = bundle, arl
+        certificate, reference = bundle.certificate, bundle.reference
+        self._eye = Eye(bundle)
+        self._detector = EDetector(certificate, reference, bundle.card.modes, threshold=arl / share)
+        cells, features = len(bundle.card.modes) + 1, len(reference.feature_mean)
+        self._blocks = {population: Blocks(cells, features) for population in POPULATIONS}
+        self._real = reference.cell_share
+        if not (self._real > 0).all():  # a cell without real data has some share all the same
+            self._real = smoothed(np.rint(self._real * reference.count).astype(np.int64))
+        self._certified = certificate.cell_count / certificate.count
+        self.tolerance = self._tolerance()
+        self._priors = np.stack([np.full(cells, 0.5), 0.5 + PRIOR_SAMPLES * self._certified])
+        self.monitored = self.served = 0
+        self.rejected = {"nan": 0, "shape": 0, "dtype": 0}
+        self.frechet_clipped = 0  # eigenvalues below zero that rounding cannot explain, over all Frechet gauges read
+        self._since = 0  # monitored samples at the last restart of the detectors
+        self.alarmed_at: float | None = None
+        self.verdict = VERDICTS["warming_up"]
+
+    @property
+    def first_alarm(self) -> int | None:
+        return self._detector.crossed
+
+    @property
+    def log10_threshold(self) -> float:
+        return math.log10(self._detector.threshold)
+
+    def update(self, samples: ndarray, *, fresh: bool, at: float) -> None:
+        """Look at n samples [n, *sample_shape], which may be none; `at`: Unix seconds. What is no sample is counted, never an error."""
+        seen = self._eye.look(samples)
+        for reason, count in seen.rejected.items():
+            self.rejected[reason] += count
+        if not len(seen.cells):
+            return
+        self.served += len(seen.cells)
+        self._blocks["served"].add(seen.cells, seen.features)
+        if fresh:
+            self._blocks["fresh"].add(seen.cells, seen.features)
+            self._detector.update(seen.scores, seen.cells, seen.samples, index=self.monitored)
+            self.monitored += len(seen.cells)
+            if self.first_alarm is not None and self.alarmed_at is None:
+                self.alarmed_at = at
+            self._judge()
+
+    def acknowledge(self) -> None:
+        """Unlatch: the detectors forget everything and start again; counts and gauges go on."""
+        self._detector.restart()
+        self.alarmed_at = None
+        self._since = self.monitored
+        self._judge()
+
+    def evidence(self) -> dict[str, float]:
+        """Family -> log10 of its weighted e-value, -inf before the first sample. The alarm is raised where 10^these sum to 10^log10_threshold."""
+        return {family: math.log10(e) if e > 0 else -math.inf for family, e in self._detector.family_evidence().items()}
+
+    def gauges(self, population: str) -> dict[str, Gauge]:
+        """The estimates against the real data, from the block now being filled. NaN before the first sample.
+
+        Served samples other than fresh ones are no independent draws (a seed may be asked for twice), so "served" has no intervals.
+        """
+        if population not in self._blocks:
+            raise ValueError(f"population is {population!r}; it must be one of {', '.join(POPULATIONS)}")
+        sketch = self._blocks[population].view
+        n, real = sketch.count, self._real
+        if n == 0:
+            return {name: Gauge(math.nan, math.nan, math.nan, 0, "none") for name in GAUGES}
+        shares = ShareSet.observed(sketch.cells, priors=self._priors, delta=GAUGE_DELTA)
+        values = self._divergences(sketch.cells)
+        coverage = mode_coverage(real, shares)
+        values |= {"mode_coverage": coverage.value, "off_manifold": float(shares.centre[-1])}
+        bounds = {name: (math.nan, math.nan) for name in values}
+        if population == "fresh":
+            bounds = {name: interval(real, shares) for name, interval in INTERVALS.items()}
+            bounds["mode_coverage"] = (coverage.low, coverage.high)
+            bounds["off_manifold"] = (float(shares.low[-1]), float(shares.high[-1]))
+        ci = "exact" if population == "fresh" else "none"
+        found = {name: Gauge(value, *bounds[name], n, ci) for name, value in values.items()}
+        reference = self.bundle.reference
+        distance, clipped = frechet(reference.feature_mean, reference.feature_cov, sketch.mean, sketch.covariance)
+        self.frechet_clipped += clipped
+        found["frechet"] = Gauge(distance, math.nan, math.nan, n, "none")
+        return found
+
+    def modes(self) -> list[dict[str, Any]]:
+        """The K modes, then the off-manifold cell: real, certified and freshly served shares, bounds of the latter, status."""
+        sketch = self._blocks["fresh"].view
+        names = (*self.bundle.card.modes, "off-manifold")
+        served = low = high = np.full(len(names), np.nan)
+        status = ["uncertain"] * len(names)
+        if sketch.count:
+            shares = ShareSet.observed(sketch.cells, priors=self._priors, delta=GAUGE_DELTA)
+            served, low, high = shares.centre, shares.low, shares.high
+            certain = "covered" if shares.high[-1] >= self._real[-1] else "uncertain"
+            status = [*mode_status(mode_coverage(self._real, shares)), certain]
+        status = ["alarmed" if name in self.verdict.modes else s for name, s in zip(names, status, strict=True)]
+        if self.verdict.id == "off_manifold":
+            status[-1] = "alarmed"
+        columns = zip(names, self.bundle.reference.cell_share, self._certified, served, low, high, status, strict=True)
+        keys = ("name", "reference", "certified", "served", "low", "high", "status")
+        return [dict(zip(keys, (row[0], *map(float, row[1:6]), row[6]), strict=True)) for row in columns]
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything there is to show of this version, JSON-able; what is not finite is None."""
+        card, verdict = self.bundle.card, self.verdict
+        return _jsonable(
+            {
+                "model": card.model,
+                "version": card.version,
+                "verdict": {**asdict(verdict), "since_sample": self.first_alarm, "since": self.alarmed_at},
+                "monitored": self.monitored,
+                "served": self.served,
+                "rejected": dict(self.rejected),
+                "evidence": self.evidence(),
+                "log10_threshold": self.log10_threshold,
+                "arl": self.arl,
+                "gauges": {population: {name: asdict(g) for name, g in self.gauges(population).items()} for population in POPULATIONS},
+                "tolerance": self.tolerance,
+                "modes": self.modes(),
+                "detectable": detectable(
+                    self.bundle.certificate, card.modes, monitored=self.monitored - self._since, threshold=self._detector.threshold
+                ),
+            }
+        )
+
+    def _judge(self) -> None:
+        if self.first_alarm is not None:
+            groups = [g for g, named in zip(self._detector.groups, self._detector.named, strict=True) if named]
+            self.verdict = diagnose(groups, self.bundle.card.modes)
+        else:
+            self.verdict = VERDICTS["warming_up" if self.monitored < WARM_UP else "healthy"]
+
+    def _tolerance(self) -> dict[str, dict[str, float]]:
+        certificate, reference = self.bundle.certificate, self.bundle.reference
+        certified = self._divergences(certificate.cell_count)
+        certified["frechet"] = frechet(reference.feature_mean, reference.feature_cov, certificate.feature_mean, certificate.feature_cov)[0]
+        unit = {"frechet": float(np.trace(reference.feature_cov))}
+        return {name: {"certified": v, "threshold": v + TOLERANCES[name] * unit.get(name, 1.0)} for name, v in certified.items()}
+
+    def _divergences(self, counts: ndarray) -> dict[str, float]:
+        """Plug-in estimates; where one is infinite, that of the shares with half a sample added to each cell."""
+        plain, finite = counts / counts.sum(), smoothed(counts)
+        values = {name: divergence(self._real, plain) for name, divergence in DIVERGENCES.items()}
+        return {name: v if math.isfinite(v) else DIVERGENCES[name](self._real, finite) for name, v in values.items()}
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _jsonable(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+__all__ = ["FAMILIES", "GAUGES", "POPULATIONS", "VERDICTS", "Gauge", "Monitor", "Verdict"]

@@ -1,0 +1,72 @@
+"""The Ray Serve application: each replica is its own ingress, a bare ASGI app behind HAProxy, so that no request takes a second hop.
+
+Knows nothing of the monitor beyond the URL to which a replica tells what it served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from ray import serve
+
+from serving.batcher import Batcher
+from serving.models import ModelTable
+from serving.rest import App
+from serving.sampler import Device
+from serving.tap import Tap
+from training.registry import Registry
+
+# Admission is the batcher's, counted in samples; Ray's own limit, counted in requests, must not be met before it.
+_MAX_ONGOING_REQUESTS = 100_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a replica needs to know."""
+
+    registry: str  # directory, the same on every node
+    monitor_url: str | None  # None: nothing is told to a monitor
+    device: Device
+    tap_rate: float  # samples/s shown to the monitor by each replica
+    threads: int  # of each ONNX session
+
+
+@serve.ingress()
+class Replica:
+    """Loads every aliased version before it takes traffic; a model that fails to load does not keep the others from serving."""
+
+    async def __init__(self, settings: Settings) -> None:
+        self.batcher = Batcher()
+        table = ModelTable(Registry(settings.registry), settings.device, settings.threads)
+        await asyncio.to_thread(table.refresh)
+        self.asgi = App(table, self.batcher, Tap(settings.monitor_url, settings.tap_rate))
+
+    def __serve_build_asgi_app__(self) -> App:
+        return self.asgi
+
+    async def check_health(self) -> None:
+        if problem := self.batcher.problem():
+            raise RuntimeError(problem)
+
+
+def build(
+    registry: str,
+    monitor_url: str | None = None,
+    device: Device = "auto",
+    num_replicas: int = 1,
+    num_gpus: float = 0.0,
+    tap_rate: float = 2000.0,
+    threads: int = 1,
+) -> serve.Application:
+    """The application, for `serve.run`. `num_gpus`: of each replica, a fraction lets replicas share a device."""
+    deployment = serve.deployment(
+        name="sampler",
+        num_replicas=num_replicas,
+        max_ongoing_requests=_MAX_ONGOING_REQUESTS,
+        health_check_period_s=5,
+        health_check_timeout_s=20,
+        graceful_shutdown_wait_loop_s=0.2,
+        ray_actor_options={"num_cpus": 0.5, "num_gpus": num_gpus},
+    )(Replica)
+    return deployment.bind(Settings(registry, monitor_url, device, tap_rate, threads))

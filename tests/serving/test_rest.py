@@ -1,0 +1,342 @@
+"""The HTTP surface, driven in-process: the seed contract, every bad input, and what a client that leaves disturbs (nothing)."""
+
+import asyncio
+import io
+import json
+import threading
+
+import httpx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tests.serving.conftest import CLASSES, connect, publish, running
+
+from serving.batcher import Batcher
+from serving.models import ModelTable
+from serving.openapi import DOCUMENT, MAX_SAMPLES
+from serving.rest import App
+from serving.sampler import Sampler
+from serving.tap import Tap
+from training.bundle import SEED_LIMIT
+
+NPY = {"Accept": "application/x-npy"}
+DIGITS = "/v1/models/digits/sample"
+
+
+def talk(registry, conversation, **options):
+    """The result of `conversation(client, app)` with an app over `registry`."""
+
+    async def scene():
+        async with running(registry, **options) as app, connect(app) as client:
+            return await conversation(client, app)
+
+    return asyncio.run(scene())
+
+
+def ask(registry, method, path, **arguments) -> httpx.Response:
+    return talk(registry, lambda client, app: client.request(method, path, **arguments))
+
+
+def array(answer: httpx.Response) -> np.ndarray:
+    assert answer.status_code == 200, answer.text
+    return np.load(io.BytesIO(answer.content), allow_pickle=False)
+
+
+def error(answer: httpx.Response) -> dict:
+    fields = json.loads(answer.content)["error"]
+    assert fields.keys() == {"code", "message", "field", "value", "expected"}
+    assert fields["message"]
+    return fields
+
+
+def test_the_answer_says_which_rows_it_holds(registry, samplers):
+    answer = ask(registry, "POST", DIGITS, json={"n": 3, "seed": 7, "offset": 5})
+    fields = answer.json()
+    assert answer.headers["content-type"] == "application/json"
+    assert {k: answer.headers[f"x-ganwatch-{k}"] for k in ("model", "version", "seed", "offset")} == {"model": "digits", "version": "v1", "seed": "7", "offset": "5"}
+    assert {k: fields[k] for k in ("model", "version", "seed", "offset")} == {"model": "digits", "version": "v1", "seed": 7, "offset": 5}
+    assert np.array(fields["samples"]).shape == (3, 8, 8, 1)
+
+
+def test_a_seed_that_the_server_drew_gives_the_same_samples_again(registry):
+    async def conversation(client, app):
+        first = await client.post(DIGITS, json={"n": 4}, headers=NPY)
+        other = await client.post(DIGITS, json={"n": 4}, headers=NPY)
+        again = await client.post(DIGITS, json={"n": 4, "seed": int(first.headers["x-ganwatch-seed"])}, headers=NPY)
+        return first, other, again
+
+    first, other, again = talk(registry, conversation)
+    assert 0 <= int(first.headers["x-ganwatch-seed"]) < 2**53
+    np.testing.assert_array_equal(array(first), array(again))
+    assert first.headers["x-ganwatch-seed"] != other.headers["x-ganwatch-seed"]
+
+
+window = st.tuples(st.sampled_from([0, 7, SEED_LIMIT - 1]), st.sampled_from([0, 1, 30, 2**62]), st.integers(1, 60))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from(["digits", "ring", "clothes"]), st.lists(window, min_size=1, max_size=4), st.integers(1, 4), st.randoms(use_true_random=False))
+def test_split_requests_in_any_order_on_two_replicas_make_up_the_whole(samplers, model, windows, pieces, random):
+    """The seed contract, through HTTP: whatever runs beside a request, on whichever replica."""
+
+    def replica() -> App:
+        table = ModelTable.__new__(ModelTable)
+        table.models = {name: _served(sampler) for name, sampler in samplers.items()}
+        return App(table, Batcher(batch=16, turn=4), Tap(None))
+
+    async def scene():
+        apps = [replica(), replica()]
+        clients = [connect(app) for app in apps]
+        requests = []
+        for index, (seed, offset, count) in enumerate(windows):
+            cuts = sorted({0, count, *(random.randrange(count) for _ in range(pieces))})
+            requests += [(index, start, {"n": end - start, "seed": seed, "offset": offset + start}) for start, end in zip(cuts, cuts[1:], strict=False)]
+        random.shuffle(requests)
+        try:
+            answers = await asyncio.gather(
+                *(random.choice(clients).post(f"/v1/models/{model}/sample", json=body, headers=NPY) for _, _, body in requests)
+            )
+        finally:
+            for app, client in zip(apps, clients, strict=True):
+                await client.aclose()
+                await app.batcher.close()
+        return [(index, start, array(answer)) for (index, start, _), answer in zip(requests, answers, strict=True)]
+
+    parts = asyncio.run(scene())
+    from serving.sampler import Window
+
+    for index, (seed, offset, count) in enumerate(windows):
+        joined = np.concatenate([rows for _, _, rows in sorted((p for p in parts if p[0] == index), key=lambda p: p[1])])
+        np.testing.assert_array_equal(joined, samplers[model].sample([Window(seed, offset, count)]))
+
+
+def _served(sampler: Sampler):
+    from serving.models import Model
+
+    return Model(aliases={"production": sampler.card.version}, serving={"production": sampler})
+
+
+def test_formats(registry):
+    async def conversation(client, app):
+        body = {"n": 5, "seed": 1}
+        return [await client.post("/v1/models/clothes/sample", json=body, headers={"Accept": accept}) for accept in ("application/x-npy", "application/json", "image/png")]
+
+    npy, text, png = talk(registry, conversation)
+    np.testing.assert_array_equal(array(npy), np.array(text.json()["samples"], np.uint8))
+    with Image.open(io.BytesIO(png.content)) as image:
+        assert image.size == (12, 8)
+        np.testing.assert_array_equal(np.asarray(image)[:4, :4], array(npy)[0])
+
+
+def test_labels_by_name_and_index(registry):
+    async def conversation(client, app):
+        return [array(await client.post("/v1/models/clothes/sample", json={"n": 9, "seed": 1, "label": label}, headers=NPY)) for label in (CLASSES[2], 2, 0)]
+
+    by_name, by_index, other = talk(registry, conversation)
+    np.testing.assert_array_equal(by_name, by_index)
+    assert (by_name != other).any()
+
+
+def test_n_at_the_limit_comes_whole(registry):
+    assert array(ask(registry, "POST", "/v1/models/ring/sample", json={"n": MAX_SAMPLES, "seed": 3}, headers=NPY)).shape == (MAX_SAMPLES, 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "value"),
+    [
+        ({"n": 0}, "n", 0),
+        ({"n": -1}, "n", -1),
+        ({"n": 1.5}, "n", 1.5),
+        ({"n": 1.0}, "n", 1.0),
+        ({"n": "4"}, "n", "4"),
+        ({"n": True}, "n", True),
+        ({"n": None}, "n", None),
+        ({"n": MAX_SAMPLES + 1}, "n", MAX_SAMPLES + 1),
+        ({"seed": -1}, "seed", -1),
+        ({"seed": SEED_LIMIT}, "seed", SEED_LIMIT),
+        ({"seed": "seven"}, "seed", "seven"),
+        ({"offset": -1}, "offset", -1),
+        ({"offset": SEED_LIMIT}, "offset", SEED_LIMIT),
+        ({"n": 2, "offset": SEED_LIMIT - 1}, "offset", SEED_LIMIT - 1),
+        ({"truncation": 0}, "truncation", 0),
+        ({"truncation": 1.01}, "truncation", 1.01),
+        ({"truncation": -0.5}, "truncation", -0.5),
+        ({"truncation": "half"}, "truncation", "half"),
+        ({"truncation": False}, "truncation", False),
+        ({"label": 3}, "label", 3),
+        ({"count": 3}, "count", 3),
+    ],
+)
+def test_a_wrong_field_is_named(registry, fields, field, value):
+    answer = ask(registry, "POST", DIGITS, json=fields)
+    assert answer.status_code == 422
+    found = error(answer)
+    assert (found["field"], found["value"]) == (field, value)
+    assert found["expected"]
+
+
+def test_the_last_row_of_a_seed_can_be_had(registry):
+    assert len(array(ask(registry, "POST", DIGITS, json={"n": 1, "seed": SEED_LIMIT - 1, "offset": SEED_LIMIT - 1}, headers=NPY))) == 1
+
+
+def test_labels_that_do_not_exist(registry):
+    for label in (3, -1, "three", True, None, 1.0, ["one"]):
+        answer = ask(registry, "POST", "/v1/models/clothes/sample", json={"label": label})
+        assert answer.status_code == 422
+        assert error(answer)["field"] == "label"
+        assert "zero, one, two" in error(answer)["expected"]
+    assert error(ask(registry, "POST", DIGITS, json={"label": 0}))["message"] == "model digits has no classes"
+
+
+@pytest.mark.parametrize("body", [b"", b"  ", b"{", b"nonsense", b"[1]", b"3", b'{"n": 1, "n": 2}', b'{"truncation": NaN}', b"\xff\xfe{\x00}\x00", b"[" * 60000, b'{"n": 1' + b"0" * 5000 + b"}"])
+def test_a_body_that_is_no_json_object(registry, body):
+    answer = ask(registry, "POST", DIGITS, content=body)
+    assert answer.status_code == 400
+    assert error(answer)["field"] == "body"
+
+
+def test_a_body_of_10_mb_is_refused_declared_or_streamed(registry):
+    async def stream():
+        for _ in range(160):
+            yield b" " * 65536
+
+    for content in (b" " * 10_000_000, stream()):
+        answer = ask(registry, "POST", DIGITS, content=content)
+        assert answer.status_code == 413
+        assert error(answer)["expected"] == "at most 65536 bytes"
+
+
+def test_unknown_names_are_answered_with_those_there_are(registry):
+    publish(registry, "unpromoted", promote=False)
+    cases = [
+        ("POST", "/v1/models/digit/sample", "model", "clothes, digits, ring, unpromoted"),
+        ("POST", "/v1/models/../sample", "path", "/v1/models"),
+        ("POST", "/v1/models/unpromoted/sample", "model", "promote a version"),
+        ("POST", "/v1/models/digits/versions/v7/sample", "version", "v1, production"),
+        ("POST", "/v1/models/digits/versions/canary/sample", "version", "v1, production"),
+        ("POST", "/v1/models/digits/versions/..%2Fring%2Fv1/sample", "path", "/v1/models"),
+        ("GET", "/", "path", "/v1/models"),
+        ("GET", "/v1/models/", "path", "/v1/models"),
+    ]
+    for method, path, field, expected in cases:
+        answer = ask(registry, method, path, json={})
+        assert answer.status_code == 404, path
+        assert error(answer)["field"] == field
+        assert expected in error(answer)["expected"]
+
+
+def test_other_methods_are_refused_with_the_right_one(registry):
+    for method, path, allowed in [("GET", DIGITS, "POST"), ("DELETE", DIGITS, "POST"), ("POST", "/v1/models", "GET, HEAD"), ("PUT", "/v2/health/live", "GET, HEAD")]:
+        answer = ask(registry, method, path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+        assert error(answer)["value"] == method
+
+
+def test_formats_that_cannot_be_given(registry):
+    for path, accept in [(DIGITS, "text/html"), ("/v1/models/ring/sample", "image/png")]:
+        answer = ask(registry, "POST", path, json={}, headers={"Accept": accept})
+        assert answer.status_code == 406
+        assert "application/x-npy" in error(answer)["expected"]
+
+
+def test_versions_and_aliases_by_path(registry):
+    publish(registry, "digits", shift=1.0, promote=False)
+    registry.set_alias("digits", "canary", "v2", reason="test")
+    publish(registry, "digits", shift=2.0, promote=False)
+
+    async def conversation(client, app):
+        return [await client.post(f"/v1/models/digits/versions/{v}/sample", json={"n": 2, "seed": 1}, headers=NPY) for v in ("production", "v1", "canary", "v2", "v3")]
+
+    answers = talk(registry, conversation)
+    assert [a.headers["x-ganwatch-version"] for a in answers] == ["v1", "v1", "v2", "v2", "v3"]
+    assert [int(array(a).mean() - array(answers[0]).mean()) for a in answers[2:]] == [19, 19, 38] or all(np.diff([array(a).mean() for a in answers[1::2]]) > 5)
+
+
+def test_the_list_of_models(registry):
+    publish(registry, "unpromoted", promote=False)
+    models = {model["name"]: model for model in ask(registry, "GET", "/v1/models").json()["models"]}
+    assert models["clothes"] == {
+        "name": "clothes", "state": "serving", "aliases": {"production": "v1"}, "serving": {"production": "v1"}, "errors": {},
+        "sample_shape": [4, 4, 3], "dtype": "uint8", "classes": list(CLASSES), "latent_dim": 16, "provider": "CPUExecutionProvider",
+    }  # fmt: skip
+    assert models["unpromoted"]["state"] == "unpromoted"
+    assert ask(registry, "GET", "/v2/health/ready").json() == {"ready": True}
+    assert ask(registry, "GET", "/v2/health/live").json() == {"live": True}
+    assert ask(registry, "GET", "/openapi.json").json() == json.loads(json.dumps(DOCUMENT))
+    assert ask(registry, "HEAD", "/v1/models").status_code == 200
+
+
+def test_a_client_that_leaves_frees_its_place_and_disturbs_nobody(registry, samplers):
+    class Slow(Sampler):
+        def __init__(self, sampler):
+            self.__dict__.update(sampler.__dict__)
+            self.entered, self.gate = threading.Event(), threading.Event()
+
+        def sample(self, windows):
+            self.entered.set()
+            assert self.gate.wait(10)
+            return super().sample(windows)
+
+    async def conversation(client, app):
+        slow = Slow(samplers["digits"])
+        app.table.models = {"digits": _served(slow)}
+        messages = asyncio.Queue()
+        await messages.put({"type": "http.request", "body": b'{"n": 60000, "seed": 1}'})
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": DIGITS, "headers": []}
+        leaving = asyncio.ensure_future(app(scope, messages.get, send))
+        await asyncio.to_thread(slow.entered.wait)
+        staying = asyncio.ensure_future(client.post(DIGITS, json={"n": 3, "seed": 7}, headers=NPY))
+        await asyncio.sleep(0.01)
+        await messages.put({"type": "http.disconnect"})
+        await leaving
+        queued = app.batcher.queued
+        slow.gate.set()
+        return sent, queued, await staying, app.tap.counters
+
+    sent, queued, staying, counters = talk(registry, conversation)
+    assert sent == []
+    assert queued <= 3
+    assert len(array(staying)) == 3
+    assert counters['requests_total{model="digits",status="499"}'] == 1
+    assert counters['requests_total{model="digits",status="200"}'] == 1
+
+
+def test_a_model_that_fails_answers_500_and_the_next_request_is_fine(registry, samplers):
+    class Failing(Sampler):
+        def __init__(self, sampler):
+            self.__dict__.update(sampler.__dict__)
+
+        def sample(self, windows):
+            if windows[0].seed == 666:
+                raise ArithmeticError("out of numbers")
+            return super().sample(windows)
+
+    async def conversation(client, app):
+        app.table.models = {"digits": _served(Failing(samplers["digits"]))}
+        return [await client.post(DIGITS, json={"seed": seed}) for seed in (666, 1)]
+
+    failed, fine = talk(registry, conversation)
+    assert (failed.status_code, fine.status_code) == (500, 200)
+    assert error(failed)["message"] == "model digits failed: ArithmeticError: out of numbers"
+
+
+def test_a_full_queue_answers_429(registry):
+    answer = talk(registry, lambda client, app: client.post(DIGITS, json={"n": 101}), batcher=Batcher(limit=100))
+    assert answer.status_code == 429
+    assert int(answer.headers["retry-after"]) >= 1
+    assert error(answer)["field"] == "n"
+
+
+def test_every_answer_is_in_the_document(registry):
+    """The statuses that the tests above provoke are those that the document lists."""
+    listed = DOCUMENT["paths"]["/v1/models/{model}/sample"]["post"]["responses"].keys()
+    assert listed == {"200", "400", "404", "406", "413", "422", "429", "500", "503"}
+    for path, item in DOCUMENT["paths"].items():
+        assert ("post" in item) == path.endswith("/sample")
