@@ -31,7 +31,8 @@ from serving.errors import ServingError
 from training.bundle import BundleError
 from training.registry import Registry, RegistryError, ganwatch_home
 
-console = Console(stderr=True, highlight=False)
+progress = Console(stderr=True, highlight=False, soft_wrap=True)
+answer = Console(highlight=False, soft_wrap=True)
 
 SettingsFlags = Annotated[Settings, tyro.conf.arg(name="")]
 JsonFlag = Annotated[bool, tyro.conf.arg(name="json", help="Print JSON for a program to read.")]
@@ -60,11 +61,11 @@ def down() -> None:
     """Stop everything that `up` or `demo` started: no process and no listening port is left."""
     run = stack.running()
     if run is None:
-        console.print(f"nothing is up under {ganwatch_home()}")
+        answer.print(f"nothing is up under {ganwatch_home()}")
         return
     with _stage("stopping"):
         names = stack.down(run)
-    console.print(f"stopped {len(names)} processes")
+    answer.print(f"stopped {len(names)} processes")
 
 
 def demo(settings: SettingsFlags = Settings(), model: str = "digits", dataset: str = "digits") -> None:
@@ -91,7 +92,7 @@ def demo(settings: SettingsFlags = Settings(), model: str = "digits", dataset: s
             _say_where(run, model)
             _send_traffic(run, model)
         except KeyboardInterrupt:
-            console.print("\nstopping ...")
+            progress.print("\nstopping ...")
         finally:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it running
             if stack.running() == run:
@@ -111,10 +112,10 @@ def status(as_json: JsonFlag = False) -> None:
     if as_json:
         return _print_json(report)
     if run is None:
-        return console.print(f"nothing is up under {ganwatch_home()}; start it with `ganwatch up` or `make demo`")
-    console.print(f"page {report['page']}   sampling {run.url}   {len(report['processes'])} processes, {len(report['listening'])} listening sockets")
+        return answer.print(f"nothing is up under {ganwatch_home()}; start it with `ganwatch up` or `make demo`")
+    answer.print(f"page {report['page']}   sampling {run.url}   {len(report['processes'])} processes, {len(report['listening'])} listening sockets")
     for name, model in report["models"].items():
-        console.print(f"[bold]{name}[/] {model['version']}  {_colour(model['verdict'])}  {escape(model['words'])}")
+        answer.print(f"[bold]{name}[/] {model['version']}  {_colour(model['verdict'])}  {escape(model['words'])}")
 
 
 # --- versions ---------------------------------------------------------------------------------------------------------
@@ -133,14 +134,14 @@ def models(registry: Path | None = None, as_json: JsonFlag = False) -> None:
     if as_json:
         return _print_json(report)
     if not report:
-        return console.print(f"the registry at {reg.root} is empty; train a model with `python training/train.py --dataset digits`")
+        return answer.print(f"the registry at {reg.root} is empty; train a model with `python training/train.py --dataset digits`")
     table = Table("model", "version", "alias", "created", "remarks", box=None)
     for name, entry in report.items():
         for v in entry["versions"]:
             names = ", ".join(a for a, version in entry["aliases"].items() if version == v["version"])
             remarks = f"fault: {v['fault']} (from {v['injected_from']})" if v["injected_from"] else f"forced: {v['forced']}" if v["forced"] else ""
             table.add_row(name, v["version"], names, v["created"], escape(remarks))
-    Console(highlight=False).print(table)
+    answer.print(table)
 
 
 def publish(
@@ -309,7 +310,7 @@ def replay(
     table = Table("gauge", "value", "low", "high", "n", "interval", box=None)
     for name, g in report["gauges"].items():
         table.add_row(name, *(f"{g[k]:.4g}" if g[k] is not None else "-" for k in ("value", "low", "high")), str(g["n"]), g["ci"])
-    Console(highlight=False).print(table)
+    answer.print(table)
 
 
 def ack(model: str | None = None, as_json: JsonFlag = False) -> None:
@@ -354,7 +355,7 @@ def doctor(as_json: JsonFlag = False) -> None:
     else:
         for r in results:
             mark = "[green]ok[/]  " if r.ok else "[red]FAIL[/]"
-            console.print(f"{mark} {r.name:<22} {escape(r.words)}")
+            answer.print(f"{mark} {r.name:<22} {escape(r.words)}")
     if not all(r.ok for r in results):
         raise SystemExit(1)
 
@@ -366,9 +367,9 @@ def doctor(as_json: JsonFlag = False) -> None:
 def _stage(words: str) -> Iterator[Callable[[str], None]]:
     """One progress line: a spinner while it lasts, then what was done and the seconds it took."""
     start = time.monotonic()
-    with console.status(words) as spinner:
+    with progress.status(words) as spinner:
         yield lambda more: spinner.update(f"{words}: {escape(more)}")
-    console.print(f"[green]✓[/] {words} [dim]{time.monotonic() - start:6.1f} s[/]")
+    progress.print(f"[green]✓[/] {words} [dim]{time.monotonic() - start:6.1f} s[/]")
 
 
 @contextmanager
@@ -405,7 +406,7 @@ def _start_the_rest(run: stack.Run) -> None:
         ("Alertmanager", stack.start_alertmanager, stack.find_binary("alertmanager", "prometheus-alertmanager")),
     ):
         if binary is None:
-            console.print(f"[dim]- {name} is not installed; its rules are in deploy/prometheus/rules.yml[/]")
+            progress.print(f"[dim]- {name} is not installed; its rules are in deploy/prometheus/rules.yml[/]")
         else:
             with _stage(f"starting {name}"):
                 start(run, binary)
@@ -435,7 +436,7 @@ def _train(run: stack.Run, model: str, dataset: str) -> None:
 def _send_traffic(run: stack.Run, model: str) -> None:
     """Gentle traffic, as applications send it, until Ctrl-C or until somebody else runs `ganwatch down`."""
     sent, failures = 0, 0
-    with httpx.Client(base_url=run.url, timeout=10) as client, console.status("sending samples") as spinner:
+    with httpx.Client(base_url=run.url, timeout=10) as client, progress.status("sending samples") as spinner:
         while stack.running() == run:
             body = {"n": 16} if sent % 8 else {"n": 16, "seed": sent}
             try:
@@ -447,28 +448,28 @@ def _send_traffic(run: stack.Run, model: str) -> None:
             else:
                 spinner.update(f"{sent} requests answered, {failures} failed; Ctrl-C stops everything")
             time.sleep(0.25)
-    console.print("stopped by `ganwatch down`")
+    answer.print("stopped by `ganwatch down`")
 
 
 def _say_where(run: stack.Run, model: str | None = None) -> None:
     ports, registry = run.settings.ports, Registry(run.registry)
     served = model or next((m for m in registry.models() if "production" in registry.aliases(m)), None)
-    console.print(f"\n[bold]page[/]      {run.monitor_url}/\n[bold]metrics[/]   {run.monitor_url}/metrics")
+    answer.print(f"\n[bold]page[/]      {run.monitor_url}/\n[bold]metrics[/]   {run.monitor_url}/metrics")
     if stack.port_holder(ports.prometheus):
-        console.print(f"[bold]alerts[/]    http://127.0.0.1:{ports.prometheus}/alerts")
+        answer.print(f"[bold]alerts[/]    http://127.0.0.1:{ports.prometheus}/alerts")
     if served is None:
-        console.print(f"no model is in production yet. Train one:\n  source {run.home}/env && ray job submit --working-dir . -- python training/train.py --dataset digits")
-        return console.print("  ganwatch promote v1")
-    print(f"curl -s -X POST {run.url}/v1/models/{served}/sample -H 'Accept: image/png' -d '{{\"n\": 64, \"seed\": 7}}' -o {served}.png")
+        answer.print(f"no model is in production yet. Train one:\n  source {run.home}/env && ray job submit --working-dir . -- python training/train.py --dataset digits")
+        return answer.print("  ganwatch promote v1")
+    answer.print(f"curl -s -X POST {run.url}/v1/models/{served}/sample -H 'Accept: image/png' -d '{{\"n\": 64, \"seed\": 7}}' -o {served}.png", markup=False)
     if model is not None:
-        console.print(f"[dim]break it:[/]  ganwatch inject drop-modes --model {served} --labels 3,8     [dim]mend it:[/]  ganwatch rollback")
+        answer.print(f"[dim]break it:[/]  ganwatch inject drop-modes --model {served} --labels 3,8     [dim]mend it:[/]  ganwatch rollback")
 
 
 def _await_ready(run: stack.Run) -> None:
     deadline = time.monotonic() + 60
-    while (answer := httpx.get(f"{run.url}/v2/health/ready", timeout=5)).status_code != 200:
+    while (response := httpx.get(f"{run.url}/v2/health/ready", timeout=5)).status_code != 200:
         if time.monotonic() > deadline:
-            raise StackError(f"the sampler is up but not ready after 60 s: {answer.text[:500]}")
+            raise StackError(f"the sampler is up but not ready after 60 s: {response.text[:500]}")
         time.sleep(0.1)
 
 
@@ -554,7 +555,7 @@ def main() -> None:
 
 
 def _fail(words: str) -> NoReturn:
-    console.print(f"[bold red]error:[/] {escape(words)}", soft_wrap=True)
+    progress.print(f"[bold red]error:[/] {escape(words)}")
     sys.exit(2)
 
 

@@ -70,13 +70,21 @@ def _ports() -> Check:
 
 
 def _loopback(run: stack.Run) -> Check:
-    exposed = [f"{address}:{port} ({name})" for address, port, name in stack.listening(run) if not is_loopback(address)]
-    return Check("loopback", not exposed, f"listening beyond this machine: {', '.join(exposed)}" if exposed else "every socket listens on 127.0.0.1")
+    sockets = stack.listening(run)
+    exposed = [f"{address}:{port} ({name})" for address, port, name in sockets if not is_loopback(address) and not is_ray_grpc(address, name)]
+    grpc = [str(port) for address, port, name in sockets if is_ray_grpc(address, name)]
+    words = f"listening beyond this machine: {', '.join(exposed)}" if exposed else "every socket listens on 127.0.0.1"
+    return Check("loopback", not exposed, words + (f"; but for Ray's gRPC between replicas, which asks for the token: {', '.join(grpc)}" if grpc else ""))
 
 
 def is_loopback(address: str) -> bool:
     """Whether a listening address is reachable from this machine only."""
     return address.removeprefix("::ffff:").startswith("127.") or address == "::1"
+
+
+def is_ray_grpc(address: str, process: str) -> bool:
+    """Whether this is the gRPC server of a Serve replica, which Ray binds to every interface whatever it is told."""
+    return address == "::" and process.startswith("ray::ServeReplica")
 
 
 def _sampler(run: stack.Run) -> Check:

@@ -1,13 +1,13 @@
 """Puts ganwatch's folder, datasource, dashboard and alert rules into a running Grafana, over HTTP.
 
     GRAFANA_TOKEN=glsa_... ganwatch grafana apply --url http://127.0.0.1:3000 --dry-run
-    python -m deploy.grafana > deploy/grafana/provisioning/alerting/ganwatch.yaml     # after an edit of prometheus/rules.yml
+    python -m deploy.grafana > deploy/grafana/provisioning/alerting/ganwatch.yaml    # after an edit of prometheus/rules.yml
 
-What is put there is read from deploy/grafana and deploy/prometheus/rules.yml; a second run changes nothing. Contact points and the
-tree of notification policies belong to the Grafana's owner: they are neither read nor written. Who must not hand out a token
-uses the provisioning files instead (deploy/compose.yaml does).
-The transport is grafana-api, which is older than Grafana's present alerting: the endpoints that it has no method for go through its
-bare verbs.
+What is put there is read from deploy/grafana and deploy/prometheus/rules.yml; a second run changes nothing. Contact points and
+notification policies belong to the Grafana's owner: they are neither read nor written. Where no token is to be had, the
+provisioning files do the same (deploy/compose.yaml uses them).
+The transport is grafana-api, which is older than Grafana's present alerting: endpoints that it has no method for go through its
+bare verbs. No Grafana has run here: what is known of its answers is its documentation.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ from deploy.observability import RULES
 
 HERE = Path(__file__).resolve().parent / "grafana"
 FOLDER = {"uid": "ganwatch", "title": "ganwatch"}
+ABOVE_ZERO = {"evaluator": {"type": "gt", "params": [0]}}
 VERDICT_PANEL = 1  # the panel that every alert links to
 EVERY_S = 10  # seconds between evaluations: the shortest that Grafana takes
+OWN_ADDRESS = "give Grafana's own address, with its sub-path if it has one"
 EDITABLE = {"X-Disable-Provenance": "true"}  # leaves the rules editable in Grafana's pages
 
 
@@ -61,24 +63,30 @@ class Apply:
         """One line for each thing looked at. Raises GrafanaError."""
         token = os.environ.get(self.token_env, "").strip()
         if not token:
-            raise GrafanaError(f"environment variable {self.token_env} is not set; put a Grafana service account token there, or name another with --token-env")
+            raise GrafanaError(
+                f"environment variable {self.token_env} is not set; put a service account token of Grafana there, "
+                "or name another variable with --token-env"
+            )
         return apply(self.url, token, prometheus_url=self.prometheus_url, dry_run=self.dry_run, wait=self.wait)
 
 
-def apply(url: str, token: str, *, prometheus_url: str = "http://127.0.0.1:9090", dry_run: bool = False, wait: float = 30.0) -> list[str]:
+def apply(
+    url: str, token: str, *, prometheus_url: str = "http://127.0.0.1:9090", dry_run: bool = False, wait: float = 30.0
+) -> list[str]:
     """Make the Grafana at `url` hold what is committed here; see Apply. Raises GrafanaError, which never quotes the token."""
     if not re.fullmatch(r"[\x21-\x7e]+", token):
         raise GrafanaError("the token holds a space, a line break or a character that is not ASCII; copy it again")
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
-        raise GrafanaError("the URL must look like http://127.0.0.1:3000 or https://host/grafana, without credentials, query or fragment")
-    path = parts.path.strip("/")
-    grafana = GrafanaFace(token, host=parts.netloc, url_path_prefix=f"{path}/" if path else "", protocol=parts.scheme, timeout=10.0)
+        raise GrafanaError("the URL must look like http://127.0.0.1:3000 or https://host/grafana, without credentials or query")
+    path = parts.path.strip("/") + "/" if parts.path.strip("/") else ""
+    grafana = GrafanaFace(token, host=parts.netloc, url_path_prefix=path, protocol=parts.scheme, timeout=10.0)
     grafana.api.s.max_redirects = 0  # followed, a redirected POST becomes a GET, and nothing is written
     with closing(grafana.api.s):
         session = _Session(grafana, url, dry_run)
         session.wait_until_healthy(wait)
-        lines = [session.folder(), session.datasource(prometheus_url), session.dashboard(), *map(session.rule, alert_rules()), session.group()]
+        lines = [session.folder(), session.datasource(prometheus_url), session.dashboard()]
+        lines += [*map(session.rule, alert_rules()), session.group()]
     changes = sum(not line.startswith("unchanged") for line in lines)
     done = "nothing was written" if dry_run else "contact points and notification policies are untouched"
     return [*lines, f"{changes or 'no'} change{'' if changes == 1 else 's'}{' to make' if dry_run else ''}; {done}"]
@@ -96,7 +104,7 @@ class _Session:
             try:
                 health = self._ask("read its health", self.grafana.api.GET, "/health")
                 if not isinstance(health, dict) or "database" not in health:
-                    raise GrafanaError(f"{self.url} answers, but not as a Grafana does; give Grafana's own address, with its sub-path if it has one")
+                    raise GrafanaError(f"{self.url} answers, but not as a Grafana does; {OWN_ADDRESS}")
                 if health["database"] == "ok":
                     return
                 trouble = GrafanaError(f"Grafana at {self.url} has no working database: {health['database']!r}; see its log")
@@ -134,7 +142,8 @@ class _Session:
     def dashboard(self) -> str:
         wanted = {"dashboard": dashboard(), "meta": {"folderUid": FOLDER["uid"]}}
         there = self._find("read the dashboard", self.grafana.dashboard.get_dashboard, wanted["dashboard"]["uid"])
-        body = {"dashboard": {**wanted["dashboard"], "id": None}, "folderUid": FOLDER["uid"], "overwrite": True, "message": "ganwatch grafana apply"}
+        body = {"dashboard": {**wanted["dashboard"], "id": None}, "folderUid": FOLDER["uid"]}
+        body |= {"overwrite": True, "message": "ganwatch grafana apply"}
         return self._settle(
             f"dashboard {wanted['dashboard']['title']}",
             there,
@@ -154,7 +163,7 @@ class _Session:
             {key: value for key, value in wanted.items() if key != "orgID"},  # it is the token's organisation, whatever is sent
             create=lambda _: self.grafana.api.POST(path, json=wanted, headers=EDITABLE),
             # What somebody set there besides, such as a pause or a receiver, stays.
-            update=lambda changed: self.grafana.api.PUT(f"{path}/{wanted['uid']}", json={**(there or {}), **changed}, headers=EDITABLE),
+            update=lambda own: self.grafana.api.PUT(f"{path}/{wanted['uid']}", json={**(there or {}), **own}, headers=EDITABLE),
             owned_by_file=bool(there and there.get("provenance") == "file"),
         )
 
@@ -164,7 +173,7 @@ class _Session:
         path = f"/v1/provisioning/folder/{FOLDER['uid']}/rule-groups/{name}"
         there = self._find("read the group of alert rules", self.grafana.api.GET, path)
         if there is None and not self.dry_run:
-            raise GrafanaError(f"Grafana at {self.url} took the alert rules but shows no group {name!r} in folder {FOLDER['title']!r}; run this again")
+            raise GrafanaError(f"Grafana at {self.url} took the alert rules but shows no group {name!r} of them; run this again")
         return self._settle(
             f"interval of the alert rules, {EVERY_S} s",
             there,
@@ -189,7 +198,7 @@ class _Session:
             return f"unchanged: {what}"
         shown = f"{what} ({', '.join(different[:4])}{', ...' if len(different) > 4 else ''})" if different else what
         if owned_by_file:
-            raise GrafanaError(f"{shown} differs, but Grafana at {self.url} has it from a provisioning file and refuses changes; edit that file")
+            raise GrafanaError(f"{shown} differs, but Grafana at {self.url} has it from a provisioning file; edit that file")
         if self.dry_run:
             return f"would {'create' if there is None else 'update'}: {shown}"
         self._ask(f"write {what}", create if there is None else update, wanted)
@@ -208,20 +217,20 @@ class _Session:
         try:
             return call(*arguments)
         except requests.exceptions.JSONDecodeError:
-            raise GrafanaError(f"{failed}: the answer is not JSON; give Grafana's own address, with its sub-path if it has one") from None
+            raise GrafanaError(f"{failed}: the answer is not JSON; {OWN_ADDRESS}") from None
         except requests.exceptions.SSLError as error:
             raise GrafanaError(f"{failed}: TLS failed ({error})") from None
         except (requests.exceptions.ConnectionError, requests.exceptions.Timeout):
             raise _NotYet(f"{failed}: nothing answers there; start Grafana or give its address with --url") from None
         except requests.exceptions.TooManyRedirects as error:
-            raise GrafanaError(f"{failed}: it redirects to {error.response.headers.get('location')}; give the address it redirects to") from None
+            raise GrafanaError(f"{failed}: it redirects to {error.response.headers.get('location')}; give that address") from None
         except requests.exceptions.RequestException as error:
             raise GrafanaError(f"{failed}: {type(error).__name__}") from None
         except GrafanaException as error:
             raise _refusal(failed, error) from None
         except TypeError:
             # grafana-api looks for error["message"] in whatever came back, text too.
-            raise GrafanaError(f"{failed}: an error page came back instead of JSON; give Grafana's own address") from None
+            raise GrafanaError(f"{failed}: an error page came back instead of JSON; {OWN_ADDRESS}") from None
 
 
 class _NotYet(GrafanaError):
@@ -238,13 +247,13 @@ def _refusal(failed: str, error: GrafanaException) -> GrafanaError:
     said = f" ({said})" if said else ""
     match error.status_code:
         case 401:
-            return GrafanaError(f"{failed}: the token was refused (401){said}; it may have expired, make a new one for a service account")
+            return GrafanaError(f"{failed}: the token was refused (401){said}; make a new one for a service account")
         case 403:
             return GrafanaError(f"{failed}: the token may not do that (403){said}; its service account needs the role Admin")
         case 404:
-            return _NotFound(f"{failed}: not found (404){said}; this needs Grafana 9.4 or later with alerting enabled, and its own address")
+            return _NotFound(f"{failed}: not found (404){said}; this needs Grafana 9.4 or later with alerting; {OWN_ADDRESS}")
         case 409 | 412:
-            return GrafanaError(f"{failed}: it clashes with something there ({error.status_code}){said}; rename or delete that, then run this again")
+            return GrafanaError(f"{failed}: it clashes with something there ({error.status_code}){said}; rename or delete that")
         case 500 | 501:
             return GrafanaError(f"{failed}: Grafana failed ({error.status_code}){said}; see its log")
         case status if status > 501:
@@ -254,7 +263,7 @@ def _refusal(failed: str, error: GrafanaException) -> GrafanaError:
 
 
 def _differences(there: Any, wanted: Any, path: str = "") -> Iterator[str]:
-    """Paths at which `there` lacks what is wanted. What Grafana adds of its own, as ids, versions and defaults, is no difference."""
+    """Paths at which `there` lacks what is wanted. What Grafana adds, as ids, versions and defaults, is no difference."""
     if isinstance(wanted, dict) and isinstance(there, dict):
         for key, value in wanted.items():
             yield from _differences(there.get(key), value, f"{path}.{key}" if path else key)
@@ -300,27 +309,27 @@ def alert_rules() -> list[dict[str, Any]]:
             "annotations": {name: text for name, text in alert["annotations"].items() if "query" not in text} | links,
             "data": [
                 _query("A", datasource()["uid"], {"expr": alert["expr"], "instant": True, "range": False}),
-                _query("B", "__expr__", {"type": "threshold", "expression": "A", "conditions": [{"evaluator": {"type": "gt", "params": [0]}}]}),
+                _query("B", "__expr__", {"type": "threshold", "expression": "A", "conditions": [ABOVE_ZERO]}),
             ],
         }
         for alert in group["rules"]
     ]
 
 
-def _query(ref: str, datasource_uid: str, model: dict[str, Any]) -> dict[str, Any]:
-    return {"refId": ref, "relativeTimeRange": {"from": 600, "to": 0}, "datasourceUid": datasource_uid, "model": {"refId": ref, **model}}
+def _query(ref: str, source: str, model: dict[str, Any]) -> dict[str, Any]:
+    window = {"from": 600, "to": 0}  # seconds before now
+    return {"refId": ref, "relativeTimeRange": window, "datasourceUid": source, "model": {"refId": ref, **model}}
 
 
 def provisioning_file() -> str:
     """The same rules in the form that Grafana reads from files: deploy/grafana/provisioning/alerting/ganwatch.yaml."""
     of_group = ("orgID", "folderUID", "ruleGroup")
-    rules = [
-        {key: value for key, value in rule.items() if key not in of_group} | {"dashboardUid": dashboard()["uid"], "panelId": VERDICT_PANEL}
-        for rule in alert_rules()
-    ]
-    group = {"orgId": 1, "name": alert_rules()[0]["ruleGroup"], "folder": FOLDER["title"], "interval": f"{EVERY_S}s", "rules": rules}
+    link = {"dashboardUid": dashboard()["uid"], "panelId": VERDICT_PANEL}
+    rules = [{key: value for key, value in rule.items() if key not in of_group} | link for rule in alert_rules()]
+    name = alert_rules()[0]["ruleGroup"]
+    group = {"orgId": 1, "name": name, "folder": FOLDER["title"], "interval": f"{EVERY_S}s", "rules": rules}
     text = yaml.dump({"apiVersion": 1, "groups": [group]}, Dumper=_NoAliases, sort_keys=False, width=120, allow_unicode=True)
-    return "# Written by `python -m deploy.grafana` from deploy/prometheus/rules.yml: edit that file and write this one again.\n" + text
+    return "# Written by `python -m deploy.grafana` from deploy/prometheus/rules.yml: edit that one, then write this.\n" + text
 
 
 class _NoAliases(yaml.SafeDumper):

@@ -21,6 +21,7 @@ from training.registry import Registry
 
 CANDIDATES = 8  # latents tried for each sample before the least bad one is taken
 CLEAR = 0.01  # a candidate passes where the dropped modes together have less than this probability
+DROPPED_AT_MOST = 0.005  # share of samples that may still look like a dropped mode, to any classifier
 NOISE_SHARE = 0.05  # share of samples that `off-manifold` replaces by noise
 LIVE_BITS = 10  # bits of entropy that `latent-fault` leaves
 

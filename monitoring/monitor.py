@@ -32,7 +32,8 @@ PRIOR_SAMPLES = 1024  # how strongly one of the two priors of the intervals beli
 
 TOLERANCES = {"forward_kl": 0.1, "reverse_kl": 0.08, "js": 0.02, "chi_squared": 0.08, "tv": 0.08, "frechet": 0.05}
 """How far above its certified value a gauge may lie before it deserves a look: nats for KL and JS, Frechet as a part of the real
-features' total variance. The loss of one mode in ten exceeds each; the noise of a full block does not. Alarms do not depend on them."""
+features' total variance. The loss of one mode in ten exceeds each but Frechet's, which depends on where the mode lay; the noise of a
+full block does not. Alarms do not depend on them."""
 
 
 @dataclass(frozen=True)

@@ -343,8 +343,9 @@ class Watch:
         return self.incidents.acknowledge(name, at=at)
 
     def publish(self, at: float, *, point: bool = True) -> View:
-        """The view as of now; with `point`, the histories grow by one."""
+        """The view as of now, in milliseconds; with `point`, the histories grow by one."""
         self.changed = False
+        at = round(at, 3)
         errors = [*self._unreadable.values(), *(words for _, words in self._failed.values())]
         return View(
             at=at,
@@ -372,7 +373,7 @@ class Watch:
             stale = watched.last_sample_at is None or at - watched.last_sample_at > STALE_AFTER
             js = gauges["fresh"]["js"]
             values = (js.value, js.low, js.high, total_log10(watched.monitor.evidence()))
-            model.rows.append((round(at, 3), *(None if stale else _short(value) for value in values)))
+            model.rows.append((at, *(None if stale else _short(value) for value in values)))
         while model.fresh and model.fresh[0][0] < at - RATE_WINDOW:
             model.fresh.popleft()
         return Shown(

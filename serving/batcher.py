@@ -66,29 +66,31 @@ class Batcher:
         self._running_since: float | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampler")
 
-    async def sample(self, sampler: Sampler, window: Window) -> ndarray:
-        """The rows of `window`. Cancelling drops what has not run yet. Raises Overloaded, or what the sampler raised."""
+    def submit(self, sampler: Sampler, window: Window) -> asyncio.Future[ndarray]:
+        """The rows of `window`, or what the sampler raised. Cancelling it drops what has not run yet.
+
+        Raises Overloaded where too many samples wait, Unavailable where none will be answered any more.
+        """
         if problem := self.problem():
             raise Unavailable(f"this replica cannot answer: {problem}", expected="a retry, which another replica answers")
         if self.queued + window.count > self.limit:
-            wait = math.ceil(self.queued / self._rate) if self._rate else 1
-            raise Overloaded(
-                f"{self.queued} samples are waiting; {window.count} more exceed the limit of {self.limit}",
-                field="n", value=window.count, expected=f"a retry after {max(1, wait)} s, or a smaller n", headers={"Retry-After": str(max(1, wait))},
-            )  # fmt: skip
+            wait = str(max(1, math.ceil(self.queued / self._rate)) if self._rate else 1)
+            message = f"{self.queued} samples are waiting; {window.count} more exceed the limit of {self.limit}"
+            raise Overloaded(message, field="n", value=window.count, expected=f"a retry after {wait} s, or a smaller n", headers={"Retry-After": wait})
         if self._loop is None:
             self._loop = asyncio.create_task(self._run())
             self._loop.add_done_callback(self._abandon)
         job = _Job(sampler, window, asyncio.get_running_loop().create_future())
+        job.answer.add_done_callback(lambda _: self._release(job))
         self._jobs.append(job)
         self._open.add(job)
         self.queued += window.count
         self._wake.set()
-        try:
-            return await job.answer
-        finally:
-            self._open.discard(job)
-            self.queued -= window.count
+        return job.answer
+
+    def _release(self, job: _Job) -> None:
+        self._open.discard(job)
+        self.queued -= job.window.count
 
     def problem(self) -> str | None:
         """Why no request will be answered any more, or None."""

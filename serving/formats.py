@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,7 @@ def available(sample_shape: tuple[int, ...]) -> list[str]:
     return [name for name in FORMATS if drawable or not name.startswith("image/")]
 
 
+@lru_cache(maxsize=256)  # clients send the same few headers for ever
 def negotiate(accept: str, sample_shape: tuple[int, ...]) -> str:
     """The media type to answer with: the highest quality, the order of FORMATS among equals (RFC 9110, 12.5.1).
 

@@ -16,6 +16,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from numpy import ndarray
+
 from serving.batcher import Batcher
 from serving.errors import BadRequest, BodyTooLarge, InvalidValue, MethodNotAllowed, NotFound, SamplingFailed, ServingError, Unavailable
 from serving.formats import FORMATS, negotiate
@@ -114,7 +116,7 @@ class App:
             media_type = negotiate(headers.get(b"accept", b"").decode("latin-1"), card.sample_shape)
             request = SampleRequest.parse(await _read_body(headers, receive), card)
             window = request.window
-            samples = await _unless_gone(self.batcher.sample(sampler, window), receive)
+            samples = await _unless_gone(self.batcher.submit(sampler, window), receive)
             origin = "client_seed" if request.seeded else "probe" if b"x-ganwatch-probe" in headers else "server_seed"
             self.tap.offer(Record(card.model, card.version, origin, window.seed, window.offset, samples, time.time(), window.label, window.truncation))
             self.tap.counters[f'samples_total{{model="{card.model}",version="{card.version}"}}'] += window.count
@@ -192,16 +194,17 @@ class _ClientGone(Exception):
     """Nobody reads the answer any more."""
 
 
-async def _unless_gone(work: Awaitable[Any], receive: Receive) -> Any:
-    """The result of `work`, which is cancelled when the client disconnects."""
-    work, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
+async def _unless_gone(answer: asyncio.Future[ndarray], receive: Receive) -> ndarray:
+    """The result of `answer`, which is cancelled when the client disconnects."""
+    gone = asyncio.ensure_future(_disconnect(receive))
+    gone.add_done_callback(lambda _: answer.cancel())
     try:
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise _ClientGone
-        return work.result()
+        return await answer
+    except asyncio.CancelledError:
+        if gone.done():
+            raise _ClientGone from None
+        raise
     finally:
-        work.cancel()
         gone.cancel()
 
 
@@ -235,7 +238,7 @@ def _read_object(body: bytes) -> dict[str, Any]:
     if not body.strip():
         raise BadRequest("the body is empty", field="body", value="", expected="a JSON object; {} asks for one sample")
     try:
-        fields = json.loads(body.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        fields = _DECODER.decode(body.decode())
     except RecursionError:
         raise BadRequest("the body is nested too deeply", field="body", expected="a JSON object") from None
     except ValueError as error:
@@ -256,6 +259,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
 
 
 def _integer(fields: dict[str, Any], name: str, low: int, high: int, *, default: Any) -> Any:

@@ -39,6 +39,7 @@ import ray.train
 import torch
 import tyro
 from PIL import Image
+from ray.train import LoggingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 from rich.table import Table
@@ -301,6 +302,7 @@ def start_ray(config: Config) -> bool:
             include_dashboard=False,
             runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": f"127.0.0.1:{port}"}},
             logging_level="error",
+            logging_config=ray.LoggingConfig(log_level="ERROR"),  # Ray Train would miss its dashboard twice a second
             _node_ip_address="127.0.0.1",
         )
     have = ray.cluster_resources()
@@ -319,7 +321,7 @@ def train(config: Config, run: Path, use_gpu: bool) -> tuple[dict[str, torch.Ten
         train_loop_config={"config": asdict(config), "run": str(run)},
         scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=use_gpu),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        run_config=ray.train.RunConfig(name="ray", storage_path=str(run)),
+        run_config=ray.train.RunConfig(name="ray", storage_path=str(run), logging_config=LoggingConfig(log_level="WARNING")),
     )
     result = trainer.fit()
     if "stopped" in result.metrics:

@@ -1,4 +1,4 @@
-"""A real way from a faulty generator to an alert: serving (without Ray), the monitor's process, Debian's Prometheus with our rules."""
+"""The way from a faulty generator to an alert, all of it real but Ray: serving, the monitor's process, Prometheus with our rules."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def served(registry: Registry, port: int, monitor_url: str) -> Iterator[None]:
     """One replica's ASGI application, on uvicorn in a thread."""
     table = ModelTable(registry, "cpu")
     table.refresh()
-    server = uvicorn.Server(uvicorn.Config(App(table, Batcher(), Tap(monitor_url)), host="127.0.0.1", port=port, log_level="warning"))
+    app = App(table, Batcher(), Tap(monitor_url))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -123,10 +124,10 @@ def prometheus(make_bundle: Callable[..., Any], tmp_path: Path, free_ports: Call
             for body, status in (({"n": 5000}, 200), ({"n": 500, "seed": 7}, 200), ({"n": -1}, 422)):
                 assert client.post("/v1/models/grid/sample", json=body).status_code == status
         broken = Record("grid", "v1", "server_seed", 1, 0, np.full((8, 2), np.nan, np.float32), time.time())
-        answer = httpx.post(f"{monitor_url}/api/records", content=Heartbeat("broken", time.time(), (broken,), {}).encode(), trust_env=False)
-        assert answer.status_code == 204, answer.text
-        command = [binary, f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'tsdb'}", f"--web.listen-address=127.0.0.1:{port}"]
-        stack.enter_context(process(command, tmp_path / "prometheus.log"))
+        heartbeat = Heartbeat("broken", time.time(), (broken,), {}).encode()
+        assert httpx.post(f"{monitor_url}/api/records", content=heartbeat, trust_env=False).status_code == 204
+        command = [binary, f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'tsdb'}"]
+        stack.enter_context(process([*command, f"--web.listen-address=127.0.0.1:{port}"], tmp_path / "prometheus.log"))
         found = Prometheus(url, monitor_url)
         # A probe's counter is born with the first probe, and a rate needs two points.
         wait_for(lambda: httpx.get(f"{url}/-/ready", trust_env=False).status_code == 200, "Prometheus")

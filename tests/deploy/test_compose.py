@@ -1,4 +1,4 @@
-"""deploy/compose.yaml: the shape that the Compose specification asks for, loopback only, and every mounted path and setting real."""
+"""deploy/compose.yaml: the shape that the Compose specification asks for, loopback only, every mounted path there."""
 
 import re
 from pathlib import Path
@@ -76,9 +76,9 @@ def test_everything_listens_on_loopback_only(service: str) -> None:
 
 @pytest.mark.parametrize("service", ["prometheus", "alertmanager"])
 def test_the_configuration_named_on_the_command_line_is_mounted(service: str) -> None:
-    (config,) = (flag.removeprefix("--config.file=") for flag in COMPOSE["services"][service]["command"] if flag.startswith("--config.file="))
-    source, _ = mounts(service)[str(Path(config).parent)]
-    assert (DEPLOY / source / Path(config).name).is_file()
+    (config,) = (Path(flag.partition("=")[2]) for flag in COMPOSE["services"][service]["command"] if "--config.file=" in flag)
+    source, _ = mounts(service)[str(config.parent)]
+    assert (DEPLOY / source / config.name).is_file()
 
 
 def test_every_variable_of_the_provisioning_files_is_set() -> None:

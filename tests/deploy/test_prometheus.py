@@ -1,6 +1,7 @@
-"""The rules, the dashboard and Grafana's alerts say only what the monitor exports, and Prometheus understands every word of it."""
+"""Rules, dashboard and Grafana's alerts speak only of what the monitor exports, and Prometheus understands every word."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -11,13 +12,14 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploy.grafana import HERE as GRAFANA
 from deploy.observability import RULES, prometheus_config
 
-needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian package prometheus)")
+no_promtool = "promtool is not installed (Debian package prometheus)"
+needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason=no_promtool)
 SELECTOR = re.compile(r"\bganwatch_\w+(?:\{[^}]*\})?")
 VARIABLES = {"$model": "grid", "$population": "fresh", "$estimator": "js", "$__rate_interval": "30s"}
 ALERTS = [
@@ -94,21 +96,14 @@ def test_the_rules_pass_their_unit_tests() -> None:
     assert found.returncode == 0, found.stdout + found.stderr
 
 
-@needs_promtool
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ALERTS)
-def test_the_unit_tests_notice_an_alert_that_never_fires_and_one_that_always_does(name: str, tmp_path: Path) -> None:
-    shutil.copy(RULES.parent / "rules_test.yml", tmp_path)
-    for expr in ("vector(0) > 0", "vector(1)"):
-        changed = yaml.safe_load(RULES.read_text())
-        (rule,) = (rule for rule in changed["groups"][0]["rules"] if rule["alert"] == name)
-        rule["expr"] = expr
-        (tmp_path / "rules.yml").write_text(yaml.safe_dump(changed))
-        assert promtool("check", "rules", tmp_path / "rules.yml").returncode == 0
-        assert promtool("test", "rules", tmp_path / "rules_test.yml").returncode != 0, f"{name}: {expr} passes"
+def test_the_unit_tests_wait_for_each_alert() -> None:
+    """They compare all of ALERTS each time, so an alert that fires too often fails them; one that never does must be waited for."""
+    expected = re.findall(r'alertname="(\w+)", alertstate="firing"', (RULES.parent / "rules_test.yml").read_text())
+    assert set(expected) == set(ALERTS)
 
 
-@given(monitor=st.integers(1, 65535), alertmanager=st.none() | st.integers(1, 65535), interval=st.sampled_from(["500ms", "5s", "1m"]))
+@settings(deadline=None)
+@given(st.integers(1, 65535), st.none() | st.integers(1, 65535), st.sampled_from(["500ms", "5s", "1m"]))
 def test_a_rendered_configuration_differs_in_ports_and_paths_only(monitor: int, alertmanager: int | None, interval: str) -> None:
     rendered = yaml.safe_load(prometheus_config(monitor_port=monitor, alertmanager_port=alertmanager, scrape_interval=interval))
     committed = yaml.safe_load((RULES.parent / "prometheus.yml").read_text())
@@ -136,19 +131,20 @@ def test_a_rendered_configuration_loads_from_anywhere(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_query_returns_data_from_the_real_exporter(prometheus: Any) -> None:
-    exported = set(re.findall(r"^(ganwatch_\w+)", httpx.get(f"{prometheus.monitor_url}/metrics", trust_env=False).text, re.MULTILINE))
-    everything = [*panel_queries(), *grafana_queries(), *annotation_queries(), *((rule["alert"], rule["expr"]) for rule in rules())]
-    for what, expr in everything:
+    exposition = httpx.get(f"{prometheus.monitor_url}/metrics", trust_env=False).text
+    exported = set(re.findall(r"^(ganwatch_\w+)", exposition, re.MULTILINE))
+    alerts = [*grafana_queries(), *annotation_queries(), *((rule["alert"], rule["expr"]) for rule in rules())]
+    for what, expr in [*panel_queries(), *alerts]:
         assert "$" not in expr, f"{what}: a variable of {expr} is unknown"
         names = {selector.split("{")[0] for selector in SELECTOR.findall(expr)}
         assert names, f"{what}: {expr} reads nothing of ganwatch"
         assert names <= exported, f"{what}: the monitor exports no {names - exported}"
 
-    empty = [f"{what}: {expr}" for what, expr in panel_queries() if not any(value == value for _, value in prometheus.query(expr))]
-    assert not empty, "panels without data:\n" + "\n".join(empty)
+    answers = {f"{what}: {expr}": [value for _, value in prometheus.query(expr)] for what, expr in panel_queries()}
+    assert not [query for query, values in answers.items() if all(math.isnan(value) for value in values)], "panels without data"
 
     # An alert is silent while all is well, so its parts must be there; and the whole must be understood.
-    for what, expr in [*grafana_queries(), *annotation_queries(), *((rule["alert"], rule["expr"]) for rule in rules())]:
+    for what, expr in alerts:
         prometheus.query(expr)
         for selector in SELECTOR.findall(expr):
             assert prometheus.query(selector), f"{what}: {selector} gives nothing"

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import numpy as np
 import psutil
@@ -28,7 +29,7 @@ import pytest
 from PIL import Image
 
 from deploy import stack
-from deploy.doctor import is_loopback
+from deploy.doctor import is_loopback, is_ray_grpc
 from serving.client import Client
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -108,6 +109,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory, free_ports: Callable[[int], l
     process = subprocess.Popen(
         ours.command("demo", *ours.flags), cwd=ROOT, env=ours.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    drain = threading.Thread(target=lambda: ours.lines.extend(process.stdout), daemon=True)
     try:
         for line in process.stdout:
             ours.lines.append(line.rstrip())
@@ -115,13 +117,16 @@ def demo(tmp_path_factory: pytest.TempPathFactory, free_ports: Callable[[int], l
                 break
         else:
             raise AssertionError("\n".join(ours.lines[-40:]))
-        drain = threading.Thread(target=lambda: ours.lines.extend(process.stdout), daemon=True)
         drain.start()
         run = json.loads((ours.home / "run.json").read_text())
         yield ours
     finally:
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0, "\n".join(ours.lines[-40:])
+        code = process.wait(60)
+        if drain.is_alive():
+            drain.join(10)
+        process.stdout.close()
+        assert code == 0, "\n".join(ours.lines[-40:])
     assert not (ours.home / "run.json").exists() and not Path(run["temp"]).exists()
     assert [port for port in ours.ports.values() if stack.port_holder(port)] == []
     assert [p.pid for p in psutil.process_iter() if run["run_id"] in _environment(p)] == []
@@ -185,10 +190,16 @@ def test_a_client_that_leaves_disturbs_nobody(demo: Stack) -> None:
 
 
 def test_everything_listens_on_loopback(demo: Stack) -> None:
+    """But for the gRPC port of each replica, which Ray binds to every interface: that one asks for the token."""
     run = stack.running(demo.home)
     found = stack.listening(run)
     assert {demo.ports["http"], demo.ports["monitor"], demo.ports["haproxy-stats"], demo.ports["haproxy-metrics"]} <= {port for _, port, _ in found}
-    assert [s for s in found if not is_loopback(s[0])] == []
+    exposed = [(address, port, name) for address, port, name in found if not is_loopback(address)]
+    assert len(exposed) <= 1 and all(is_ray_grpc(address, name) for address, _, name in exposed)
+    for _, port, _ in exposed:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as refused:
+            channel.unary_unary("/ray.serve.ASGIService/HandleRequest")(b"", timeout=10)
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_ray_refuses_a_client_without_the_token(demo: Stack) -> None:
@@ -197,6 +208,9 @@ def test_ray_refuses_a_client_without_the_token(demo: Stack) -> None:
     token = (demo.home / "ray-token").read_text()
     assert (demo.home / "ray-token").stat().st_mode & 0o077 == 0
     assert httpx.get(jobs, headers={"Authorization": f"Bearer {token}"}).status_code == 200
+    with grpc.insecure_channel(f"127.0.0.1:{demo.ports['gcs']}") as channel, pytest.raises(grpc.RpcError) as refused:
+        channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=10)
+    assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_doctor_and_status_find_nothing_wrong(demo: Stack) -> None:

@@ -1,14 +1,179 @@
-import numpy as np, time, json
-from monitoring.monitor import Monitor
+"""One version, watched: the verdict on each failure, its exact sample, silence while nothing is wrong, and what is shown of it."""
 
-def test_it(make_bundle, draw):
-    for kw in ({}, dict(lost=(3,8)), dict(fakes=.05), dict(fakes=.3), dict(width=.8), dict(grain=1.0), dict(grain=.1), dict(lost=(3,8), honest=True)):
-        b = make_bundle(**kw)
-        x = draw(b, 30000, seed=5)
-        m = Monitor(b)
-        t=time.perf_counter()
-        for i in range(0,len(x),64): m.update(x[i:i+64], fresh=True, at=float(i))
-        dt=time.perf_counter()-t
-        print(kw, m.first_alarm, m.verdict.id, m.verdict.modes, m.evidence(), f"{dt/len(x)*1e6:.1f} us", len(m._detector._bets))
-        t=time.perf_counter(); s=m.snapshot(); print("snapshot", time.perf_counter()-t)
-        for k,g in m.gauges("fresh").items(): print("   ",k,g)
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from monitoring.monitor import FAMILIES, GAUGES, VERDICTS, WARM_UP, Monitor
+
+
+def watch(bundle, samples, *, step=64, arl=2.6e9, fresh=True) -> Monitor:
+    monitor = Monitor(bundle, arl=arl)
+    for i in range(0, len(samples), step):
+        monitor.update(samples[i : i + step], fresh=fresh, at=1000.0 + i)
+    return monitor
+
+
+@pytest.mark.parametrize(
+    ("fault", "verdict", "modes", "first_alarm"),
+    [
+        ({"lost": (3, 8)}, "mode_dropping", ("3", "8"), 237),
+        ({"fakes": 0.05}, "off_manifold", (), 109),
+        ({"fakes": 0.5}, "off_manifold", (), 7),
+        ({"width": 0.8}, "within_mode_collapse", (), 1168),
+        ({"width": 1.2}, "off_manifold", (), 707),
+        ({"grain": 1.0}, "latent_fault", (), 23),
+        ({"lost": (3, 8), "honest": True}, "quality_outside_tolerance", (), 893),
+    ],
+)
+def test_each_failure_is_named(make_bundle, draw, fault, verdict, modes, first_alarm):
+    bundle = make_bundle(**fault)
+    monitor = watch(bundle, draw(bundle, 3000, seed=5))
+    assert (monitor.verdict.id, monitor.verdict.modes, monitor.first_alarm) == (verdict, modes, first_alarm)
+    assert monitor.alarmed_at == 1000.0 + first_alarm // 64 * 64
+    assert monitor.verdict.null == ("B" if verdict == "quality_outside_tolerance" else "A")
+
+
+@pytest.mark.slow
+def test_lost_modes_are_named_exactly_whatever_the_seed(make_bundle, draw):
+    bundle = make_bundle(lost=(3, 8), width=0.97)
+    for seed in range(30):
+        monitor = watch(bundle, draw(bundle, 3000, seed=seed), step=1000)
+        assert (monitor.verdict.id, monitor.verdict.modes) == ("mode_dropping", ("3", "8"))
+        assert monitor.first_alarm < 300
+
+
+@pytest.mark.slow
+def test_silence_while_nothing_is_wrong(make_bundle, draw):
+    bundle = make_bundle()
+    monitor = watch(bundle, draw(bundle, 200_000, seed=99), step=4096)
+    assert monitor.verdict == VERDICTS["healthy"] and monitor.first_alarm is None and monitor.monitored == 200_000
+
+
+def test_a_fault_after_a_healthy_while(make_bundle, draw):
+    healthy, faulty = make_bundle(), make_bundle(lost=(4,))
+    samples = np.concatenate([draw(healthy, 5000, seed=1), draw(faulty, 1000, seed=2)])
+    monitor = watch(healthy, samples)
+    assert monitor.first_alarm == 5235 and monitor.verdict.modes == ("4",)
+
+
+@pytest.mark.parametrize("step", [1, 37, 10_000])
+def test_any_split_comes_to_the_same(make_bundle, draw, step):
+    bundle = make_bundle(lost=(3, 8))
+    samples = draw(bundle, 1500, seed=5)
+    monitor, other = watch(bundle, samples, step=step), watch(bundle, samples, step=64)
+    assert monitor.first_alarm == other.first_alarm and monitor.verdict == other.verdict
+    assert monitor.evidence() == other.evidence()
+    for name, gauge in monitor.gauges("fresh").items():
+        assert gauge.value == pytest.approx(other.gauges("fresh")[name].value)
+
+
+def test_the_alarm_latches_until_it_is_acknowledged(make_bundle, draw):
+    healthy, faulty = make_bundle(), make_bundle(lost=(3, 8))
+    monitor = watch(healthy, np.concatenate([draw(faulty, 600), draw(healthy, 3000)]))
+    assert monitor.verdict.id == "mode_dropping"
+    first = monitor.first_alarm
+    monitor.acknowledge()
+    assert monitor.verdict.id == "healthy" and monitor.first_alarm is None and monitor.alarmed_at is None
+    assert monitor.monitored == 3600
+    monitor.update(draw(faulty, 600, seed=3), fresh=True, at=5.0)
+    assert monitor.first_alarm > 3600 > first and monitor.alarmed_at == 5.0
+
+
+def test_only_fresh_samples_are_evidence(make_bundle, draw):
+    bundle = make_bundle()
+    one_seed = np.repeat(draw(bundle, 1), 10_000, axis=0)
+    monitor = watch(bundle, one_seed, fresh=False)
+    assert monitor.verdict.id == "warming_up" and monitor.monitored == 0 and monitor.served == 10_000
+    assert set(monitor.evidence().values()) == {-math.inf}
+    assert monitor.gauges("fresh")["tv"].n == 0 and monitor.gauges("served")["mode_coverage"].value == pytest.approx(0.1)
+    assert monitor.gauges("served")["tv"].ci == "none" and math.isnan(monitor.gauges("served")["tv"].low)
+
+
+def test_constant_fresh_samples_alarm(make_bundle, draw):
+    bundle = make_bundle()
+    monitor = watch(bundle, np.repeat(draw(bundle, 1), 500, axis=0))
+    assert monitor.verdict.id == "latent_fault" and all(math.isfinite(e) for e in monitor.evidence().values())
+
+
+def test_what_is_no_sample_is_counted_and_changes_nothing(make_bundle, draw):
+    bundle = make_bundle()
+    samples = draw(bundle, 2000)
+    plain, pestered = Monitor(bundle), Monitor(bundle)
+    for i in range(0, 2000, 100):
+        plain.update(samples[i : i + 100], fresh=True, at=0.0)
+        pestered.update(np.full((3, 2), np.nan, np.float32), fresh=True, at=0.0)
+        pestered.update(np.insert(samples[i : i + 100], 50, np.inf, axis=0), fresh=True, at=0.0)
+        pestered.update(np.zeros((2, 5), np.float32), fresh=True, at=0.0)
+        pestered.update(np.zeros((4, 2)), fresh=True, at=0.0)
+        pestered.update(np.zeros((0, 2), np.float32), fresh=True, at=0.0)
+    assert pestered.rejected == {"nan": 20 * 4, "shape": 20 * 2, "dtype": 20 * 4}
+    assert pestered.evidence() == plain.evidence() and pestered.monitored == plain.monitored == 2000
+
+
+def test_warming_up_ends(make_bundle, draw):
+    bundle = make_bundle()
+    samples = draw(bundle, WARM_UP)
+    monitor = watch(bundle, samples[:-1])
+    assert monitor.verdict.id == "warming_up"
+    monitor.update(samples[-1:], fresh=True, at=0.0)
+    assert monitor.verdict.id == "healthy"
+
+
+def test_gauges_tell_lost_modes_from_fakes(make_bundle, draw):
+    gauges = {
+        name: watch(make_bundle(), draw(make_bundle(**fault), 4096, seed=6), step=4096).gauges("fresh")
+        for name, fault in {"healthy": {}, "lost": {"lost": (3, 8)}, "fakes": {"fakes": 0.05}}.items()
+    }
+    healthy, lost, fakes = (gauges[name] for name in ("healthy", "lost", "fakes"))
+    assert lost["forward_kl"].low > healthy["forward_kl"].high and lost["forward_kl"].high == math.inf
+    assert lost["reverse_kl"].value < 1.05 * math.log(1 / 0.8)
+    assert lost["mode_coverage"].value == lost["mode_coverage"].high == 0.8 and healthy["mode_coverage"].low == 1
+    assert fakes["reverse_kl"].value > healthy["reverse_kl"].high and fakes["mode_coverage"] == healthy["mode_coverage"]
+    assert fakes["off_manifold"].low > healthy["off_manifold"].high
+    for found in gauges.values():
+        assert tuple(found) == GAUGES
+        for name, gauge in found.items():
+            assert gauge.n == 4096 and gauge.ci == ("none" if name == "frechet" else "exact")
+            assert name == "frechet" or gauge.low <= gauge.value <= gauge.high
+
+
+def test_snapshot_is_json_and_complete(make_bundle, draw):
+    bundle = make_bundle(lost=(3, 8))
+    for samples in (draw(bundle, 1)[:0], draw(bundle, 100), draw(bundle, 3000)):
+        snapshot = watch(bundle, samples).snapshot()
+        assert json.loads(json.dumps(snapshot, allow_nan=False)) == json.loads(json.dumps(snapshot))
+    assert set(snapshot) == {
+        *("model", "version", "verdict", "monitored", "served", "rejected", "evidence", "log10_threshold", "arl", "gauges", "tolerance"),
+        *("modes", "detectable"),
+    }
+    assert set(snapshot["verdict"]) == {"id", "words", "advice", "modes", "null", "since_sample", "since"}
+    assert snapshot["verdict"]["modes"] == ["3", "8"] and snapshot["gauges"]["fresh"]["forward_kl"]["high"] is None
+    assert set(snapshot["evidence"]) == set(FAMILIES) and sum(FAMILIES.values()) == pytest.approx(1)
+    assert [m["name"] for m in snapshot["modes"]] == [*bundle.card.modes, "off-manifold"]
+    assert [m["name"] for m in snapshot["modes"] if m["status"] == "alarmed"] == ["3", "8"]
+    for name, tolerance in snapshot["tolerance"].items():
+        exceeded = tolerance["threshold"] < snapshot["gauges"]["fresh"][name]["value"]
+        assert tolerance["certified"] < tolerance["threshold"] and (exceeded or name == "frechet"), name
+
+
+def test_the_budget_is_split_between_versions(make_bundle):
+    bundle = make_bundle()
+    assert Monitor(bundle, arl=1e6, share=0.5).log10_threshold == pytest.approx(math.log10(2e6))
+    for wrong in ({"arl": 0.5}, {"arl": math.nan}, {"arl": math.inf}, {"share": 0.0}, {"share": 1.5}):
+        with pytest.raises(ValueError, match="must"):
+            Monitor(bundle, **wrong)
+    with pytest.raises(ValueError, match="fresh, served"):
+        Monitor(bundle).gauges("stale")
+
+
+def test_a_real_cell_without_data_keeps_every_gauge_finite(make_bundle, draw, monkeypatch):
+    bundle = make_bundle(fakes=0.05)
+    share = bundle.reference.cell_share
+    monkeypatch.setitem(bundle.reference.__dict__, "cell_share", np.append(share[:-1], 0.0) / share[:-1].sum())
+    gauges = watch(bundle, draw(bundle, 2000)).gauges("fresh")
+    assert all(math.isfinite(g.value) for g in gauges.values()) and gauges["reverse_kl"].value > 0.1

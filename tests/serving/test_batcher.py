@@ -59,7 +59,7 @@ def test_answers_depend_on_nothing_but_the_window(samplers, requests, batch, tur
     faulty = {name: Faulty(sampler) for name, sampler in samplers.items()}
 
     async def ask(batcher, name, seed, offset, count, leaves):
-        work = asyncio.ensure_future(batcher.sample(faulty[name], Window(seed, offset, count)))
+        work = batcher.submit(faulty[name], Window(seed, offset, count))
         if leaves:
             await asyncio.sleep(0)
             work.cancel()
@@ -86,9 +86,9 @@ def test_a_batch_is_sealed_when_the_device_is_free_and_small_requests_pass_large
 
     async def scene():
         async with closing(Batcher(batch=16, turn=4)) as batcher:
-            large = asyncio.ensure_future(batcher.sample(gated, Window(0, 0, 1000)))
+            large = batcher.submit(gated, Window(0, 0, 1000))
             await asyncio.to_thread(gated.entered.wait)
-            small = [asyncio.ensure_future(batcher.sample(gated, Window(seed, 0, 1))) for seed in (1, 2, 3)]
+            small = [batcher.submit(gated, Window(seed, 0, 1)) for seed in (1, 2, 3)]
             await asyncio.sleep(0)
             gated.gate.set()
             await asyncio.gather(*small)
@@ -105,12 +105,12 @@ def test_a_full_queue_is_refused_with_the_time_it_takes(samplers):
     async def scene():
         async with closing(Batcher(batch=8, limit=100)) as batcher:
             batcher._rate = 20.0
-            first = asyncio.ensure_future(batcher.sample(gated, Window(0, 0, 90)))
+            first = batcher.submit(gated, Window(0, 0, 90))
             await asyncio.to_thread(gated.entered.wait)
             with pytest.raises(Overloaded, match="90 samples are waiting; 11 more exceed the limit of 100") as refused:
-                await batcher.sample(gated, Window(1, 0, 11))
+                await batcher.submit(gated, Window(1, 0, 11))
             assert refused.value.headers == {"Retry-After": "5"}  # 90 samples at 20 a second, rounded up
-            second = asyncio.ensure_future(batcher.sample(gated, Window(1, 0, 10)))
+            second = batcher.submit(gated, Window(1, 0, 10))
             gated.gate.set()
             assert [len(rows) for rows in await asyncio.gather(first, second)] == [90, 10]
 
@@ -122,14 +122,14 @@ def test_nobody_waits_for_a_batcher_that_has_ended(samplers):
 
     async def scene():
         batcher = Batcher()
-        waiting = asyncio.ensure_future(batcher.sample(gated, Window(0, 0, 1)))
+        waiting = batcher.submit(gated, Window(0, 0, 1))
         await asyncio.to_thread(gated.entered.wait)
         asyncio.get_running_loop().call_later(0.05, gated.gate.set)
         await batcher.close()
         with pytest.raises(Unavailable, match="stops answering"):
             await waiting
         with pytest.raises(Unavailable, match="the batch loop has ended"):
-            await batcher.sample(gated, Window(0, 0, 1))
+            await batcher.submit(gated, Window(0, 0, 1))
 
     asyncio.run(scene())
 
@@ -140,7 +140,7 @@ def test_a_device_that_does_not_answer_is_noticed(samplers, monkeypatch):
 
     async def scene():
         async with closing(Batcher()) as batcher:
-            waiting = asyncio.ensure_future(batcher.sample(gated, Window(0, 0, 1)))
+            waiting = batcher.submit(gated, Window(0, 0, 1))
             await asyncio.to_thread(gated.entered.wait)
             assert "the device has not answered" in (batcher.problem() or "")
             gated.gate.set()

@@ -98,13 +98,13 @@ def test_a_client_killed_while_it_waits_leaves_nothing_behind(address):
     url, app = address
     host = url.removeprefix("http://")
     entered = threading.Event()
-    sample = app.batcher.sample
+    submit = app.batcher.submit
 
-    async def noticed(*arguments):
+    def noticed(*arguments):
         entered.set()
-        return await sample(*arguments)
+        return submit(*arguments)
 
-    app.batcher.sample = noticed
+    app.batcher.submit = noticed
     dying = http.client.HTTPConnection(host)
     dying.request("POST", "/v1/models/ring/sample", json.dumps({"n": 65536, "seed": 1}))
     assert entered.wait(5)

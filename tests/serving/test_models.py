@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from tests.serving.conftest import connect, publish, running
 
 from serving.models import ModelTable
-from serving.sampler import cuda_devices
+from serving.sampler import Window, cuda_devices
 from training.bundle import BundleError
 from training.registry import RegistryError
 
@@ -141,8 +142,6 @@ def test_few_sessions_live_for_versions_without_alias(registry):
 
 
 def test_a_version_published_again_under_its_old_name_is_loaded_again(registry):
-    import shutil
-
     publish(registry, "ring", shape=(2,), dtype="float32", promote=False)
     table = ModelTable(registry, "cpu")
     old = table.version("ring", "v2")
@@ -185,8 +184,6 @@ def test_no_request_fails_or_mixes_versions_while_production_moves(registry, sam
     answers, expected = asyncio.run(scene())
     assert {answer.status_code for answer in answers} == {200}
     assert {answer.headers["x-ganwatch-version"] for answer in answers} == {"v1", "v2"}
-    from serving.sampler import Window
-
     for answer in answers:
         sampler = expected[answer.headers["x-ganwatch-version"]]
         rows = np.load(io.BytesIO(answer.content))

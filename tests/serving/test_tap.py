@@ -1,5 +1,6 @@
 """The tap against a real small HTTP server: what arrives, what is dropped, and that nobody waits for it."""
 
+import asyncio
 import queue
 import threading
 import time
@@ -141,8 +142,6 @@ def test_a_slow_monitor_bounds_memory_and_blocks_nobody(monkeypatch):
     ],
 )
 def test_the_monitor_sees_what_the_client_got_and_where_it_came_from(registry, body, headers, origin, fresh):
-    import asyncio
-
     async def scene(url):
         async with running(registry, tap_url=url) as app, connect(app) as client:
             answer = await client.post("/v1/models/clothes/sample", json=body, headers=headers)

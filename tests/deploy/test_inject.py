@@ -1,0 +1,125 @@
+"""Faults change model.onnx and nothing else, do what their names say, and are found by the monitor through `replay`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deploy.inject import DROPPED_AT_MOST, FAULTS, NOISE_SHARE, InjectError, inject
+from deploy.replay import replay
+from deploy.stack import StackError
+from monitoring.features import Eye
+from serving.sampler import Sampler, Window
+from training.bundle import Bundle
+from training.registry import Registry, RegistryError
+
+
+@pytest.fixture
+def registry(make_bundle: Callable[..., Bundle], tmp_path: Path) -> Registry:
+    """A healthy ten-mode generator in production."""
+    make_bundle(root=tmp_path / "registry")
+    registry = Registry(tmp_path / "registry")
+    registry.set_alias("grid", "production", "v1", reason="test")
+    return registry
+
+
+def modes_of(bundle: Bundle, samples: np.ndarray) -> np.ndarray:
+    return Eye(bundle).look(samples).mode
+
+
+def draw(bundle: Bundle, n: int, seed: int = 5) -> np.ndarray:
+    return Sampler(bundle).sample([Window(seed, 0, n)])
+
+
+@pytest.mark.parametrize("fault", sorted(FAULTS))
+def test_only_the_model_changes(registry: Registry, fault: str) -> None:
+    healthy = registry.open("grid")
+    broken = inject(registry, "grid", fault, labels=("3", "8") if fault == "drop-modes" else ())
+    for name in ("features.onnx", "reference.npz", "certificate.npz"):
+        assert broken.card.files[name] == healthy.card.files[name]
+    assert (broken.card.files["model.onnx"] == healthy.card.files["model.onnx"]) == (fault == "nothing")
+    assert broken.card.injected_from == "v1" and broken.card.fault.startswith(fault) and broken.card.version == "v2"
+    assert registry.aliases("grid") == {"production": "v1"}
+    for n in (1, 2, 33):
+        assert draw(broken, n).shape == (n, *healthy.card.sample_shape)
+
+
+def test_dropped_modes_never_come(registry: Registry) -> None:
+    broken = inject(registry, "grid", "drop-modes", labels=("3", "8"))
+    shares = np.bincount(modes_of(broken, draw(broken, 10_000)) + 1, minlength=11)[1:] / 10_000
+    assert shares[[3, 8]].sum() <= DROPPED_AT_MOST
+    assert np.delete(shares, [3, 8]).min() > 0.08  # the others take their place, none of them goes
+
+
+def test_off_manifold_replaces_its_share(registry: Registry) -> None:
+    healthy, broken = registry.open("grid"), inject(registry, "grid", "off-manifold")
+    before, after = draw(healthy, 20_000), draw(broken, 20_000)
+    changed = (before != after).any(1)
+    assert changed.mean() == pytest.approx(NOISE_SHARE, rel=0.15)
+    assert (modes_of(broken, after[changed]) == -1).mean() > 0.9
+
+
+def test_a_latent_fault_repeats_samples(registry: Registry) -> None:
+    samples = draw(inject(registry, "grid", "latent-fault"), 20_000)
+    assert len(np.unique(samples, axis=0)) <= 2**10
+
+
+@pytest.mark.parametrize(
+    ("fault", "labels", "words"),
+    [("drop-modes", ("nine",), "unknown modes"), ("drop-modes", (), "at least one"), ("drop-modes", tuple("0123456789"), "leave at least one"),
+     ("off-manifold", ("3",), "only drop-modes"), ("melt", (), "must be one of")],
+)  # fmt: skip
+def test_faults_that_cannot_be_made_are_refused(registry: Registry, fault: str, labels: tuple[str, ...], words: str) -> None:
+    with pytest.raises(InjectError, match=words):
+        inject(registry, "grid", fault, labels=labels)
+    with pytest.raises(RegistryError, match="unknown model"):
+        inject(registry, "other", "nothing")
+    assert registry.versions("grid") == ["v1"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "verdict", "modes"),
+    [("drop-modes", "mode_dropping", ["3", "8"]), ("off-manifold", "off_manifold", []), ("latent-fault", "latent_fault", None), ("nothing", "healthy", [])],
+)
+def test_replay_names_each_fault(registry: Registry, tmp_path: Path, fault: str, verdict: str, modes: list[str] | None) -> None:
+    broken = inject(registry, "grid", fault, labels=("3", "8") if fault == "drop-modes" else ())
+    np.save(tmp_path / "stream.npy", draw(broken, 20_000))
+    report = replay(broken.path, tmp_path / "stream.npy", 2.6e9)
+    assert report["verdict"] == verdict
+    assert modes is None or report["modes"] == modes  # few distinct samples may well miss a mode, too
+    assert (report["first_alarm"] is None) == (fault == "nothing")
+    if fault != "nothing":
+        assert report["first_alarm"] < 3000
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert set(report["gauges"]["js"]) == {"value", "low", "high", "n", "ci"} and "independent" in report["assumes"]
+
+
+def test_replay_finds_the_very_sample(registry: Registry, tmp_path: Path) -> None:
+    """The crossing does not depend on how the stream is cut: a stream that ends with the crossing sample has the alarm at its end."""
+    broken = inject(registry, "grid", "drop-modes", labels=("3", "8"))
+    stream = draw(broken, 4000)
+    np.save(tmp_path / "stream.npy", stream)
+    first = replay(broken.path, tmp_path / "stream.npy", 1e4)["first_alarm"]
+    for n, wanted in ((first, None), (first + 1, first)):
+        np.save(tmp_path / "cut.npy", stream[:n])
+        assert replay(broken.path, tmp_path / "cut.npy", 1e4)["first_alarm"] == wanted
+
+
+@pytest.mark.parametrize(
+    ("stream", "words"),
+    [(np.zeros((5, 3), np.float32), "this bundle serves float32"), (np.zeros((5, 2)), "float64"), (b"not numpy", "cannot read"), (None, "no such file")],
+)
+def test_replay_refuses_what_is_not_a_stream(registry: Registry, tmp_path: Path, stream: np.ndarray | bytes | None, words: str) -> None:
+    path = tmp_path / "stream.npy"
+    if isinstance(stream, bytes):
+        path.write_bytes(stream)
+    elif stream is not None:
+        np.save(path, stream)
+    with pytest.raises(StackError, match=words):
+        replay(registry.path("grid"), path, 1e4)
+    with pytest.raises(StackError, match="--arl is 0"):
+        replay(registry.path("grid"), path, 0)

@@ -1,0 +1,63 @@
+"""Which failure the evidence names, and what silence is said to prove."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from monitoring.diagnosis import EXPLANATIONS, VERDICTS, delay_of_loss, detectable, diagnose
+from monitoring.edetectors import KINDS
+
+MODES = tuple(str(k) for k in range(10))
+
+
+@pytest.mark.parametrize(
+    ("groups", "id", "modes", "null"),
+    [
+        (["drop:8", "drop:3"], "mode_dropping", ("3", "8"), "A"),
+        (["drop:3", "inflate", "upper", "lower", "quality"], "mode_dropping", ("3",), "A"),
+        (["duplicates", "drop:3", "lower"], "latent_fault", ("3",), "A"),
+        (["upper", "lower", "quality"], "off_manifold", (), "A"),
+        (["lower", "inflate", "quality"], "within_mode_collapse", (), "A"),
+        (["quality", "inflate"], "quality_outside_tolerance", (), "B"),
+        (["inflate"], "drift", (), "A"),
+    ],
+)
+def test_diagnosis(groups, id, modes, null):
+    verdict = diagnose(groups, MODES)
+    assert (verdict.id, verdict.modes, verdict.null) == (id, modes, null)
+    assert verdict.words.endswith(".") and verdict.advice.endswith(".") and "{" not in verdict.words
+
+
+def test_the_words_name_the_modes():
+    assert "3, 8" in diagnose(["drop:3", "drop:8"], MODES).words
+
+
+def test_every_kind_of_evidence_has_an_explanation():
+    assert set(EXPLANATIONS) == set(KINDS)
+    assert set(EXPLANATIONS.values()) | {"healthy", "warming_up"} == set(VERDICTS)
+
+
+def test_delay_of_loss(make_bundle):
+    certificate = make_bundle().certificate
+    delays = delay_of_loss(certificate, np.array([1.0, 0.5, 0.1]), threshold=2.6e9)
+    assert delays.shape == (3, 10)
+    # log(A / w) / -log(1 - pi) for a mode that is gone, up to the certificate's slack and the share that is off-manifold
+    share = certificate.cell_count[0] / certificate.count
+    assert delays[0, 0] == pytest.approx(np.log(2.6e9 * 30 / 0.3) / -np.log(1 - share), rel=0.03)
+    assert (delays[0] < delays[1]).all() and np.isinf(delays[2]).all()  # no bet of ours grows on a tenth
+
+
+def test_what_silence_proves(make_bundle):
+    certificate = make_bundle().certificate
+    assert "within about" in detectable(certificate, MODES, monitored=0, threshold=2.6e9)
+    some, many = (detectable(certificate, MODES, monitored=n, threshold=2.6e9) for n in (1000, 1_000_000))
+    percent = [int(words.partition(" %")[0].split()[-1]) for words in (some, many)]
+    assert 100 > percent[0] > percent[1] > 10
+
+
+def test_what_is_not_watched_is_said(make_bundle):
+    certificate = make_bundle(lost=(3, 8), honest=True).certificate
+    assert detectable(certificate, MODES, monitored=0, threshold=2.6e9).endswith("hardly produces them: 3, 8.")
+    nothing = make_bundle(lost=tuple(range(1, 10)), fakes=1.0, honest=True).certificate
+    assert "never be seen" in detectable(nothing, MODES, monitored=0, threshold=2.6e9)

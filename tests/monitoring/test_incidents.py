@@ -1,0 +1,53 @@
+"""The record of alarms: one open incident a version, nothing lost, readable by the next process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from monitoring.incidents import Incidents
+
+ALARM = {"verdict": "drift", "words": "Something changed.", "modes": (), "evidence": {"tails": 9.9}, "first_alarm": 41}
+
+
+def test_an_alarm_is_opened_once_and_sharpened_in_place(tmp_path: Path) -> None:
+    incidents = Incidents(tmp_path / "incidents.db")
+    assert incidents.record("digits", "v2", at=10.0, **ALARM)
+    sharper = {**ALARM, "verdict": "mode_dropping", "modes": ("3", "8"), "first_alarm": 77}
+    assert not incidents.record("digits", "v2", at=11.0, **sharper)
+    (only,) = incidents.newest()
+    assert (only["verdict"], only["modes"], only["evidence"]) == ("mode_dropping", ["3", "8"], {"tails": 9.9})
+    assert (only["opened_at"], only["first_alarm"], only["closed_at"]) == (10.0, 41, None)  # when it began does not change
+
+
+def test_acknowledging_closes_the_open_incidents_of_one_model(tmp_path: Path) -> None:
+    incidents = Incidents(tmp_path / "incidents.db")
+    for model in ("digits", "ring"):
+        incidents.record(model, "v1", at=10.0, **ALARM)
+    (closed,) = incidents.acknowledge("digits", at=20.0)
+    assert (closed["model"], closed["acknowledged_at"], closed["closed_at"], closed["closed_by"]) == ("digits", 20.0, 20.0, "acknowledged")
+    assert incidents.acknowledge("digits", at=21.0) == []
+    assert incidents.record("digits", "v1", at=30.0, **ALARM)  # the next alarm is a new incident
+    assert [(i["model"], i["closed_at"]) for i in incidents.newest()] == [("digits", None), ("ring", None), ("digits", 20.0)]
+
+
+def test_a_version_change_closes_what_is_no_longer_served(tmp_path: Path) -> None:
+    incidents = Incidents(tmp_path / "incidents.db")
+    for version in ("v1", "v2"):
+        incidents.record("digits", version, at=10.0, **ALARM)
+    incidents.keep("digits", ["v1"], at=20.0)
+    assert {i["version"]: i["closed_by"] for i in incidents.newest()} == {"v1": None, "v2": "version change"}
+    incidents.keep("digits", [], at=30.0)
+    assert [i["closed_at"] for i in incidents.newest()] == [20.0, 30.0]
+
+
+def test_what_was_recorded_is_on_the_disk_at_once(tmp_path: Path) -> None:
+    writer = Incidents(tmp_path / "incidents.db")
+    writer.record("digits", "v1", at=10.0, **ALARM)
+    assert Incidents(tmp_path / "incidents.db").newest() == writer.newest()  # a second process, the first one still running
+
+
+def test_newest_is_bounded(tmp_path: Path) -> None:
+    incidents = Incidents(tmp_path / "incidents.db")
+    for i in range(5):
+        incidents.record("digits", f"v{i}", at=float(i), **ALARM)
+    assert [i["version"] for i in incidents.newest(limit=2)] == ["v4", "v3"]

@@ -1,0 +1,171 @@
+"""The live page in a real browser, before the real service."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from numpy import ndarray
+from PIL import Image
+
+from serving.records import Heartbeat, Record
+from training.bundle import Bundle
+from training.registry import Registry
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+PAGE = Path(__file__).parents[2] / "monitoring" / "page"
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+needs_chromium = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM}: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[playwright.Browser]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class Monitored:
+    """`python -m monitoring.service` over a registry that the test fills."""
+
+    def __init__(self, root: Path, draw: Callable[..., ndarray]) -> None:
+        self.root, self.registry, self.draw = root, Registry(root / "registry"), draw
+        command = [sys.executable, "-m", "monitoring.service", "--registry", str(root / "registry"), "--home", str(root)]
+        self.process = subprocess.Popen([*command, "--port", "0", "--probe-rate", "0"], stdout=subprocess.PIPE, text=True)
+        self.url = self.process.stdout.readline().split()[-1]
+
+    def serve(self, bundle: Bundle, count: int, seed: int = 1) -> None:
+        card = bundle.card
+        record = Record(card.model, card.version, "server_seed", seed, 0, self.draw(bundle, count, seed=seed), 0.0)
+        httpx.post(f"{self.url}api/records", content=Heartbeat("a", 0.0, (record,), {}).encode(), trust_env=False).raise_for_status()
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=20)
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def monitored(tmp_path: Path, draw: Callable[..., ndarray]) -> Iterator[Monitored]:
+    monitored = Monitored(tmp_path, draw)
+    yield monitored
+    monitored.stop()
+
+
+@pytest.fixture
+def page(browser: playwright.Browser, monitored: Monitored) -> Iterator[playwright.Page]:
+    """A page of a fresh context, closed before the service stops. Whatever it logs as an error fails the test, unless the test clears `page.troubles`."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(20_000)
+    page.troubles = []
+    page.on("console", lambda message: page.troubles.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: page.troubles.append(str(error)))
+    page.on("request", lambda request: None if request.url.startswith(("http://127.0.0.1", "data:")) else page.troubles.append(request.url))
+    yield page
+    context.close()
+    assert page.troubles == []
+
+
+def see(page: playwright.Page, verdict: str) -> playwright.Locator:
+    banner = page.locator(f"#verdict[data-verdict={verdict}]")
+    banner.wait_for()
+    return banner
+
+
+def colours(page: playwright.Page) -> int:
+    """How many colours a screenshot has: a blank page has few."""
+    return len(np.unique(np.asarray(Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")).reshape(-1, 3), axis=0))
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_what_a_person_sees_from_no_model_to_an_alarm_and_back(page: playwright.Page, monitored: Monitored, make_bundle: Callable[..., Bundle]) -> None:
+    page.goto(monitored.url)
+    page.get_by_text("No model to watch yet").wait_for()
+
+    healthy, lossy = (make_bundle(root=monitored.registry.root, version=v, lost=lost) for v, lost in (("v1", ()), ("v2", (3, 8))))
+    monitored.registry.set_alias("grid", "production", "v1", reason="promote")
+    assert "Warming up" in see(page, "warming_up").inner_text()
+    monitored.serve(healthy, 4000)
+    words = see(page, "healthy").inner_text()
+    assert "Healthy" in words and "4,000 fresh samples" in words and "v1" in words
+    page.wait_for_function("document.querySelector('#samples img').naturalWidth > 0")
+    assert page.locator("#modes .bars g").count() == 11
+    assert page.locator("#divergence canvas").count() == page.locator("#evidence canvas").count() == 1
+
+    monitored.registry.set_alias("grid", "production", "v2", reason="inject")
+    page.locator("#verdict", has_text="v2").wait_for()
+    monitored.serve(lossy, 3000)
+    words = see(page, "mode_dropping").inner_text()
+    assert "Modes 3 and 8 are being dropped" in words and "What to do" in words and "injected" in words
+    assert page.locator("#modes .bars g.alarmed text").all_text_contents() == ["3", "8"]
+    assert page.title().startswith("▲ Modes 3 and 8")
+    page.locator("#incidents li.open").wait_for()
+    assert colours(page) > 300
+
+    page.locator("#incidents li.open button").click()
+    see(page, "healthy")
+    page.locator("#incidents li.closed", has_text="acknowledged").wait_for()
+    monitored.registry.rollback("grid")
+    page.locator("#verdict", has_text="v1").wait_for()
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_lost_connection_is_said_and_comes_back(page: playwright.Page, monitored: Monitored, make_bundle: Callable[..., Bundle]) -> None:
+    make_bundle(root=monitored.registry.root)
+    monitored.registry.set_alias("grid", "production", "v1", reason="promote")
+    page.goto(monitored.url)
+    see(page, "warming_up")
+    assert page.locator("#lost").is_hidden()
+    port = monitored.url.rstrip("/").rpartition(":")[2]
+    monitored.stop()
+    page.locator("#lost", has_text="Connection to the monitor lost").wait_for()
+    command = [*monitored.process.args[:-4], "--port", port, "--probe-rate", "0"]
+    monitored.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    page.locator("#lost").wait_for(state="hidden")
+    see(page, "warming_up")
+    assert all("ERR_" in trouble for trouble in page.troubles)  # the browser's own notes of the failed requests
+    page.troubles.clear()
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_it_fits_wide_and_narrow_light_and_dark(page: playwright.Page, monitored: Monitored, make_bundle: Callable[..., Bundle]) -> None:
+    long = "a-model-with-a-rather-long-name-that-somebody-gave-it"
+    bundles = [make_bundle(root=monitored.registry.root, model=name, lost=lost) for name, lost in ((long, (1, 3, 8)), ("grid", ()))]
+    for bundle in bundles:
+        monitored.registry.set_alias(bundle.card.model, "production", "v1", reason="promote")
+    page.goto(monitored.url)
+    page.get_by_role("tab", name=long).click()
+    for bundle in bundles:
+        monitored.serve(bundle, 3000)
+    see(page, "mode_dropping")
+    page.locator("#incidents li.open").wait_for()
+    for width in (1280, 420):
+        for scheme, background in (("light", "rgb(245, 246, 248)"), ("dark", "rgb(14, 17, 22)")):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.emulate_media(color_scheme=scheme)
+            page.wait_for_function(f"document.querySelector('#divergence canvas').clientWidth < {width}")
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            assert page.evaluate("getComputedStyle(document.body).backgroundColor") == background
+            assert colours(page) > 300
+
+
+def test_the_page_needs_nothing_from_elsewhere() -> None:
+    ours = [file for file in PAGE.iterdir() if file.name in ("index.html", "app.js", "style.css")]
+    assert len(ours) == 3
+    for file in ours:
+        addresses = set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+[^\s\"'`]*", file.read_text()))
+        assert addresses <= {"http://www.w3.org/2000/svg"}, f"{file.name} names {addresses}"
+    assert sum(file.stat().st_size for file in PAGE.iterdir()) < 120_000

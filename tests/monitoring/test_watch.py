@@ -1,0 +1,236 @@
+"""What is watched, over a real registry with real bundles, and time that the test gives."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy import ndarray
+
+from monitoring.incidents import Incidents
+from monitoring.watch import REPLICAS, STALE_AFTER, Replicas, Watch, parse_counter, total_log10
+from serving.records import Heartbeat, Record
+from training.bundle import Bundle
+from training.registry import Registry
+
+START = 1_800_000_000.0
+
+
+class Scene:
+    """A registry with a healthy v1 and a v2 that lost modes 3 and 8, and a Watch over it."""
+
+    def __init__(self, root: Path, make_bundle: Callable[..., Bundle], draw: Callable[..., ndarray]) -> None:
+        self.bundles = {"v1": make_bundle(root=root / "registry"), "v2": make_bundle(root=root / "registry", version="v2", lost=(3, 8))}
+        self.registry, self.incidents, self.draw = Registry(root / "registry"), Incidents(root / "incidents.db"), draw
+        self.watch = Watch(self.registry, self.incidents, arl=2.6e9)
+        self.now, self.seed = START, 0
+
+    def alias(self, alias: str, version: str | None) -> None:
+        self.registry.set_alias("grid", alias, version, reason="test")
+        self.watch.follow(self.now)
+
+    def serve(self, version: str, count: int, **fields: object) -> None:
+        self.seed += 1
+        record = {"model": "grid", "version": version, "origin": "server_seed", "seed": self.seed, "offset": 0, "at": self.now} | fields
+        self.watch.eat([Record(**record, samples=self.draw(self.bundles[version], count, seed=self.seed))], self.now)
+
+    def state(self) -> dict:
+        self.now += 1.0
+        return json.loads(json.dumps(self.watch.publish(self.now).state(), allow_nan=False))
+
+
+@pytest.fixture
+def scene(tmp_path: Path, make_bundle: Callable[..., Bundle], draw: Callable[..., ndarray]) -> Scene:
+    return Scene(tmp_path, make_bundle, draw)
+
+
+def verdict(state: dict) -> str:
+    return state["models"]["grid"]["snapshot"]["verdict"]["id"]
+
+
+def test_nothing_is_watched_before_an_alias_names_it(scene: Scene) -> None:
+    scene.watch.follow(START)
+    assert scene.state()["models"] == {}
+    scene.alias("production", "v1")
+    model = scene.state()["models"]["grid"]
+    assert (model["alias"], model["version"], model["snapshot"]["verdict"]["id"], model["budget_share"]) == ("production", "v1", "warming_up", 0.5)
+    assert model["snapshot"]["log10_threshold"] == pytest.approx(math.log10(2.6e9 / 0.5))
+
+
+def test_a_fault_is_recorded_before_it_is_shown_and_a_rollback_clears_it(scene: Scene) -> None:
+    scene.alias("production", "v1")
+    scene.serve("v1", 4000)
+    assert verdict(scene.state()) == "healthy" and scene.incidents.newest() == []
+    scene.alias("production", "v2")
+    scene.serve("v2", 3000)
+    (incident,) = scene.incidents.newest()
+    assert (incident["version"], incident["verdict"], incident["modes"], incident["closed_at"]) == ("v2", "mode_dropping", ["3", "8"], None)
+    assert 0 < incident["first_alarm"] < 3000 and incident["evidence"]["evidence"]["modes"] > 9
+    state = scene.state()
+    assert verdict(state) == "mode_dropping" and [mark["kind"] for mark in state["models"]["grid"]["marks"]].count("alarm") == 1
+    scene.registry.rollback("grid")
+    scene.watch.follow(scene.now)
+    state = scene.state()
+    assert verdict(state) == "healthy" and state["models"]["grid"]["snapshot"]["monitored"] == 4000  # v1 goes on where it was
+    assert scene.incidents.newest()[0]["closed_by"] == "version change"
+
+
+def test_a_version_that_comes_back_is_judged_again(scene: Scene) -> None:
+    scene.alias("production", "v2")
+    scene.serve("v2", 3000)
+    scene.alias("production", "v1")
+    scene.alias("production", "v2")
+    assert verdict(scene.state()) == "healthy" and len(scene.incidents.newest()) == 1
+    scene.serve("v2", 3000)
+    assert verdict(scene.state()) == "mode_dropping" and len(scene.incidents.newest()) == 2
+
+
+def test_acknowledging_unlatches_and_a_fault_that_stays_is_found_again(scene: Scene) -> None:
+    scene.alias("production", "v2")
+    scene.serve("v2", 3000)
+    (closed,) = scene.watch.acknowledge("grid", scene.now)
+    assert closed["closed_by"] == "acknowledged" and verdict(scene.state()) == "healthy"
+    scene.serve("v2", 3000)
+    assert verdict(scene.state()) == "mode_dropping" and len(scene.incidents.newest()) == 2
+    with pytest.raises(KeyError):
+        scene.watch.acknowledge("nobody", scene.now)
+
+
+def test_only_fresh_samples_of_aliased_versions_are_judged(scene: Scene) -> None:
+    scene.alias("production", "v1")
+    scene.serve("v2", 3000)  # asked for by its number
+    scene.serve("v1", 1000, origin="client_seed")
+    scene.serve("v1", 1000, truncation=0.5)
+    view = scene.watch.publish(scene.now)
+    assert view.models["grid"].snapshot["monitored"] == 0 and view.models["grid"].snapshot["served"] == 2000
+    assert view.observed == {("grid", "server_seed"): 4000, ("grid", "client_seed"): 1000}
+    assert view.models["grid"].fresh_rate == 0
+    scene.serve("v1", 100)
+    scene.serve("v1", 1000, origin="probe")
+    assert scene.watch.publish(scene.now).models["grid"].fresh_rate == 50  # 100 in two seconds; probes make up, they do not count
+    scene.watch.eat([Record("nobody", "v1", "probe", 0, 0, np.zeros((1, 2), np.float32), scene.now)], scene.now)
+    assert scene.watch.publish(scene.now).unknown_model == 1
+
+
+def test_records_of_different_shapes_are_not_joined_and_misfits_are_counted(scene: Scene) -> None:
+    scene.alias("production", "v1")
+    samples = [np.zeros((5, 3), np.float32), np.zeros((7, 2), np.float64), np.full((2, 2), np.nan, np.float32), np.zeros((4, 2), np.float32)]
+    scene.watch.eat([Record("grid", "v1", "server_seed", 1, 0, s, scene.now) for s in samples], scene.now)
+    view = scene.watch.publish(scene.now)
+    assert view.models["grid"].snapshot["monitored"] == 4
+    assert {reason: n for (_, reason), n in view.rejected.items() if n} == {"shape": 5, "dtype": 7, "nan": 2}
+
+
+def test_silence_is_shown_as_stale(scene: Scene) -> None:
+    scene.alias("production", "v1")
+    scene.serve("v1", 600)
+    assert not scene.state()["models"]["grid"]["stale"]
+    scene.now += STALE_AFTER
+    model = scene.state()["models"]["grid"]
+    assert model["stale"] and model["snapshot"]["verdict"]["id"] == "healthy"
+    assert model["history"]["js"][-1] is None and model["history"]["js"][0] is not None  # the line breaks, it is not drawn on
+
+
+def test_the_history_is_one_point_a_publication_and_can_be_read_on(scene: Scene) -> None:
+    scene.alias("production", "v1")
+    scene.serve("v1", 600)
+    first = scene.state()
+    scene.watch.publish(scene.now + 0.5, point=False)
+    second = scene.watch.publish(scene.now + 1).state(since=first["now"])["models"]["grid"]["history"]
+    assert first["models"]["grid"]["history"]["t"] == [first["now"]] and second["t"] == [first["now"] + 1]
+    assert first["models"]["grid"]["history"]["threshold"] == second["threshold"] > second["js"][0] > 0
+
+
+def test_an_altered_bundle_is_refused_and_the_version_before_stays_watched(scene: Scene) -> None:
+    scene.alias("production", "v1")
+    scene.serve("v1", 600)
+    scene.registry.set_alias("grid", "production", "v2", reason="test")
+    features = scene.bundles["v2"].features_path
+    whole = features.read_bytes()
+    features.write_bytes(whole[:-1])
+    for _ in range(3):
+        scene.watch.follow(scene.now)
+    state = scene.state()
+    assert state["models"]["grid"]["version"] == "v1" and "features.onnx" in state["errors"][0]
+    assert scene.watch.publish(scene.now).load_failures == {"grid": 1}  # one change, one failure
+    features.write_bytes(whole)
+    scene.watch.follow(scene.now)
+    state = scene.state()
+    assert state["models"]["grid"]["version"] == "v2" and state["errors"] == []
+
+
+def test_an_unreadable_alias_file_changes_nothing_and_is_said(scene: Scene) -> None:
+    scene.alias("production", "v1")
+    aliases = scene.registry.root / "grid" / "aliases.json"
+    whole = aliases.read_text()
+    aliases.write_text("{")
+    scene.watch.follow(scene.now)
+    state = scene.state()
+    assert state["models"]["grid"]["version"] == "v1" and "aliases.json" in state["errors"][0]
+    aliases.write_text(whole)
+    scene.watch.follow(scene.now)
+    assert scene.state()["errors"] == []
+
+
+def test_the_budget_is_split_over_the_aliases(scene: Scene) -> None:
+    scene.alias("production", "v1")
+    scene.alias("canary", "v2")
+    scene.serve("v2", 3000)
+    state = scene.state()
+    (other,) = state["models"]["grid"]["other_versions"]
+    assert (other["alias"], other["version"], other["verdict"]["id"], other["budget_share"]) == ("canary", "v2", "mode_dropping", 0.25)
+    assert verdict(state) == "warming_up" and scene.incidents.newest()[0]["version"] == "v2"
+    scene.alias("canary", None)
+    assert scene.state()["models"]["grid"]["other_versions"] == [] and scene.incidents.newest()[0]["closed_by"] == "version change"
+
+
+def test_a_model_that_goes_leaves_nothing_behind(scene: Scene) -> None:
+    scene.alias("production", "v1")
+    (scene.registry.root / "grid").rename(scene.registry.root.parent / "elsewhere")
+    scene.watch.follow(scene.now)
+    assert scene.state()["models"] == {}
+
+
+def test_totals_never_go_backwards_when_replicas_come_and_go() -> None:
+    replicas = Replicas()
+    replicas.hear("a", {"batches_total": 5.0, "queued_samples": 2.0}, 0.0)
+    replicas.hear("b", {"batches_total": 1.0, "queued_samples": 3.0}, 1.0)
+    assert replicas.totals(1.0) == {"batches_total": 6.0, "queued_samples": 5.0} and replicas.speaking(1.0) == 2
+    assert replicas.totals(10.5) == {"batches_total": 6.0, "queued_samples": 3.0} and replicas.speaking(10.5) == 1
+    replicas.hear("a", {"batches_total": 7.0}, 20.0)  # it had only been silent: its totals are not counted twice
+    assert replicas.totals(20.0) == {"batches_total": 8.0}
+    for i in range(REPLICAS):
+        replicas.hear(f"new-{i}", {"batches_total": 1.0}, 21.0)
+    assert replicas.totals(21.0) == {"batches_total": 8.0 + REPLICAS} and len(replicas.last) == REPLICAS
+
+
+@given(st.dictionaries(st.from_regex(r"[a-z_]+", fullmatch=True), st.text().filter(lambda t: "\r" not in t), max_size=3))
+def test_counters_in_prometheus_form_are_read(labels: dict[str, str]) -> None:
+    def escape(value: str) -> str:
+        return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+    text = "samples_total" + ("{" + ",".join(f'{k}="{escape(v)}"' for k, v in labels.items()) + "}" if labels else "")
+    assert parse_counter(text) == ("samples_total", tuple(sorted(labels.items())))
+
+
+@pytest.mark.parametrize("text", ["", "9", "a b", 'x{model=digits}', 'x{model="a"', "replicas", 'x{model="a"}} 1\nfake 2'])
+def test_other_counters_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="Prometheus form"):
+        parse_counter(text)
+
+
+def test_total_evidence_is_that_of_the_sum() -> None:
+    assert total_log10({"a": 2.0, "b": 2.0}) == pytest.approx(2 + math.log10(2))
+    assert total_log10({"a": 400.0, "b": -math.inf}) == 400.0
+    assert total_log10({"a": -math.inf}) == total_log10({}) == -math.inf
+
+
+def test_heartbeats_tell_what_the_tap_left_out(scene: Scene) -> None:
+    scene.watch.hear(Heartbeat("a", START, (), {'tap_dropped_samples_total{model="grid"}': 4.0}), START)
+    assert scene.state()["tap"] == {"replicas": 1, "last_heartbeat_at": START, "dropped": 4.0, "received": 0}

