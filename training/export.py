@@ -7,6 +7,7 @@ Whether the bundle is good enough to publish is decided in gate.py.
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import platform
 import secrets
 import time
@@ -83,6 +84,7 @@ def export_onnx(module: nn.Module, path: Path, inputs: dict[str, Tensor], output
     floats by `tolerance` relative to their scale. Raises ExportError otherwise.
     """
     module = module.eval()
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # it misses torchvision, we do not
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns about its own deprecations
         torch.onnx.export(
@@ -280,10 +282,11 @@ def write_bundle(
 
 
 def figures(dataset: Dataset, reference: Reference, certificate: Certificate, source: Source, sight: Sight) -> dict[str, Any]:
-    """What the certificate says, for people. Infinite and undefined numbers become None."""
+    """What the certificate says, and what 10,000 samples more do, for people. Infinite and undefined numbers become None."""
     share = certificate.cell_count / certificate.count
     delay = _expected_delay(share[:-1])
-    samples = source.samples(seed=secrets.randbits(53), count=10_000)
+    seed = secrets.randbits(53)
+    samples = source.samples(seed=seed, count=10_000)
     found: dict[str, Any] = divergences(reference.cell_share, share)
     found["frechet"] = frechet(reference.feature_mean, reference.feature_cov, certificate.feature_mean, certificate.feature_cov)
     found["mode_coverage"] = float(np.mean(share[:-1] >= 0.25 * reference.cell_share[:-1]))
@@ -293,6 +296,10 @@ def figures(dataset: Dataset, reference: Reference, certificate: Certificate, so
     found["expected_delay"] = dict(zip(sight.modes, delay.tolist(), strict=True))
     found["unwatched"] = [mode for mode, d in zip(sight.modes, delay, strict=True) if not d <= UNWATCHED]
     found["classifier_accuracy"] = sight.accuracy
+    if source.class_shares:
+        probability = source.features.run(["probability"], {"x": samples})[0]
+        asked = sample_classes(np.array(source.class_shares), seed=seed, count=len(samples))
+        found["class_agreement"] = float(np.mean(probability.argmax(axis=1) == asked))
     if dataset.mixture is not None:
         found |= {f"mixture_{name}": value for name, value in mixture_fit(dataset.mixture, samples).items()}
     else:

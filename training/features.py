@@ -21,13 +21,15 @@ MANIFOLD_QUANTILE = 0.99  # of held-out real data lies inside the manifold
 PROTOTYPES = 100  # cells that cover labelled data, whose modes are the classes
 NETS, WIDTH, STEPS = 3, 160, 1500  # the classifier of labelled data
 FEATURES = 32
+SCORES = ("manifold_distance", "radius", "ambiguity")
 
 
 class Eye(nn.Module):
     """Served samples [n, ...] -> features [n, p], scores [n, s], mode [n] (-1: off the manifold), probability [n, K].
 
-    scores[:, 0] is the Mahalanobis distance to the nearest cell: cells are k-means centres that share one covariance.
-    scores[:, 1] is the Mahalanobis distance to the mean of all data.
+    manifold_distance: Mahalanobis distance to the nearest cell; cells are k-means centres that share one covariance.
+    radius: Mahalanobis distance to the mean of all data.
+    ambiguity, only where data are labelled: 1 - the largest probability; blends of two classes are near the manifold, not here.
     Modes are the cells themselves, or, where data are labelled, the classes of an ensemble of classifiers.
     """
 
@@ -61,13 +63,15 @@ class Eye(nn.Module):
         # The expanded square only ranks the cells: it loses too many digits to be the distance itself.
         rank = (self.cells.square().sum(dim=1) - 2 * inner @ self.cells.T).argmin(dim=1)
         distance = (inner - self.cells[rank]).square().sum(dim=1).sqrt()
+        radius = outer.square().sum(dim=1).sqrt()
         if self.classifier is None:
             squares = (inner[:, None, :] - self.cells).square().sum(dim=2)
             features, probability = outer, torch.softmax(-squares / 2, dim=1)
+            scores = torch.stack([distance, radius], dim=1)
         else:
             hidden, probability = self.classifier(x)
             features = (hidden - self.classifier.centre) @ self.projection
-        scores = torch.stack([distance, outer.square().sum(dim=1).sqrt()], dim=1)
+            scores = torch.stack([distance, radius, 1 - probability.amax(dim=1)], dim=1)
         mode = torch.where(distance > self.threshold, -1, probability.argmax(dim=1))
         return features, scores, mode, probability
 
@@ -105,27 +109,24 @@ class Sight:
 
 def fit_eye(dataset: Dataset, *, seed: int) -> Sight:
     """Fit on the training part; set the manifold's threshold on the held-out part."""
-    x = dataset.normalised()
-    train, held_out = x[: dataset.trained], x[dataset.trained :]
-    cells = KMeans(dataset.cells if dataset.labels is None else PROTOTYPES, n_init=4, random_state=seed).fit(train)
-    order = np.lexsort(np.rint(cells.cluster_centers_.T[::-1] * 1e3)) if dataset.labels is None else slice(None)
-    centres = cells.cluster_centers_[order]
-    residual = train - cells.cluster_centers_[cells.labels_]
-    eye = Eye(dataset.shift, dataset.scale, _whitener(residual), centres, _whitener(train), train.mean(axis=0))
-
-    accuracy = None
+    train = dataset.normalised()[: dataset.trained]
+    held_out = torch.from_numpy(dataset.samples[dataset.trained :])
+    found = KMeans(PROTOTYPES if dataset.classes else dataset.cells, n_init=4, random_state=seed).fit(train)
+    places = np.round(found.cluster_centers_ * dataset.scale + dataset.shift, 2) + 0.0  # no -0.00 in names
+    centres = found.cluster_centers_[np.lexsort(places.T[::-1])]
+    within = _whitener(train - found.cluster_centers_[found.labels_])
+    eye = Eye(dataset.shift, dataset.scale, within, centres, _whitener(train), train.mean(axis=0))
     if dataset.labels is not None:
         eye.classifier = _fit_ensemble(train, dataset.labels[: dataset.trained], len(dataset.classes), seed=seed)
         eye.projection = _principal(eye.classifier, torch.from_numpy(train))
     eye.eval().requires_grad_(False)
-    served = torch.from_numpy(dataset.samples[dataset.trained :])
-    eye.threshold.fill_(float(np.quantile(eye(served)[1][:, 0].numpy(), MANIFOLD_QUANTILE)))
-    if dataset.labels is not None:
-        accuracy = float(np.mean(eye(served)[3].argmax(dim=1).numpy() == dataset.labels[dataset.trained :]))
-        modes = dataset.classes
-    else:
-        modes = tuple("(" + ", ".join(f"{v:.2f}" for v in centre) + ")" for centre in centres * dataset.scale + dataset.shift + 0.0)
-    return Sight(eye, modes, ("manifold_distance", "radius"), accuracy)
+
+    _, scores, _, probability = eye(held_out)
+    eye.threshold.fill_(float(np.quantile(scores[:, 0].numpy(), MANIFOLD_QUANTILE)))
+    if dataset.labels is None:
+        return Sight(eye, tuple(f"({', '.join(f'{v:.2f}' for v in place)})" for place in sorted(places.tolist())), SCORES[:2], None)
+    accuracy = float(np.mean(probability.argmax(dim=1).numpy() == dataset.labels[dataset.trained :]))
+    return Sight(eye, dataset.classes, SCORES, accuracy)
 
 
 def _whitener(x: Float32[ndarray, "n d"]) -> Float[ndarray, "d d"]:

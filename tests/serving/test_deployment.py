@@ -86,7 +86,8 @@ def stack():
         family = []
         try:
             assert process.stdout.readline() == "ready\n", (run / "log").read_text()
-            family = psutil.Process(process.pid).children(recursive=True)
+            driver = psutil.Process(process.pid)
+            family = [driver, *driver.children(recursive=True)]
             yield Stack(f"http://127.0.0.1:{port}", registry, process, beats, family)
         finally:
             process.stdin.close()
