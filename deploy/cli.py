@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,16 +26,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from deploy import stack
+from deploy.grafana import Apply, GrafanaError
 from deploy.inject import FAULTS, InjectError
 from deploy.stack import Settings, StackError
 from serving.errors import ServingError
 from training.bundle import BundleError
+from training.gate import QualityRefused
+from training.gate import publish as publish_bundle
 from training.registry import Registry, RegistryError, ganwatch_home
 
 progress = Console(stderr=True, highlight=False, soft_wrap=True)
 answer = Console(highlight=False, soft_wrap=True)
 
 SettingsFlags = Annotated[Settings, tyro.conf.arg(name="")]
+_LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
 JsonFlag = Annotated[bool, tyro.conf.arg(name="json", help="Print JSON for a program to read.")]
 
 
@@ -100,7 +105,8 @@ def demo(settings: SettingsFlags = Settings(), model: str = "digits", dataset: s
                     stack.down(run)
 
 
-def status(as_json: JsonFlag = False) -> None:
+def status(as_json: _LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
+JsonFlag = False) -> None:
     """What is up, where it listens, and what the monitor says of each model."""
     run = stack.running()
     report: dict[str, Any] = {"up": run is not None, "home": str(ganwatch_home())}
@@ -121,7 +127,8 @@ def status(as_json: JsonFlag = False) -> None:
 # --- versions ---------------------------------------------------------------------------------------------------------
 
 
-def models(registry: Path | None = None, as_json: JsonFlag = False) -> None:
+def models(registry: Path | None = None, as_json: _LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
+JsonFlag = False) -> None:
     """The models and versions of the registry, with their aliases."""
     reg = _registry(registry)
     report = {}
@@ -149,7 +156,8 @@ def publish(
     model: str | None = None,
     force: bool = False,
     registry: Path | None = None,
-    as_json: JsonFlag = False,
+    as_json: _LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
+JsonFlag = False,
 ) -> None:
     """Publish a bundle directory as the next version of its model. Promotes nothing.
 
@@ -161,8 +169,6 @@ def publish(
         force: publish although the quality gate objects; the objections stay in the card.
         registry: directory of bundles.
     """
-    from training.export import publish_bundle
-
     published = publish_bundle(bundle, _registry(registry), model=model, force=force)
     _tell({"model": published.card.model, "version": published.card.version, "path": str(published.path), "forced": published.card.forced}, as_json)
 
@@ -172,7 +178,8 @@ def promote(
     model: str | None = None,
     alias: Literal["production", "canary", "shadow"] = "production",
     registry: Path | None = None,
-    as_json: JsonFlag = False,
+    as_json: _LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
+JsonFlag = False,
 ) -> None:
     """Point an alias at a version and, where ganwatch is up, wait until that version answers.
 
@@ -192,7 +199,8 @@ def rollback(
     model: str | None = None,
     alias: Literal["production", "canary", "shadow"] = "production",
     registry: Path | None = None,
-    as_json: JsonFlag = False,
+    as_json: _LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
+JsonFlag = False,
 ) -> None:
     """Point an alias back at the version before and, where ganwatch is up, wait until that version answers.
 
@@ -212,7 +220,8 @@ def inject(
     model: str | None = None,
     labels: str = "",
     registry: Path | None = None,
-    as_json: JsonFlag = False,
+    as_json: _LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
+JsonFlag = False,
 ) -> None:
     """Publish and promote a deliberately faulty version, to see the alarm work. `ganwatch rollback` undoes it.
 
@@ -229,7 +238,7 @@ def inject(
 
     reg = _registry(registry)
     name = _model(reg, model)
-    made = make(reg, name, fault, labels=tuple(label.strip() for label in labels.split(",") if label.strip()))
+    made = make(reg, name, fault, labels=tuple(_LABEL.findall(labels)))
     reg.set_alias(name, "production", made.card.version, reason=f"inject {made.card.fault}")
     _await_alias(name, "production", made.card.version)
     _tell({"model": name, "version": made.card.version, "fault": made.card.fault, "injected_from": made.card.injected_from}, as_json)
@@ -248,7 +257,8 @@ def sample(
     version: str | None = None,
     out: Path | None = None,
     url: str | None = None,
-    as_json: JsonFlag = False,
+    as_json: _LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
+JsonFlag = False,
 ) -> None:
     """Draw samples from the running server.
 
@@ -289,7 +299,8 @@ def replay(
     bundle: Path,
     samples: Path,
     arl: float = 2.6e9,
-    as_json: JsonFlag = False,
+    as_json: _LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
+JsonFlag = False,
 ) -> None:
     """Run the service's monitor over a recorded stream, which you state to be independent draws of one law.
 
@@ -313,7 +324,8 @@ def replay(
     answer.print(table)
 
 
-def ack(model: str | None = None, as_json: JsonFlag = False) -> None:
+def ack(model: str | None = None, as_json: _LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
+JsonFlag = False) -> None:
     """Acknowledge a model's alarm: it unlatches, and its detectors start again.
 
     Args:
@@ -327,25 +339,28 @@ def ack(model: str | None = None, as_json: JsonFlag = False) -> None:
     _tell(response.json(), as_json)
 
 
-def grafana(action: tyro.conf.Positional[Literal["apply"]], url: str, token_env: str, dry_run: bool = False) -> None:
+def grafana(
+    action: tyro.conf.Positional[Literal["apply"]],
+    url: str = "http://127.0.0.1:3000",
+    token_env: str = "GRAFANA_TOKEN",
+    prometheus_url: str = "http://127.0.0.1:9090",
+    dry_run: bool = False,
+) -> None:
     """Push datasource, folder, dashboard and alert rules into a Grafana. Running it again changes nothing.
 
     Args:
         action: apply.
-        url: of Grafana, such as http://127.0.0.1:3000.
-        token_env: name of the environment variable that holds a service-account token.
+        url: of Grafana.
+        token_env: name of the environment variable that holds a service-account token of role Admin.
+        prometheus_url: where Grafana finds Prometheus.
         dry_run: say what would change and change nothing.
     """
-    from deploy.grafana_apply import apply
-
-    token = os.environ.get(token_env)
-    if not token:
-        raise StackError(f"--token-env is {token_env}, and that environment variable is not set; put a Grafana service-account token into it")
-    for line in apply(url, token, dry_run=dry_run):
-        print(line)
+    for line in Apply(url=url, token_env=token_env, prometheus_url=prometheus_url, dry_run=dry_run)():
+        answer.print(line, markup=False)
 
 
-def doctor(as_json: JsonFlag = False) -> None:
+def doctor(as_json: _LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
+JsonFlag = False) -> None:
     """Look at this machine, at the registry and at what is up, and say what is wrong and what to do. Exit code 1 if anything is."""
     from deploy.doctor import checks
 
@@ -544,8 +559,10 @@ def main() -> None:
     """Run the command line. A user's mistake is one line and exit code 2, never a traceback."""
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="ganwatch", description="Train, serve and watch GANs.", config=(tyro.conf.FlagCreatePairsOff,))
-    except (StackError, RegistryError, BundleError, InjectError, ServingError, ConnectionError) as error:
+    except (StackError, GrafanaError, RegistryError, BundleError, InjectError, ServingError, ConnectionError) as error:
         _fail(str(error))
+    except QualityRefused as refusal:
+        _fail(f"not published, the quality gate objects:\n{refusal}\nto publish it all the same: {refusal.remedy}")
     except httpx.HTTPStatusError as error:
         _fail(f"{error.request.url} answered {error.response.status_code}: {error.response.text[:500]}")
     except httpx.HTTPError as error:

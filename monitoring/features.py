@@ -63,7 +63,8 @@ class Eye:
         finite = np.isfinite(samples).all(axis=tuple(range(1, samples.ndim)))
         # A row of NaN may poison a graph's whole batch, so such rows are taken out before it runs.
         samples = samples if finite.all() else samples[finite]
-        parts = [self._session.run(["features", "scores", "mode"], {"x": samples[i : i + BATCH]}) for i in range(0, len(samples), BATCH)]
+        batches = (samples[i : i + BATCH] for i in range(0, len(samples), BATCH))
+        parts = [self._session.run(["features", "scores", "mode"], {"x": batch}) for batch in batches]
         if not parts:
             return self._nothing._replace(rejected={"nan": count})
         features, scores, mode = (np.concatenate(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True))

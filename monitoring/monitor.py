@@ -1,8 +1,9 @@
 """The monitor of one version of one model: samples in; gauges, evidence and a verdict out.
 
-Two hypotheses, never confused. Null A: what is served follows the certified generator's law; it is true by construction while nothing is
-broken. Null B: modes and off-manifold share stay within tolerance of the real data. Alarms eat fresh samples only, that is independent
-draws of the model's own law; whatever else clients asked for feeds the "served" gauges. "Served equals real" is never a hypothesis.
+Two hypotheses, never confused. Null A: what is served follows the certified generator's law; it is true by construction while
+nothing is broken. Null B: modes and off-manifold share stay within tolerance of the real data. Alarms eat fresh samples only,
+that is independent draws of the model's own law; whatever else clients asked for feeds the "served" gauges. "Served equals
+real" is never a hypothesis.
 
 Pure: no clock (the caller says when), no network, no file but the bundle's. See README.md beside it for the mathematics.
 """
@@ -31,15 +32,15 @@ GAUGE_DELTA = 0.05  # chance that an interval fails at any sample of a block
 PRIOR_SAMPLES = 1024  # how strongly one of the two priors of the intervals believes in the certificate
 
 TOLERANCES = {"forward_kl": 0.1, "reverse_kl": 0.08, "js": 0.02, "chi_squared": 0.08, "tv": 0.08, "frechet": 0.05}
-"""How far above its certified value a gauge may lie before it deserves a look: nats for KL and JS, Frechet as a part of the real
-features' total variance. The loss of one mode in ten exceeds each but Frechet's, which depends on where the mode lay; the noise of a
-full block does not. Alarms do not depend on them."""
+"""How far above its certified value a gauge may lie before it deserves a look: nats for KL and JS, Frechet as a part of the
+real features' total variance. The loss of one mode in ten exceeds each but Frechet's, which depends on where the mode lay; the
+noise of a full block does not. Alarms do not depend on them."""
 
 
 @dataclass(frozen=True)
 class Gauge:
-    """An estimate from n samples. exact: [low, high] holds at every sample of a block at once, with probability >= 1 - GAUGE_DELTA;
-    none: nobody has derived an interval, low and high are NaN."""
+    """An estimate from n samples. exact: [low, high] holds at every sample of a block at once, with probability >= 1 -
+    GAUGE_DELTA; none: nobody has derived an interval, low and high are NaN."""
 
     value: float
     low: float
@@ -51,16 +52,16 @@ class Gauge:
 class Monitor:
     """Watches one bundle. arl: least mean number of fresh samples to a false alarm; share: this version's part of that budget.
 
-    verdict; first_alarm: 0-based number among the fresh samples of the one at which the alarm was raised; alarmed_at: the `at` of its update;
-    monitored: fresh samples eaten; served: all samples looked at; rejected: reason -> samples; tolerance: divergence -> its value for the
-    certified generator and the threshold above which it deserves a look.
+    verdict; first_alarm: 0-based number among the fresh samples of the one at which the alarm was raised; alarmed_at: the `at`
+    of its update; monitored: fresh samples eaten; served: all samples looked at; rejected: reason -> samples; tolerance:
+    divergence -> its value for the certified generator and the threshold above which it deserves a look.
     """
 
     def __init__(self, bundle: Bundle, *, arl: float = 2.6e9, share: float = 1.0) -> None:
-        if not (math.isfinite(arl) and arl >= 1):
-            raise ValueError(f"arl is {arl}; it must be a finite number of samples, 1 or more (2.6e9 is one a month at 1,000 samples/s)")
+        if not 1 <= arl <= 1e100:
+            raise ValueError(f"arl is {arl}; it must lie in [1, 1e100] samples (2.6e9: one a month at 1,000 samples/s)")
         if not 0 < share <= 1:
-            raise ValueError(f"share is {share}; it must lie in (0, 1], and the shares of all live versions must not exceed 1 in sum")
+            raise ValueError(f"share is {share}; it must lie in (0, 1], and those of all live versions must sum to 1 at most")
         self.bundle, self.arl = bundle, arl
         certificate, reference = bundle.certificate, bundle.reference
         self._eye = Eye(bundle)
@@ -89,7 +90,7 @@ class Monitor:
         return math.log10(self._detector.threshold)
 
     def update(self, samples: ndarray, *, fresh: bool, at: float) -> None:
-        """Look at n samples [n, *sample_shape], which may be none; `at`: Unix seconds. What is no sample is counted, never an error."""
+        """Look at n samples [n, *sample_shape], n >= 0; `at`: Unix seconds. What is no sample is counted, never an error."""
         seen = self._eye.look(samples)
         for reason, count in seen.rejected.items():
             self.rejected[reason] += count
@@ -113,13 +114,13 @@ class Monitor:
         self._judge()
 
     def evidence(self) -> dict[str, float]:
-        """Family -> log10 of its weighted e-value, -inf before the first sample. The alarm is raised where 10^these sum to 10^log10_threshold."""
+        """Family -> log10 of its weighted evidence, -inf before the first sample. The evidence adds up to that of the alarm."""
         return {family: math.log10(e) if e > 0 else -math.inf for family, e in self._detector.family_evidence().items()}
 
     def gauges(self, population: str) -> dict[str, Gauge]:
         """The estimates against the real data, from the block now being filled. NaN before the first sample.
 
-        Served samples other than fresh ones are no independent draws (a seed may be asked for twice), so "served" has no intervals.
+        What else is served is no independent draw (a seed may be asked for twice), so "served" has no intervals.
         """
         if population not in self._blocks:
             raise ValueError(f"population is {population!r}; it must be one of {', '.join(POPULATIONS)}")
@@ -165,6 +166,8 @@ class Monitor:
     def snapshot(self) -> dict[str, Any]:
         """Everything there is to show of this version, JSON-able; what is not finite is None."""
         card, verdict = self.bundle.card, self.verdict
+        gauges = {population: {name: asdict(g) for name, g in self.gauges(population).items()} for population in POPULATIONS}
+        seen, threshold = self.monitored - self._since, self._detector.threshold
         return _jsonable(
             {
                 "model": card.model,
@@ -176,12 +179,10 @@ class Monitor:
                 "evidence": self.evidence(),
                 "log10_threshold": self.log10_threshold,
                 "arl": self.arl,
-                "gauges": {population: {name: asdict(g) for name, g in self.gauges(population).items()} for population in POPULATIONS},
+                "gauges": gauges,
                 "tolerance": self.tolerance,
                 "modes": self.modes(),
-                "detectable": detectable(
-                    self.bundle.certificate, card.modes, monitored=self.monitored - self._since, threshold=self._detector.threshold
-                ),
+                "detectable": detectable(self.bundle.certificate, card.modes, monitored=seen, threshold=threshold),
             }
         )
 
@@ -193,10 +194,10 @@ class Monitor:
             self.verdict = VERDICTS["warming_up" if self.monitored < WARM_UP else "healthy"]
 
     def _tolerance(self) -> dict[str, dict[str, float]]:
-        certificate, reference = self.bundle.certificate, self.bundle.reference
-        certified = self._divergences(certificate.cell_count)
-        certified["frechet"] = frechet(reference.feature_mean, reference.feature_cov, certificate.feature_mean, certificate.feature_cov)[0]
-        unit = {"frechet": float(np.trace(reference.feature_cov))}
+        ours, real = self.bundle.certificate, self.bundle.reference
+        certified = self._divergences(ours.cell_count)
+        certified["frechet"] = frechet(real.feature_mean, real.feature_cov, ours.feature_mean, ours.feature_cov)[0]
+        unit = {"frechet": float(np.trace(real.feature_cov))}
         return {name: {"certified": v, "threshold": v + TOLERANCES[name] * unit.get(name, 1.0)} for name, v in certified.items()}
 
     def _divergences(self, counts: ndarray) -> dict[str, float]:

@@ -77,8 +77,8 @@ class Options:
     """Samples that may wait for the Monitors; what comes beyond is dropped and counted."""
 
     def __post_init__(self) -> None:
-        if not self.arl > 1:
-            raise ValueError(f"arl is {self.arl}; it must be a number of samples above 1")
+        if not 1 < self.arl < math.inf:
+            raise ValueError(f"arl is {self.arl}; it must be a finite number of samples above 1")
         if self.probe_rate < 0:
             raise ValueError(f"probe_rate is {self.probe_rate}; it must be 0 or more samples a second")
         if urlsplit(self.serving_url).scheme not in ("http", "https"):

@@ -132,6 +132,7 @@ class Shown:
     share: float
     loaded_at: float
     last_sample_at: float | None
+    stale: bool
     snapshot: dict[str, Any]
     gauges: Mapping[str, Mapping[str, Gauge]]  # population -> name -> gauge
     others: tuple[dict[str, Any], ...]
@@ -184,7 +185,7 @@ class View:
             "alias": shown.alias,
             "version": shown.version,
             "snapshot": shown.snapshot,
-            "stale": self.at - (shown.last_sample_at or shown.loaded_at) > STALE_AFTER,
+            "stale": shown.stale,
             "last_sample_at": shown.last_sample_at,
             "loaded_at": shown.loaded_at,
             "budget_share": shown.share,
@@ -369,8 +370,8 @@ class Watch:
         version = model.aliases[alias]
         watched = self._watched[name, version]
         gauges = {population: watched.monitor.gauges(population) for population in ("fresh", "served")}
+        stale = at - max(watched.last_sample_at or 0.0, model.shown_since) > STALE_AFTER
         if point:
-            stale = watched.last_sample_at is None or at - watched.last_sample_at > STALE_AFTER
             js = gauges["fresh"]["js"]
             values = (js.value, js.low, js.high, total_log10(watched.monitor.evidence()))
             model.rows.append((at, *(None if stale else _short(value) for value in values)))
@@ -383,6 +384,7 @@ class Watch:
             share=watched.share,
             loaded_at=model.shown_since,
             last_sample_at=watched.last_sample_at,
+            stale=stale,
             snapshot=watched.monitor.snapshot(),
             gauges=gauges,
             others=tuple(self._others(name, model, version)),

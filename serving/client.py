@@ -88,7 +88,10 @@ class Client:
 
     def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         try:
-            answer = self._http.request(method, path, **arguments)
+            try:
+                answer = self._http.request(method, path, **arguments)
+            except (httpx.ReadError, httpx.RemoteProtocolError):  # the replica died; samples are read, not made, so another may be asked
+                answer = self._http.request(method, path, **arguments)
         except httpx.TransportError as error:
             raise ConnectionError(f"no answer from {self._http.base_url}: {error}; is the server up (`ganwatch status`)?") from error
         if not answer.is_success:

@@ -67,6 +67,7 @@ def build(
         health_check_period_s=5,
         health_check_timeout_s=20,
         graceful_shutdown_wait_loop_s=0.2,
+        logging_config={"enable_access_log": False},  # requests are counted, and the counts reach the monitor
         ray_actor_options={"num_cpus": 0.5, "num_gpus": num_gpus},
     )(Replica)
     return deployment.bind(Settings(registry, monitor_url, device, tap_rate, threads))

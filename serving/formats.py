@@ -22,9 +22,9 @@ _IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 def json_text(samples: ndarray, about: dict[str, Any]) -> bytes:
     """`about` and the samples as nested lists; float32 values come back exactly."""
-    pieces = [samples[i : i + _JSON_ROWS].tolist() for i in range(0, len(samples), _JSON_ROWS)]
+    pieces = (samples[i : i + _JSON_ROWS] for i in range(0, len(samples), _JSON_ROWS))
     try:
-        rows = ", ".join(json.dumps(piece, allow_nan=False)[1:-1] for piece in pieces)
+        rows = ", ".join(json.dumps(piece.tolist(), allow_nan=False)[1:-1] for piece in pieces)
     except ValueError:
         raise SamplingFailed("the model gave NaN or infinite values, which JSON cannot hold; ask for application/x-npy to see them") from None
     return f'{json.dumps(about)[:-1]}, "samples": [{rows}]}}'.encode()

@@ -13,7 +13,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from serving.sampler import Device, Sampler, cuda_devices
+from serving.sampler import Device, Sampler, check_device
 from training.bundle import open_bundle
 from training.registry import Registry, RegistryError
 
@@ -47,8 +47,7 @@ class ModelTable:
     """The samplers of every model of `registry`. `refresh` once before serving, then `start` to follow the aliases."""
 
     def __init__(self, registry: Registry, device: Device = "auto", threads: int = 1) -> None:
-        if device == "cuda" and not cuda_devices():
-            raise RuntimeError("device is 'cuda', but the driver offers no CUDA device; use --device cpu or auto")
+        check_device(device)
         self.registry, self.device, self.threads = registry, device, threads
         self.models: Mapping[str, Model] = {}
         self.load_failures: Counter[str] = Counter()  # model -> versions refused, each attempt counted
@@ -58,7 +57,12 @@ class ModelTable:
         self._thread: threading.Thread | None = None
 
     def refresh(self) -> None:
-        """Load what the aliases name now and were not known to name; publish the new snapshot when all of it is warm."""
+        """Load what the aliases name now and were not known to name; publish the new snapshot when all of it is warm.
+
+        Raises FileNotFoundError where the registry has gone: whatever serves goes on serving.
+        """
+        if self.models and not self.registry.root.is_dir():
+            raise FileNotFoundError(f"no directory {self.registry.root}")
         with self._lock:
             models = {name: self._refreshed(name, self.models.get(name, Model())) for name in self.registry.models()}
         if models != self.models:

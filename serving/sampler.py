@@ -9,7 +9,7 @@ import ctypes
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnxruntime
@@ -50,8 +50,7 @@ class Sampler:
     """
 
     def __init__(self, bundle: Bundle, device: Device = "auto", threads: int = 1) -> None:
-        if device not in get_args(Device):
-            raise ValueError(f"device is {device!r}; it must be one of {', '.join(get_args(Device))}")
+        check_device(device)
         self.card = bundle.card
         model = bundle.model_path.read_bytes()
         if found := _RANDOM_OP.search(model):
@@ -105,20 +104,25 @@ def cuda_devices() -> int:
     return count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
 
 
+def check_device(device: str) -> None:
+    """Raise ValueError where `device` is no device, RuntimeError where it is "cuda" and there is none."""
+    if device not in get_args(Device):
+        raise ValueError(f"device is {device!r}; it must be one of {', '.join(get_args(Device))}")
+    if device == "cuda" and not cuda_devices():
+        raise RuntimeError("device is 'cuda', but the driver offers no CUDA device; use --device cpu or auto")
+
+
 def _open_session(model: bytes, bundle: Bundle, device: Device, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
-    found = cuda_devices() if device != "cpu" else 0
-    if device == "cuda" and not found:
-        raise RuntimeError("device is 'cuda', but the driver offers no CUDA device; use --device cpu or auto")
-    if found:
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device != "cpu" and cuda_devices():
         onnxruntime.preload_dlls()
-    # An exhaustive search would tune every batch size anew, for seconds each.
-    cuda = ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"})
-    providers = [*([cuda] if found else []), "CPUExecutionProvider"]
+        # An exhaustive search would tune every batch size anew, for seconds each.
+        providers.insert(0, ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"}))
     try:
         # From bytes: weights in a second file, which no hash covers, cannot be found.
         session = onnxruntime.InferenceSession(model, options, providers=providers)

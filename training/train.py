@@ -54,6 +54,8 @@ from training.objectives import OBJECTIVES
 from training.penalties import PENALTIES
 from training.registry import Registry, RegistryError, ganwatch_home
 
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where `ray job submit` runs the script
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -288,21 +290,22 @@ def train_worker(job: dict[str, Any]) -> None:
 
 def start_ray(config: Config) -> bool:
     """Join the cluster of a Ray job or of RAY_ADDRESS, else start one on this machine. Returns whether to use GPUs."""
+    # Ray Train's helper actors look for a Ray of this machine, and give up where there are several, unless told which.
     if "RAY_ADDRESS" in os.environ:
-        ray.init(logging_level="error")
+        env = {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]} | ({} if JOB in os.environ else {"PYTHONPATH": str(ROOT)})
+        ray.init(runtime_env={"env_vars": env}, logging_level="error")
     else:
-        # A port of our own choice, so that Ray's helpers find this instance where several run on the machine.
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ["RAY_GCS_SERVER_PORT"] = str(port)
+            port = str(probe.getsockname()[1])
+        os.environ["RAY_GCS_SERVER_PORT"] = port
         ray.init(
             "local",
             num_cpus=max(os.cpu_count() or 1, config.workers),
             include_dashboard=False,
-            runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": f"127.0.0.1:{port}"}},
+            runtime_env={"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}", "PYTHONPATH": str(ROOT)}},
             logging_level="error",
-            logging_config=ray.LoggingConfig(log_level="ERROR"),  # Ray Train would miss its dashboard twice a second
+            logging_config=ray.LoggingConfig(log_level="ERROR"),  # Ray Train would miss the dashboard twice a second
             _node_ip_address="127.0.0.1",
         )
     have = ray.cluster_resources()
@@ -351,7 +354,7 @@ def execute(config: Config, console: Console) -> None:
     status, begin = Status(run), time.monotonic()
     said = begin
     console.print(f"run      {run}")
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and not registry.root.is_absolute():
+    if JOB in os.environ and not registry.root.is_absolute():
         console.print(f"note: a Ray job runs in a copy of its working directory, so this relative registry is {registry.root.resolve()}")
 
     def done(stage: str, **values: Any) -> None:

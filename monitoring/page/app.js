@@ -40,7 +40,7 @@ const INTERVALS = {
 const SPANS = { "5 min": 300, "15 min": 900, "1 h": 3600 };
 const HISTORY = 3600;
 
-let state = null, chosen = null, span = 900, histories = {}, charts = {}, incidentsKey = "";
+let state = null, chosen = null, span = 900, pointed = null, histories = {}, charts = {}, tabsKey = "", incidentsKey = "";
 
 // ---- words and numbers
 
@@ -68,6 +68,11 @@ function element(name, attributes = {}, ...children) {
   for (const [key, value] of Object.entries(attributes)) if (value != null) node.setAttribute(key, value);
   node.append(...children.filter(child => child != null));
   return node;
+}
+
+// Text is set only where it changes, so that nothing is read aloud, or loses its tooltip, once a second.
+function say(node, text) {
+  if (node.textContent !== text) node.textContent = text;
 }
 
 // ---- the stream
@@ -124,12 +129,15 @@ function draw() {
 }
 
 function drawTabs(names) {
+  const key = JSON.stringify([chosen, names.map(name => [name, tone(state.models[name])])]);
+  if (key === tabsKey) return;
+  tabsKey = key;
   $("#models").replaceChildren(...(names.length < 2 ? [] : names.map(name => {
-    const tab = element("button", { role: "tab", "aria-selected": name === chosen, title: null });
+    const tab = element("button", { role: "tab", "aria-selected": name === chosen });
     const kind = tone(state.models[name]);
     if (kind !== "good") { tab.innerHTML = shape(kind); tab.firstChild.style.color = { alarm: "var(--red)", stale: "var(--amber)", wait: "var(--grey)" }[kind]; }
     tab.append(name);
-    tab.onclick = () => { chosen = name; location.hash = encodeURIComponent(name); incidentsKey = ""; showSamples(); draw(); };
+    tab.onclick = () => { chosen = name; location.hash = encodeURIComponent(name); incidentsKey = ""; pointed = null; showSamples(); draw(); };
     return tab;
   })));
 }
@@ -151,8 +159,8 @@ function drawVerdict(model) {
   const silent = model.stale ? (model.last_sample_at == null ? "no sample has arrived yet" : `no sample since ${clock(model.last_sample_at)}`) : "";
   const since = kind === "alarm" && verdict.since != null ? `since ${clock(verdict.since)}` : "";
   $(".kind", banner).textContent = [{ good: "No alarm", wait: "No alarm yet", alarm: "Alarm", stale: "Stale" }[kind], since, silent].filter(Boolean).join(" · ");
-  $("h2", banner).textContent = title(verdict.id, verdict.modes);
-  $(".words", banner).textContent = verdict.words;
+  say($("h2", banner), title(verdict.id, verdict.modes));
+  say($(".words", banner), verdict.words);
   const advice = kind === "stale" ? "Nothing reaches the monitor. Check that serving answers and that its tap points here; the last verdict stands until samples come."
     : verdict.advice;
   $(".advice", banner).replaceChildren(...(advice ? [element("b", {}, "What to do: "), ...code(advice)] : []));
@@ -188,7 +196,7 @@ function drawCharts(model) {
   const first = kept.t.findIndex(t => t >= start), cut = column => first < 0 ? [] : kept[column].slice(first);
   const flat = value => cut("t").map(() => value ?? null);
   const context = { start, end: state.now, marks: model.marks.filter(mark => mark.t >= start) };
-  const js = cut("js"), top = Math.max(1.5 * (threshold ?? 0), ...js.map(v => 1.3 * v), 1e-3);
+  const js = cut("js"), most = Math.max(threshold ?? 0, ...js), top = Math.max(1.5 * (threshold ?? 0), 1.3 * most, Math.min(1.05 * Math.max(...cut("js_high"), 0), 1.8 * most), 1e-3);
   chart("divergence", { ...context, low: 0, top, data: [cut("t"), js, cut("js_low"), cut("js_high"), flat(certified), flat(threshold)] });
   const e = cut("log10_e"), peak = Math.max(limit ?? 1, ...e);
   chart("evidence", { ...context, low: Math.min(0, Math.max(-3, Math.min(...e.filter(v => v != null), 0))), top: 1.18 * Math.min(peak, 2 * (limit ?? peak)), data: [cut("t"), e, flat(limit)] });
@@ -222,7 +230,7 @@ function chart(id, view) {
   const entry = charts[id] = { view }, lines = LINES[id]();
   const axis = { stroke: css("--soft"), font: `12px ${getComputedStyle(document.body).fontFamily}`, ticks: { show: false } };
   entry.plot = new uPlot({
-    width: place.clientWidth, height: place.clientHeight, legend: { show: false }, padding: [10, 6, 0, 0],
+    width: place.clientWidth, height: place.clientHeight, legend: { show: false }, padding: [10, 24, 0, 0],
     cursor: { y: false, points: { size: 7 }, drag: { x: false, y: false }, sync: { key: "time" } },
     scales: { x: { time: true, range: () => [entry.view.start, entry.view.end] }, y: { range: () => [entry.view.low, entry.view.top] } },
     axes: [
@@ -294,7 +302,7 @@ function drawModes(snapshot) {
     ...(alarmed.length ? [element("span", {}, element("i", { class: "box", style: "background: var(--red)" }), "▲ named by the alarm")] : []),
   );
   const coverage = snapshot.gauges.fresh.mode_coverage?.value;
-  $("#modes .hint").textContent = coverage == null ? "Bars appear with the first fresh samples." : `${percent(coverage)} of the modes are certainly still served. The last bar counts samples that look like nothing in the real data.`;
+  $("#modes .hint").textContent = cells[pointed] ? describe(cells[pointed]) : coverage == null ? "Bars appear with the first fresh samples." : `${percent(coverage)} of the modes are certainly still served. The last bar counts samples that look like nothing in the real data.`;
   const left = 44, top = 18, bar = 160, gap = 14, slot = (width - left - gap) / cells.length;
   const highest = Math.max(...cells.flatMap(cell => [cell.reference, cell.served ?? 0, Math.min(cell.high ?? 0, 1.6 * Math.max(cell.reference, cell.served ?? 0))]), 1e-6);
   const step = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1].find(s => highest / s <= 4) ?? 1;
@@ -309,8 +317,7 @@ function drawModes(snapshot) {
     node("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, step < 0.01 ? `${(100 * value).toFixed(1)}%` : `${Math.round(100 * value)}%`));
   cells.forEach((cell, i) => {
     const off = i === cells.length - 1, middle = left + slot * (i + 0.5) + (off ? gap : 0), half = Math.min(slot * 0.34, 30);
-    const group = node("g", { class: `${cell.status} ${off ? "off" : ""}` }, node("title", {},
-      `${cell.name}: served ${percent(cell.served)}${cell.low == null ? "" : ` (${percent(cell.low)} to ${percent(cell.high)})`}, real ${percent(cell.reference)}, certified ${percent(cell.certified)}, ${cell.status}`));
+    const group = node("g", { class: `${cell.status} ${off ? "off" : ""} ${i === pointed ? "pointed" : ""}` });
     if (cell.served != null) group.append(node("rect", { class: "served", x: middle - half, width: 2 * half, y: y(cell.served), height: Math.max(top + bar - y(cell.served), 0.5), rx: 2 }));
     if (cell.low != null && cell.high != null) group.append(node("path", { class: "whisker",
       d: `M${middle} ${y(cell.low)}V${y(cell.high)}M${middle - 4} ${y(cell.low)}h8M${middle - 4} ${y(cell.high)}h8` }));
@@ -322,23 +329,41 @@ function drawModes(snapshot) {
     picture.append(group);
   });
   place.replaceChildren(picture);
+  place.onpointermove = event => point(Math.floor((event.clientX - place.getBoundingClientRect().left - left) / slot));
+  place.onpointerleave = () => point(null);
 }
+
+function point(cell) {
+  if (cell === pointed) return;
+  pointed = cell;
+  drawModes(state.models[chosen].snapshot);
+}
+
+const describe = cell => `${cell.name}: served ${percent(cell.served)}${cell.low == null ? "" : ` (${percent(cell.low)} to ${percent(cell.high)})`}, `
+  + `real data ${percent(cell.reference)}, certified ${percent(cell.certified)}; ${cell.status}`;
 
 // ---- gauges, incidents, samples
 
 function drawGauges(snapshot) {
-  const { fresh, served } = snapshot.gauges;
-  $("#gauges tbody").replaceChildren(...Object.entries(GAUGES).filter(([name]) => fresh[name]).map(([name, [label, meaning]]) => {
+  const { fresh, served } = snapshot.gauges, body = $("#gauges tbody"), names = Object.keys(GAUGES).filter(name => fresh[name]);
+  if (body.children.length !== names.length) body.replaceChildren(...names.map(name => element("tr", { id: `gauge-${name}` },
+    element("td", {}, GAUGES[name][0], element("small", {}, GAUGES[name][1])), element("td"),
+    element("td", { class: "soft" }, element("span"), element("small", {}, element("abbr", { title: "" }))),
+    ...Array.from({ length: 3 }, () => element("td", { class: "wide soft" })))));
+  for (const name of names) {
     const gauge = fresh[name], limits = snapshot.tolerance[name] ?? {}, show = RATIOS.includes(name) ? percent : number;
-    const interval = gauge.low == null && gauge.high == null ? "–" : `${show(gauge.low)} to ${gauge.high == null ? "∞" : show(gauge.high)}`;
-    const over = gauge.value != null && limits.threshold != null && gauge.value > limits.threshold;
-    return element("tr", { class: over ? "over" : null },
-      element("td", {}, label, element("small", {}, meaning)), element("td", {}, show(gauge.value)), element("td", { class: "soft" }, interval, element("small", {}, element("abbr", { title: INTERVALS[gauge.ci] }, gauge.ci === "none" ? "no interval" : gauge.ci))),
-      element("td", { class: "wide soft" }, limits.certified == null ? "–" : show(limits.certified)), element("td", { class: "wide soft" }, limits.threshold == null ? "–" : show(limits.threshold)),
-      element("td", { class: "wide soft" }, show(served[name]?.value)));
-  }));
-  const n = name => count(snapshot.gauges[name].js?.n ?? 0);
-  $("#gauges h3").replaceChildren("Gauges ", element("span", { class: "hint" }, ` ${n("fresh")} fresh samples, ${n("served")} as served`));
+    const row = $(`#gauge-${name}`), [, value, interval, certified, tolerated, asServed] = row.children, ci = $("abbr", row);
+    row.className = gauge.value != null && limits.threshold != null && gauge.value > limits.threshold ? "over" : "";
+    say(value, show(gauge.value));
+    say(interval.firstChild, gauge.low == null && gauge.high == null ? "–" : `${show(gauge.low)} to ${gauge.high == null ? "∞" : show(gauge.high)}`);
+    say(ci, gauge.ci === "none" ? "no interval" : gauge.ci);
+    ci.title = gauge.value == null ? "No fresh sample has been seen yet." : INTERVALS[gauge.ci];
+    say(certified, show(limits.certified));
+    say(tolerated, show(limits.threshold));
+    say(asServed, show(served[name]?.value));
+  }
+  const n = population => count(snapshot.gauges[population].js.n);
+  say($("#gauges .hint"), `${n("fresh")} fresh samples, ${n("served")} as served`);
 }
 
 async function refreshIncidents() {

@@ -50,7 +50,7 @@ class Prometheus:
     def query(self, expr: str) -> list[tuple[dict[str, str], float]]:
         return [(series["metric"], float(series["value"][1])) for series in self.get("query", query=expr)["result"]]
 
-    def until(self, expr: str, seconds: float = 30.0) -> list[tuple[dict[str, str], float]]:
+    def until(self, expr: str, seconds: float = 20.0) -> list[tuple[dict[str, str], float]]:
         """What `expr` gives, as soon as it gives anything."""
         return wait_for(lambda: self.query(expr), expr, seconds)
 
@@ -112,7 +112,7 @@ def prometheus(make_bundle: Callable[..., Any], tmp_path: Path, free_ports: Call
     serving_port, monitor_port, port = free_ports(3)
     serving_url, monitor_url, url = (f"http://127.0.0.1:{p}" for p in (serving_port, monitor_port, port))
     config = tmp_path / "prometheus.yml"
-    config.write_text(prometheus_config(monitor_port=monitor_port, alertmanager_port=None, scrape_interval="500ms"))
+    config.write_text(prometheus_config(monitor_port=monitor_port, alertmanager_port=None, scrape_interval="1s"))
     monitor = [sys.executable, "-m", "monitoring.service", f"--registry={root}", f"--home={tmp_path}", f"--port={monitor_port}"]
     monitor += [f"--serving-url={serving_url}", "--arl=10000", "--probe-rate=200"]
     with ExitStack() as stack:

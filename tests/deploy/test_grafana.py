@@ -394,7 +394,7 @@ def test_a_grafana_that_is_still_starting_is_waited_for(fake: FakeGrafana, url: 
 
 
 def test_a_refused_token(fake: FakeGrafana, url: str) -> None:
-    refused = r"could not read the folder at .*: the token was refused \(401\) \(Invalid API key\)"
+    refused = r"could not read the dashboard at .*: the token was refused \(401\) \(Invalid API key\)"
     with pytest.raises(GrafanaError, match=refused) as caught:
         apply(url, "glsa_wrong")
     assert "glsa_wrong" not in str(caught.value)
@@ -466,13 +466,25 @@ def test_a_name_that_is_taken(fake: FakeGrafana, url: str) -> None:
 def test_what_files_provisioned_is_left_to_the_files(fake: FakeGrafana, url: str) -> None:
     apply(url, ADMIN)
     fake.datasources["ganwatch-prom"]["readOnly"] = True
-    fake.dashboards["ganwatch"]["meta"]["provisioned"] = True
     for rule in fake.rules.values():
         rule["provenance"] = "file"
     assert apply(url, ADMIN)[-1].startswith("no changes")
     fake.rules["gan-drift"]["for"] = "5m"
     with pytest.raises(GrafanaError, match=r"alert rule GanDrift \(for\) differs, .* from a provisioning file; edit that file"):
         apply(url, ADMIN)
+
+
+def test_a_grafana_that_is_provisioned_from_files_is_left_alone(fake: FakeGrafana, url: str) -> None:
+    fake.dashboards["ganwatch"] = {"dashboard": grafana.dashboard(), "meta": {"provisioned": True, "folderUid": "cf1x", "version": 1}}
+    with pytest.raises(GrafanaError, match="has ganwatch's dashboard from a provisioning file"):
+        apply(url, ADMIN)
+    assert not fake.writes
+
+
+def test_both_kinds_of_provisioning_file_name_one_folder() -> None:
+    (provider,) = yaml.safe_load((grafana.HERE / "provisioning" / "dashboards" / "ganwatch.yaml").read_text())["providers"]
+    (group,) = yaml.safe_load((grafana.HERE / "provisioning" / "alerting" / "ganwatch.yaml").read_text())["groups"]
+    assert provider["folder"] == group["folder"] and "folderUid" not in provider
 
 
 def test_the_token_comes_from_the_environment(fake: FakeGrafana, url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,101 +5,32 @@ One stack is started for all of these tests; each puts back what it changed. Rea
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import os
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 
 from deploy import stack
 from deploy.doctor import is_loopback, is_ray_grpc
 from serving.client import Client
+from tests.e2e.driver import PORTS, ROOT, Stack
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
-ROOT = Path(__file__).resolve().parents[2]
-PORTS = ("http", "monitor", "dashboard", "prometheus", "alertmanager", "gcs", "ray-client", "ray-agent", "haproxy-stats", "haproxy-metrics")
 needs_prometheus = pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed (.ci/debian-packages installs it)")
 needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed (.ci/debian-packages installs it)")
-
-
-@dataclass
-class Stack:
-    """A ganwatch of our own: its home, its ports, and the command line that talks to it."""
-
-    home: Path
-    ports: dict[str, int]
-    lines: list[str] = field(default_factory=list)  # what `demo` printed
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {**os.environ, "GANWATCH_HOME": str(self.home), "NO_COLOR": "1", "COLUMNS": "200"}
-
-    @property
-    def flags(self) -> list[str]:
-        return [part for name, port in self.ports.items() for part in (f"--ports.{name}", str(port))]
-
-    def command(self, *words: str) -> list[str]:
-        return [sys.executable, "-m", "deploy.cli", *words]
-
-    def run(self, *words: str, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(self.command(*words), cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout)
-        assert not check or done.returncode == 0, done.stdout + done.stderr
-        return done
-
-    def json(self, *words: str) -> Any:
-        return json.loads(self.run(*words, "--json").stdout)
-
-    def url(self, name: str, path: str = "") -> str:
-        return f"http://127.0.0.1:{self.ports[name]}{path}"
-
-    def state(self) -> dict[str, Any]:
-        return httpx.get(self.url("monitor", "/api/state"), timeout=10).json()["models"]["digits"]
-
-    def sample(self, **body: Any) -> httpx.Response:
-        return httpx.post(self.url("http", "/v1/models/digits/sample"), json=body, headers={"Accept": "application/x-npy"}, timeout=30).raise_for_status()
-
-    def verdict(self, wanted: str, seconds: float = 60, traffic: Callable[[], object] | None = None) -> dict[str, Any]:
-        """The monitor's state once its verdict is `wanted`, read from its event stream; `traffic` is sent meanwhile."""
-        deadline = time.monotonic() + seconds
-        model: dict[str, Any] = {}
-        with httpx.stream("GET", self.url("monitor", "/api/events"), timeout=20) as events:
-            for line in events.iter_lines():
-                if line.startswith("data:"):
-                    model = json.loads(line[5:])["models"].get("digits", {})
-                    if model and model["snapshot"]["verdict"]["id"] == wanted:
-                        return model
-                    if traffic is not None:
-                        traffic()
-                assert time.monotonic() < deadline, f"no {wanted} within {seconds} s; the monitor says {model.get('snapshot', {}).get('verdict')}"
-        raise AssertionError("the monitor ended its event stream")
-
-    def query(self, expression: str, wanted: Callable[[list[dict[str, Any]]], bool], seconds: float = 30) -> list[dict[str, Any]]:
-        """What Prometheus answers, asked until it is as `wanted`."""
-        deadline = time.monotonic() + seconds
-        while True:
-            answer = httpx.get(self.url("prometheus", "/api/v1/query"), params={"query": expression}, timeout=10).json()["data"]["result"]
-            if wanted(answer):
-                return answer
-            assert time.monotonic() < deadline, f"{expression}: {answer}"
-            threading.Event().wait(0.2)
 
 
 @pytest.fixture(scope="module")
@@ -127,15 +58,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory, free_ports: Callable[[int], l
             drain.join(10)
         process.stdout.close()
         assert code == 0, "\n".join(ours.lines[-40:])
-    assert not (ours.home / "run.json").exists() and not Path(run["temp"]).exists()
-    assert [port for port in ours.ports.values() if stack.port_holder(port)] == []
-    assert [p.pid for p in psutil.process_iter() if run["run_id"] in _environment(p)] == []
-
-
-def _environment(process: psutil.Process) -> set[str]:
-    with contextlib.suppress(psutil.Error):
-        return set(process.environ().values())
-    return set()
+    ours.assert_gone(run)
 
 
 def npy(response: httpx.Response) -> np.ndarray:
@@ -154,6 +77,25 @@ def test_the_printed_curl_line_works(demo: Stack, tmp_path: Path) -> None:
     subprocess.run(shlex.split(line), cwd=tmp_path, check=True, timeout=30)
     image = Image.open(tmp_path / "digits.png")
     assert image.format == "PNG" and np.asarray(image).std() > 10
+
+
+def test_the_readme_samples_from_python(demo: Stack, capfd: pytest.CaptureFixture[str]) -> None:
+    block = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "http://127.0.0.1:8000" in block
+    exec(block.replace("http://127.0.0.1:8000", demo.url("http")), {})
+    assert capfd.readouterr().out == block.split("# ")[-1].strip() + "\n"
+
+
+def test_the_command_line_draws_samples(demo: Stack, tmp_path: Path) -> None:
+    drawn = demo.json("sample", "--n", "3", "--seed", "7")
+    assert (drawn["model"], drawn["version"], drawn["seed"], np.shape(drawn["samples"])) == ("digits", "v1", 7, (3, 8, 8, 1))
+    demo.run("sample", "--n", "3", "--seed", "7", "--out", str(tmp_path / "three.npy"))
+    assert np.load(tmp_path / "three.npy").tolist() == drawn["samples"]
+    demo.run("sample", "--n", "3", "--out", str(tmp_path / "three.png"))
+    assert Image.open(tmp_path / "three.png").format == "PNG"
+    for words, wanted in ((("--n", "0"), "n is 0"), (("--label", "3"), "has no classes"), (("--model", "other"), "unknown model"), (("--out", "x.gif"), "x.gif")):
+        refused = demo.run("sample", *words, check=False)
+        assert refused.returncode == 2 and wanted in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_a_sample_is_the_same_for_ever(demo: Stack) -> None:
@@ -266,7 +208,7 @@ def test_a_dropped_mode_reaches_prometheus_and_the_page(demo: Stack, tmp_path: P
         assert seen["verdict"]["id"] == "mode_dropping" and seen["verdict"]["modes"] == ["3", "8"]
         firing = demo.query('ALERTS{alertname="GanModeDropped",alertstate="firing"}', lambda r: len(r) == 1)
         assert firing[0]["metric"]["model"] == "digits"
-        _page_says(demo, tmp_path / "alarm.png", "mode_dropping", ["3", "8"])
+        demo.page_says(tmp_path / "alarm.png", "mode_dropping", ["3", "8"])
         assert share_of(npy(demo.sample(n=10_000, seed=99)), {3, 8}) <= 0.005
     finally:
         rolled = demo.json("rollback", "--model", "digits")
@@ -285,23 +227,7 @@ def share_of(images: np.ndarray, digits: set[int]) -> float:
     return float(np.isin(judge.predict(images.reshape(len(images), 64) / 255 * 16), list(digits)).mean())
 
 
-def _page_says(demo: Stack, picture: Path, verdict: str, modes: list[str]) -> None:
-    if shutil.which("chromium") is None:
-        pytest.skip("chromium is not installed (.ci/debian-packages installs it); everything up to the page passed")
-    from playwright.sync_api import sync_playwright
-
-    flags = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    with sync_playwright() as play, contextlib.closing(play.chromium.launch(executable_path=shutil.which("chromium"), args=flags)) as browser:
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.goto(demo.url("monitor", "/"))
-        page.wait_for_selector(f"#verdict[data-verdict={verdict}]", timeout=20_000)
-        text = page.inner_text("#verdict")
-        page.screenshot(path=picture, full_page=True)
-    assert all(mode in text for mode in modes)
-    assert np.asarray(Image.open(picture)).std() > 5
-
-
 @needs_chromium
 def test_the_page_of_a_healthy_model(demo: Stack, tmp_path: Path) -> None:
     demo.verdict("healthy")
-    _page_says(demo, tmp_path / "healthy.png", "healthy", [])
+    demo.page_says(tmp_path / "healthy.png", "healthy", [])

@@ -18,7 +18,18 @@ import pytest
 from numpy import ndarray
 from onnx import TensorProto, helper, numpy_helper
 
-from training.bundle import DUPLICATE_BLOCK, FILES, Bundle, Card, Certificate, Reference, SignGaussian, open_bundle, write_arrays, write_card
+from training.bundle import (
+    DUPLICATE_BLOCK,
+    FILES,
+    Bundle,
+    Card,
+    Certificate,
+    Reference,
+    SignGaussian,
+    open_bundle,
+    write_arrays,
+    write_card,
+)
 
 K = 10
 CENTRES = 2.0 * np.stack([np.arange(K) % 5 - 2, np.arange(K) // 5 - 0.5], axis=1).astype(np.float32)
@@ -65,13 +76,17 @@ def generator(lost: tuple[int, ...], fakes: float, width: float, grain: float) -
         node("Add", ["real", "jumps"], ["samples"]),
     ]
     if grain:
-        coarse = [node("Div", ["fine_place", "grain"], ["grains"]), node("Round", ["grains"], ["whole"]), node("Mul", ["whole", "grain"], ["place"])]
+        nodes[1:1] = [
+            node("Div", ["fine_place", "grain"], ["grains"]),
+            node("Round", ["grains"], ["whole"]),
+            node("Mul", ["whole", "grain"], ["place"]),
+        ]
     else:
-        coarse = [node("Identity", ["fine_place"], ["place"])]
-    nodes[1:1] = coarse
+        nodes[1:1] = [node("Identity", ["fine_place"], ["place"])]
     ints = {"zero": 0, "two": 2, "four": 4, "one": 1}
     constants = {name: np.array([value], np.int64) for name, value in ints.items()}
-    floats = {"root_half": np.sqrt(0.5), "half": 0.5, "edges": edges, "centres": CENTRES, "sd": SD * HEALTHY_WIDTH * width, "fakes": fakes}
+    spread = SD * HEALTHY_WIDTH * width
+    floats = {"root_half": np.sqrt(0.5), "half": 0.5, "edges": edges, "centres": CENTRES, "sd": spread, "fakes": fakes}
     constants |= {name: np.asarray(value, np.float32) for name, value in floats.items()}
     if grain:
         constants["grain"] = np.float32(grain)

@@ -84,7 +84,8 @@ def see(page: playwright.Page, verdict: str) -> playwright.Locator:
 
 def colours(page: playwright.Page) -> int:
     """How many colours a screenshot has: a blank page has few."""
-    return len(np.unique(np.asarray(Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")).reshape(-1, 3), axis=0))
+    pixels = np.asarray(Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")).astype(np.int32)
+    return len(np.unique(pixels @ [65536, 256, 1]))
 
 
 @pytest.mark.slow
@@ -110,6 +111,9 @@ def test_what_a_person_sees_from_no_model_to_an_alarm_and_back(page: playwright.
     assert "Modes 3 and 8 are being dropped" in words and "What to do" in words and "injected" in words
     assert page.locator("#modes .bars g.alarmed text").all_text_contents() == ["3", "8"]
     assert page.title().startswith("▲ Modes 3 and 8")
+    label = page.locator("#modes .bars g.alarmed text").first.bounding_box()
+    page.mouse.move(label["x"] + label["width"] / 2, label["y"])
+    page.locator("#modes .hint", has_text=re.compile(r"3: served 0 %.*alarmed")).wait_for()
     page.locator("#incidents li.open").wait_for()
     assert colours(page) > 300
 

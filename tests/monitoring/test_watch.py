@@ -74,9 +74,11 @@ def test_a_fault_is_recorded_before_it_is_shown_and_a_rollback_clears_it(scene: 
     assert 0 < incident["first_alarm"] < 3000 and incident["evidence"]["evidence"]["modes"] > 9
     state = scene.state()
     assert verdict(state) == "mode_dropping" and [mark["kind"] for mark in state["models"]["grid"]["marks"]].count("alarm") == 1
+    scene.now += 10 * STALE_AFTER
     scene.registry.rollback("grid")
     scene.watch.follow(scene.now)
     state = scene.state()
+    assert not state["models"]["grid"]["stale"]  # silent while another version was served
     assert verdict(state) == "healthy" and state["models"]["grid"]["snapshot"]["monitored"] == 4000  # v1 goes on where it was
     assert scene.incidents.newest()[0]["closed_by"] == "version change"
 

@@ -94,6 +94,29 @@ def test_errors_survive_the_wire_and_foreign_pages_are_shown():
         assert "HTTP 502" in str(ServingError.parse(502, body))
 
 
+def test_a_connection_that_dies_is_tried_once_more(address, samplers):
+    """A proxy that drops the first connection after reading its request, then passes everything on."""
+    target = address[0].removeprefix("http://").split(":")
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        first, _ = listening.accept()
+        first.recv(4096)
+        first.close()
+        second, _ = listening.accept()
+        with second, socket.create_connection((target[0], int(target[1]))) as onward:
+            while b"}" not in (sent := second.recv(4096)):
+                onward.sendall(sent)
+            onward.sendall(sent)
+            second.sendall(onward.recv(65536))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with listening, Client(f"http://127.0.0.1:{listening.getsockname()[1]}") as client:
+        np.testing.assert_array_equal(client.sample("ring", 2, seed=1).array, samplers["ring"].sample([Window(1, 0, 2)]))
+        thread.join()
+
+
 def test_a_client_killed_while_it_waits_leaves_nothing_behind(address):
     url, app = address
     host = url.removeprefix("http://")

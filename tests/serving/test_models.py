@@ -93,6 +93,19 @@ def test_aliases_that_cannot_be_read_leave_what_serves(registry):
     assert "aliases.json" in table.models["digits"].errors
 
 
+def test_a_registry_that_goes_away_leaves_what_serves(registry):
+    table = ModelTable(registry, "cpu")
+    table.refresh()
+    registry.root.rename(registry.root.with_name("elsewhere"))
+    with pytest.raises(FileNotFoundError):
+        table.refresh()
+    assert table.models["digits"].is_ready
+    registry.root.with_name("elsewhere").rename(registry.root)
+    shutil.rmtree(registry.root / "ring")
+    table.refresh()
+    assert set(table.models) == {"clothes", "digits"}
+
+
 def test_an_unchanged_registry_costs_nothing_and_changes_nothing(registry, monkeypatch):
     table = ModelTable(registry, "cpu")
     table.refresh()

@@ -91,23 +91,23 @@ def test_split_requests_in_any_order_on_two_replicas_make_up_the_whole(samplers,
         table.models = {name: served(sampler) for name, sampler in samplers.items()}
         return App(table, Batcher(batch=16, turn=4), Tap(None))
 
+    requests = []  # (which window, its row, replica, body), drawn before anything runs
+    for index, (seed, offset, count) in enumerate(asked):
+        cuts = sorted({0, count, *(random.randrange(count) for _ in range(pieces))})
+        for start, end in zip(cuts, cuts[1:], strict=False):
+            requests.append((index, start, random.randrange(2), {"n": end - start, "seed": seed, "offset": offset + start}))
+    random.shuffle(requests)
+
     async def scene():
         apps = [replica(), replica()]
         clients = [connect(app) for app in apps]
-        requests = []
-        for index, (seed, offset, count) in enumerate(asked):
-            cuts = sorted({0, count, *(random.randrange(count) for _ in range(pieces))})
-            requests += [(index, start, {"n": end - start, "seed": seed, "offset": offset + start}) for start, end in zip(cuts, cuts[1:], strict=False)]
-        random.shuffle(requests)
         try:
-            answers = await asyncio.gather(
-                *(random.choice(clients).post(f"/v1/models/{model}/sample", json=body, headers=NPY) for _, _, body in requests)
-            )
+            answers = await asyncio.gather(*(clients[at].post(f"/v1/models/{model}/sample", json=body, headers=NPY) for _, _, at, body in requests))
         finally:
             for app, client in zip(apps, clients, strict=True):
                 await client.aclose()
                 await app.batcher.close()
-        return [(index, start, array(answer)) for (index, start, _), answer in zip(requests, answers, strict=True)]
+        return [(index, start, array(answer)) for (index, start, _, _), answer in zip(requests, answers, strict=True)]
 
     parts = asyncio.run(scene())
     for index, (seed, offset, count) in enumerate(asked):

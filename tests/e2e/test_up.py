@@ -1,0 +1,110 @@
+"""`ganwatch up` with models trained beside it: faults that only probes can see, quality that was never there, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.driver import PORTS, ROOT, Stack
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, free_ports: Callable[[int], list[int]]) -> Stack:
+    """A home whose registry holds a healthy ring generator as v1, trained by the script itself, and a collapsed one, refused."""
+    ours = Stack(tmp_path_factory.mktemp("home"), dict(zip(PORTS, free_ports(len(PORTS)), strict=True)), model="ring")
+    environment = {k: v for k, v in ours.environment.items() if k != "RAY_ADDRESS"}
+    script = [sys.executable, "training/train.py", "--dataset", "ring", "--certify-samples", "200000"]
+    healthy = subprocess.run([*script, "--seed", "1"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert healthy.returncode == 0, healthy.stdout + healthy.stderr
+    ours.run("promote", "v1")
+    collapsed = subprocess.run(
+        [*script, "--penalty", "none", "--steps", "1500"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert collapsed.returncode == 1, collapsed.stdout + collapsed.stderr
+    assert "is dropped" in collapsed.stderr and "ganwatch publish" in collapsed.stderr and "Traceback" not in collapsed.stderr
+    ours.lines = collapsed.stderr.splitlines()
+    return ours
+
+
+@pytest.fixture(scope="module")
+def up(trained: Stack) -> Iterator[Stack]:
+    trained.run("up", *trained.flags, timeout=180)
+    run = json.loads((trained.home / "run.json").read_text())
+    yield trained
+    trained.run("down")
+    trained.assert_gone(run)
+
+
+def test_a_collapsed_generator_is_refused_and_forced_with_a_record(trained: Stack) -> None:
+    directory = next((trained.home / "runs").glob("*/bundle/card.json"), None)
+    command = next(line for line in trained.lines if "ganwatch publish" in line).split("ganwatch ", 1)[1].split()
+    refused = trained.run(*[word for word in command if word != "--force"], check=False)
+    assert directory is not None and refused.returncode == 2 and "is dropped" in refused.stderr
+    published = trained.run(*command, "--json")
+    assert "is dropped" in json.loads(published.stdout)["forced"]
+
+
+def test_a_port_in_use_names_its_process(trained: Stack, free_ports: Callable[[int], list[int]]) -> None:
+    (port,) = free_ports(1)
+    server = subprocess.Popen([sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        while True:
+            try:
+                httpx.get(f"http://127.0.0.1:{port}", timeout=1)
+                break
+            except httpx.ConnectError:
+                assert server.poll() is None
+        refused = trained.run("up", *Stack(trained.home, {**trained.ports, "http": port}).flags, check=False)
+    finally:
+        server.terminate()
+        server.wait(10)
+    assert refused.returncode == 2 and f"port {port} (http) is in use by python" in refused.stderr and str(server.pid) in refused.stderr
+    assert not (trained.home / "run.json").exists()
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="this machine has a CUDA device")
+def test_cuda_that_is_not_there_is_an_error(trained: Stack) -> None:
+    refused = trained.run("up", "--device", "cuda", *trained.flags, check=False)
+    assert refused.returncode == 2 and "CUDA" in refused.stderr and "Traceback" not in refused.stderr
+    assert not (trained.home / "run.json").exists()
+
+
+def test_probes_find_what_clients_with_seeds_cannot(up: Stack) -> None:
+    """No client ever lets the server draw a seed, so only the monitor's own probes are independent draws."""
+    seeds = iter(range(10**6))
+    up.verdict("healthy", traffic=lambda: up.sample(n=16, seed=next(seeds)))
+    lost = up.state()["snapshot"]["modes"][2]["name"]
+    up.run("inject", "drop-modes", "--labels", lost)
+    try:
+        found = up.verdict("mode_dropping", traffic=lambda: up.sample(n=16, seed=next(seeds)))
+        assert found["snapshot"]["verdict"]["modes"] == [lost]
+    finally:
+        up.run("rollback")
+    up.verdict("healthy")
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed (.ci/debian-packages installs it)")
+def test_a_forced_collapse_fires_its_own_alert(up: Stack, tmp_path: Path) -> None:
+    up.verdict("healthy")
+    command = next(line for line in up.lines if "ganwatch publish" in line).split("ganwatch ", 1)[1].split()
+    version = json.loads(up.run(*command, "--json").stdout)["version"]
+    up.run("promote", version)
+    try:
+        up.verdict("quality_outside_tolerance")
+        up.query('ALERTS{alertname="GanQualityOutsideTolerance",alertstate="firing",model="ring"}', lambda r: len(r) == 1)
+        up.page_says(tmp_path / "quality.png", "quality_outside_tolerance", [])
+        up.run("ack")
+        up.verdict("quality_outside_tolerance")  # acknowledged, but not mended: it is found again
+    finally:
+        up.run("rollback")
+    up.verdict("healthy")
