@@ -105,8 +105,7 @@ def demo(settings: SettingsFlags = Settings(), model: str = "digits", dataset: s
                     stack.down(run)
 
 
-def status(as_json: _LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
-JsonFlag = False) -> None:
+def status(as_json: JsonFlag = False) -> None:
     """What is up, where it listens, and what the monitor says of each model."""
     run = stack.running()
     report: dict[str, Any] = {"up": run is not None, "home": str(ganwatch_home())}
@@ -127,8 +126,7 @@ JsonFlag = False) -> None:
 # --- versions ---------------------------------------------------------------------------------------------------------
 
 
-def models(registry: Path | None = None, as_json: _LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
-JsonFlag = False) -> None:
+def models(registry: Path | None = None, as_json: JsonFlag = False) -> None:
     """The models and versions of the registry, with their aliases."""
     reg = _registry(registry)
     report = {}
@@ -156,8 +154,7 @@ def publish(
     model: str | None = None,
     force: bool = False,
     registry: Path | None = None,
-    as_json: _LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
-JsonFlag = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Publish a bundle directory as the next version of its model. Promotes nothing.
 
@@ -178,8 +175,7 @@ def promote(
     model: str | None = None,
     alias: Literal["production", "canary", "shadow"] = "production",
     registry: Path | None = None,
-    as_json: _LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
-JsonFlag = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Point an alias at a version and, where ganwatch is up, wait until that version answers.
 
@@ -199,8 +195,7 @@ def rollback(
     model: str | None = None,
     alias: Literal["production", "canary", "shadow"] = "production",
     registry: Path | None = None,
-    as_json: _LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
-JsonFlag = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Point an alias back at the version before and, where ganwatch is up, wait until that version answers.
 
@@ -220,8 +215,7 @@ def inject(
     model: str | None = None,
     labels: str = "",
     registry: Path | None = None,
-    as_json: _LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
-JsonFlag = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Publish and promote a deliberately faulty version, to see the alarm work. `ganwatch rollback` undoes it.
 
@@ -257,8 +251,7 @@ def sample(
     version: str | None = None,
     out: Path | None = None,
     url: str | None = None,
-    as_json: _LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
-JsonFlag = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Draw samples from the running server.
 
@@ -299,8 +292,7 @@ def replay(
     bundle: Path,
     samples: Path,
     arl: float = 2.6e9,
-    as_json: _LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
-JsonFlag = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Run the service's monitor over a recorded stream, which you state to be independent draws of one law.
 
@@ -324,8 +316,7 @@ JsonFlag = False,
     answer.print(table)
 
 
-def ack(model: str | None = None, as_json: _LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
-JsonFlag = False) -> None:
+def ack(model: str | None = None, as_json: JsonFlag = False) -> None:
     """Acknowledge a model's alarm: it unlatches, and its detectors start again.
 
     Args:
@@ -359,8 +350,7 @@ def grafana(
         answer.print(line, markup=False)
 
 
-def doctor(as_json: _LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
-JsonFlag = False) -> None:
+def doctor(as_json: JsonFlag = False) -> None:
     """Look at this machine, at the registry and at what is up, and say what is wrong and what to do. Exit code 1 if anything is."""
     from deploy.doctor import checks
 

@@ -97,7 +97,8 @@ class SignGaussian:
         sign_words = -(-self.signs // 64)
         words = philox_words(seed, _LATENT_STREAM, offset, count, self.normals + sign_words)
         z = np.empty((count, self.dim), np.float32)
-        bits = np.unpackbits(np.ascontiguousarray(words[:, self.normals :]).astype("<u8").view(np.uint8).reshape(count, -1), axis=1, bitorder="little")
+        octets = np.ascontiguousarray(words[:, self.normals :]).astype("<u8").view(np.uint8).reshape(count, 8 * sign_words)
+        bits = np.unpackbits(octets, axis=1, bitorder="little")
         z[:, : self.signs] = bits[:, : self.signs].astype(np.float32) * 2 - 1
         u = _uniform(words[:, : self.normals])
         if truncation < 1.0:

@@ -1,0 +1,44 @@
+import numpy as np
+import pytest
+import torch
+
+from training.data import DATASETS
+from training.features import fit_eye
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return DATASETS["digits"](), fit_eye(DATASETS["digits"](), seed=0)
+
+
+def test_the_classifier_knows_digits_it_never_saw(digits):
+    dataset, sight = digits
+    assert sight.accuracy >= 0.97
+    _, _, mode, probability = sight.eye(torch.from_numpy(dataset.samples[dataset.trained :]))
+    assert 0.005 <= float((mode < 0).float().mean()) <= 0.02
+    torch.testing.assert_close(probability.sum(dim=1), torch.ones(len(mode)))
+
+
+def test_noise_is_off_the_manifold_and_blends_are_ambiguous(digits):
+    dataset, sight = digits
+    rng = np.random.default_rng(0)
+    noise = torch.from_numpy(rng.integers(256, size=(500, 8, 8, 1), dtype=np.uint8))
+    assert float((sight.eye(noise)[2] == -1).float().mean()) == 1.0
+    a, b = (dataset.samples[rng.integers(dataset.trained, size=500)].astype(np.float32) for _ in range(2))
+    ambiguity = sight.scores.index("ambiguity")
+    blends = sight.eye(torch.from_numpy(np.rint((a + b) / 2).astype(np.uint8)))[1][:, ambiguity]
+    reals = sight.eye(torch.from_numpy(dataset.samples[dataset.trained :]))[1][:, ambiguity]
+    assert float(blends.median()) > float(reals.quantile(0.95))
+
+
+@pytest.mark.parametrize("name", ["ring", "grid"])
+def test_cells_of_unlabelled_data_are_the_true_modes(name):
+    dataset = DATASETS[name]()
+    sight = fit_eye(dataset, seed=0)
+    places = np.array([[float(v) for v in mode.strip("()").split(",")] for mode in sight.modes])
+    assert np.abs(places[:, None] - dataset.mixture.centres).sum(axis=2).min(axis=1).max() < 0.05
+    for k, place in enumerate(places):  # names follow the order of `mode`
+        assert int(sight.eye(torch.tensor(place, dtype=torch.float32)[None])[2]) == k
+    assert int(sight.eye(torch.tensor([[20.0, 20.0]]))[2]) == -1
