@@ -24,7 +24,11 @@ from PIL import Image
 
 from deploy import stack
 from deploy.doctor import is_loopback, is_ray_grpc
+from deploy.inject import inject
 from serving.client import Client
+from serving.sampler import Sampler, Window
+from training.bundle import Bundle
+from training.registry import Registry
 from tests.e2e.driver import PORTS, ROOT, Stack
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -182,6 +186,25 @@ def test_what_clients_choose_is_never_drift(demo: Stack) -> None:
     seen = demo.verdict("healthy")["snapshot"]
     assert seen["served"] > seen["monitored"]
     assert max(seen["evidence"].values()) < seen["log10_threshold"]
+
+
+@pytest.mark.parametrize(("fault", "verdict"), [("off-manifold", "off_manifold"), ("latent-fault", "latent_fault"), ("nothing", "healthy")])
+def test_other_faults_are_named_by_replay(demo: Stack, tmp_path: Path, fault: str, verdict: str) -> None:
+    shutil.copytree(demo.home / "registry", tmp_path / "registry")
+    broken = inject(Registry(tmp_path / "registry"), "digits", fault, reference="v1")
+    report = replay(demo, broken, 20_000, tmp_path)
+    assert report["verdict"] == verdict and (report["first_alarm"] is None) == (fault == "nothing")
+
+
+def test_the_healthy_version_is_silent_for_200_000_samples(demo: Stack, tmp_path: Path) -> None:
+    report = replay(demo, Registry(demo.home / "registry").open("digits", "v1"), 200_000, tmp_path)
+    assert (report["verdict"], report["first_alarm"], report["modes"]) == ("healthy", None, [])
+    assert report["gauges"]["mode_coverage"]["value"] == 1.0 and "independent" in report["assumes"]
+
+
+def replay(demo: Stack, bundle: Bundle, n: int, tmp_path: Path) -> dict[str, Any]:
+    np.save(tmp_path / "stream.npy", Sampler(bundle).sample([Window(2024, 0, n)]))
+    return demo.json("replay", "--bundle", str(bundle.path), "--samples", str(tmp_path / "stream.npy"), "--arl", "2.6e9")
 
 
 def test_an_altered_version_is_refused_and_the_serving_one_stays(demo: Stack) -> None:
