@@ -45,18 +45,29 @@ class Incidents:
         self._database.executescript(_TABLE)
 
     def record(
-        self, model: str, version: str, *, at: float, verdict: str, words: str, modes: Collection[str], evidence: dict[str, Any], first_alarm: int
+        self,
+        model: str,
+        version: str,
+        *,
+        at: float,
+        verdict: str,
+        words: str,
+        modes: Collection[str],
+        evidence: dict[str, Any],
+        first_alarm: int,
     ) -> bool:
         """Open an incident of this version, or bring the open one up to date. Returns whether it was opened now."""
         values = (verdict, words, json.dumps(list(modes)), json.dumps(evidence, allow_nan=False))
         with self._lock:
             updated = self._database.execute(
-                "UPDATE incident SET verdict = ?, words = ?, modes = ?, evidence = ? WHERE model = ? AND version = ? AND closed_at IS NULL",
+                "UPDATE incident SET verdict = ?, words = ?, modes = ?, evidence = ?"
+                " WHERE model = ? AND version = ? AND closed_at IS NULL",
                 (*values, model, version),
             ).rowcount
             if not updated:
                 self._database.execute(
-                    "INSERT INTO incident (verdict, words, modes, evidence, model, version, first_alarm, opened_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO incident (verdict, words, modes, evidence, model, version, first_alarm, opened_at)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                     (*values, model, version, first_alarm, at),
                 )
         return not updated
@@ -65,7 +76,8 @@ class Incidents:
         """Close the open incidents of a model because somebody has seen them. Returns them as closed."""
         with self._lock:
             rows = self._database.execute(
-                "UPDATE incident SET acknowledged_at = ?, closed_at = ?, closed_by = 'acknowledged' WHERE model = ? AND closed_at IS NULL RETURNING *",
+                "UPDATE incident SET acknowledged_at = ?, closed_at = ?, closed_by = 'acknowledged'"
+                " WHERE model = ? AND closed_at IS NULL RETURNING *",
                 (at, at, model),
             ).fetchall()
         return [_plain(row) for row in rows]
@@ -75,7 +87,8 @@ class Incidents:
         marks = ", ".join("?" * len(versions))
         with self._lock:
             self._database.execute(
-                f"UPDATE incident SET closed_at = ?, closed_by = 'version change' WHERE model = ? AND closed_at IS NULL AND version NOT IN ({marks})",
+                "UPDATE incident SET closed_at = ?, closed_by = 'version change'"
+                f" WHERE model = ? AND closed_at IS NULL AND version NOT IN ({marks})",
                 (at, model, *versions),
             )
 

@@ -21,7 +21,10 @@ from monitoring.watch import Shown, View, parse_counter
 from serving.records import ORIGINS
 
 ESTIMATORS = ("forward_kl", "reverse_kl", "js", "chi_squared", "tv", "frechet")
-RATIOS = {"mode_coverage": "modes of the real data that the model still serves", "off_manifold": "samples that look like nothing in the real data"}
+RATIOS = {
+    "mode_coverage": "modes of the real data that the model still serves",
+    "off_manifold": "samples that look like nothing in the real data",
+}
 ALARMS = tuple(verdict for verdict in VERDICTS if verdict not in ("healthy", "warming_up"))
 DROPPED = ("queue_full", "unknown_model")  # why records that reached the monitor were not looked at
 
@@ -92,10 +95,22 @@ def _estimates(view: View) -> Iterator[Metric]:
 
 
 def _modes(view: View) -> Iterator[Metric]:
-    cells = [({"model": model, "mode": cell["name"]}, cell) for model, shown in view.models.items() for cell in shown.snapshot["modes"]]
-    yield _gauge("ganwatch_mode_share", "Share of served samples in the mode", [(labels, cell["served"]) for labels, cell in cells])
-    yield _gauge("ganwatch_mode_share_reference", "Share of the real data in the mode", [(labels, cell["reference"]) for labels, cell in cells])
-    yield _gauge("ganwatch_mode_alarmed", "1 while an alarm names the mode", [(labels, cell["status"] == "alarmed") for labels, cell in cells])
+    cells = [
+        ({"model": model, "mode": cell["name"]}, cell) for model, shown in view.models.items() for cell in shown.snapshot["modes"]
+    ]
+    yield _gauge(
+        "ganwatch_mode_share", "Share of served samples in the mode", [(labels, cell["served"]) for labels, cell in cells]
+    )
+    yield _gauge(
+        "ganwatch_mode_share_reference",
+        "Share of the real data in the mode",
+        [(labels, cell["reference"]) for labels, cell in cells],
+    )
+    yield _gauge(
+        "ganwatch_mode_alarmed",
+        "1 while an alarm names the mode",
+        [(labels, cell["status"] == "alarmed") for labels, cell in cells],
+    )
 
 
 def _alarms(view: View) -> Iterator[Metric]:
@@ -120,7 +135,11 @@ def _samples(view: View, dropped: Mapping[str, int], probes: Mapping[tuple[str, 
     rejected = [({"model": model, "reason": reason}, view.rejected.get((model, reason), 0)) for model, reason in reasons]
     yield _counter("ganwatch_samples_rejected_total", "Samples that could not be looked at", rejected)
     dropped = {**dropped, "unknown_model": view.unknown_model}
-    yield _counter("ganwatch_records_dropped_total", "Records the monitor did not look at", [({"reason": r}, dropped.get(r, 0)) for r in DROPPED])
+    yield _counter(
+        "ganwatch_records_dropped_total",
+        "Records the monitor did not look at",
+        [({"reason": r}, dropped.get(r, 0)) for r in DROPPED],
+    )
     asked = [({"model": model, "outcome": outcome}, count) for (model, outcome), count in probes.items()]
     yield _counter("ganwatch_probe_requests_total", "The monitor's own requests for samples", asked)
 
@@ -149,7 +168,11 @@ def _versions(view: View) -> Iterator[Metric]:
 
 def _serving(view: View) -> Iterator[Metric]:
     yield _gauge("ganwatch_serving_replicas", "Replicas heard within the last ten seconds", [({}, view.replicas)])
-    yield _gauge("ganwatch_serving_heartbeat_timestamp_seconds", "When a replica was last heard, 0 before the first", [({}, view.heard_at or 0)])
+    yield _gauge(
+        "ganwatch_serving_heartbeat_timestamp_seconds",
+        "When a replica was last heard, 0 before the first",
+        [({}, view.heard_at or 0)],
+    )
     families: dict[str, list[tuple[Mapping[str, str], float | int | None]]] = defaultdict(list)
     for text, value in view.serving.items():
         name, labels = parse_counter(text)

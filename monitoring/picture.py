@@ -22,7 +22,7 @@ def wanted(sample_shape: tuple[int, ...]) -> int:
 
 
 def png(samples: ndarray) -> bytes:
-    """The picture of `samples`: uint8 [n, h, w, c] becomes a grid of the first 64, float [n, d] a scatter of the first two coordinates.
+    """The picture of `samples`: the first 64 images of uint8 [n, h, w, c] as a grid, or two coordinates of float [n, d] as a scatter.
 
     Raises ValueError for samples that have no picture.
     """
@@ -31,7 +31,9 @@ def png(samples: ndarray) -> bytes:
     elif samples.ndim == 2 and samples.shape[1] >= 2:
         picture = scatter(samples[:, :2].astype(np.float64))
     else:
-        raise ValueError(f"samples have shape {list(samples.shape)}; a picture needs images [n, h, w, c] or vectors [n, d] with d >= 2")
+        raise ValueError(
+            f"samples have shape {list(samples.shape)}; a picture needs images [n, h, w, c] or vectors [n, d] with d >= 2"
+        )
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=False)
     return buffer.getvalue()
@@ -47,7 +49,9 @@ def grid(images: UInt8[ndarray, "n h w c"]) -> Image.Image:
     sheet = np.zeros((GRID * (height * scale + gap) - gap, GRID * (width * scale + gap) - gap, 4), np.uint8)
     for i in range(n):
         top, left = i // GRID * (height * scale + gap), i % GRID * (width * scale + gap)
-        sheet[top : top + height * scale, left : left + width * scale] = np.dstack([rgb[i], np.full(rgb[i].shape[:2], 255, np.uint8)])
+        sheet[top : top + height * scale, left : left + width * scale] = np.dstack(
+            [rgb[i], np.full(rgb[i].shape[:2], 255, np.uint8)]
+        )
     return Image.fromarray(sheet)
 
 

@@ -1,4 +1,4 @@
-"""Probes: samples that the monitor asks for itself, through the endpoint that everybody uses, when clients draw too few fresh ones.
+"""Probes: samples that the monitor asks for through the endpoint that everybody uses, when clients draw too few fresh ones.
 
 They come back through the tap like anybody's, marked as probes, so that a fault is found also while all clients send seeds or
 nobody asks for anything. It does not look at the samples in the answers.

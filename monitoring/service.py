@@ -49,6 +49,7 @@ from training.registry import Registry, ganwatch_home
 PAGE = Path(__file__).parent / "page"
 BODY_LIMIT = 64 * 2**20  # bytes of one heartbeat
 FOLLOW_PERIOD = 0.25  # seconds between looks at the registry
+TAKE = 8192  # samples judged between two looks at clock and registry
 PUBLISH_PERIOD = 1.0  # seconds between views
 HEARTBEAT_PERIOD = 15.0  # seconds of silence after which an event stream says that it is alive
 
@@ -79,6 +80,10 @@ class Options:
     def __post_init__(self) -> None:
         if not 1 < self.arl < math.inf:
             raise ValueError(f"arl is {self.arl}; it must be a finite number of samples above 1")
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port is {self.port}; it must lie in 0 to 65535")
+        if self.inbox < 1:
+            raise ValueError(f"inbox is {self.inbox}; it must hold 1 sample or more")
         if self.probe_rate < 0:
             raise ValueError(f"probe_rate is {self.probe_rate}; it must be 0 or more samples a second")
         if urlsplit(self.serving_url).scheme not in ("http", "https"):
@@ -107,13 +112,15 @@ class Inbox:
             self._news.notify()
 
     def take(self, timeout: float) -> list[Heartbeat | tuple[str, Future[Any]]]:
-        """All that waits, oldest first, or nothing after `timeout` seconds."""
+        """What waits, oldest first, up to about TAKE samples; nothing after `timeout` seconds."""
+        items, taken = [], 0
         with self._news:
             if not self._waiting:
                 self._news.wait(timeout)
-            items = list(self._waiting)
-            self._waiting.clear()
-            self._samples = 0
+            while self._waiting and taken < TAKE:
+                items.append(self._waiting.popleft())
+                taken += _weight(items[-1])
+            self._samples -= taken
         return items
 
 
@@ -158,7 +165,7 @@ class Service:
         return state
 
     def acknowledge(self, model: str) -> Future[list[dict[str, Any]]]:
-        """The incidents that acknowledging the alarms of `model` closes, once the Monitors' thread has done it; KeyError if unknown."""
+        """The incidents that acknowledging the alarms of `model` closes, when that is done; KeyError where it is not watched."""
         answer: Future[list[dict[str, Any]]] = Future()
         self.inbox.put((model, answer))
         return answer
@@ -202,7 +209,9 @@ class Service:
             step(*arguments)
         except Exception as error:
             log.exception("%s failed", step.__name__)
-            self.trouble = f"internal error in {step.__name__}: {type(error).__name__}: {error}; the log has the traceback, please report it"
+            self.trouble = (
+                f"internal error in {step.__name__}: {type(error).__name__}: {error}; the log has the traceback, please report it"
+            )
 
 
 def build(options: Options) -> Starlette:
@@ -235,15 +244,19 @@ def build(options: Options) -> Starlette:
             since = float(request.headers.get("last-event-id", "-inf"))
         except ValueError:
             since = -math.inf
-        return StreamingResponse(_events(request, service, since), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return StreamingResponse(
+            _events(request, service, since), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        )
 
     async def samples(request: Request) -> Response:
         model = request.path_params["model"]
         shown = service.view.models.get(model)
-        newest = shown.samples() if shown else None
-        if newest is None:
-            what = "unknown model" if shown is None else "no sample was served yet"
-            return _error(404, "no_samples", f"{what}: {model!r}", "model", model, f"one of {sorted(service.view.models)} that has been asked for samples")
+        if shown is None:
+            return _error(
+                404, "unknown_model", f"no watched model {model!r}", "model", model, f"one of {sorted(service.view.models)}"
+            )
+        if (newest := shown.samples()) is None:
+            return Response(status_code=204)  # none was served yet
         try:
             body = await asyncio.to_thread(picture.png, newest)
         except ValueError as error:
@@ -271,7 +284,9 @@ def build(options: Options) -> Starlette:
         try:
             closed = await asyncio.wrap_future(service.acknowledge(model))
         except KeyError:
-            return _error(404, "unknown_model", f"no watched model {model!r}", "model", model, f"one of {sorted(service.view.models)}")
+            return _error(
+                404, "unknown_model", f"no watched model {model!r}", "model", model, f"one of {sorted(service.view.models)}"
+            )
         return JSONResponse({"acknowledged": closed})
 
     routes = [
@@ -292,12 +307,13 @@ def build(options: Options) -> Starlette:
 
 
 async def _events(request: Request, service: Service, since: float) -> AsyncIterator[str]:
-    """A `state` event for every view: first the whole, then with the points of the histories that are new since the event before."""
+    """A `state` event for every view: first the whole, then only the points of the histories that are new since the last."""
     seen, spoke = None, time.monotonic()
     while not request.app.state.stopping():
         if (view := service.view) is not seen:
             seen, spoke = view, time.monotonic()
-            yield f"id: {view.at}\nevent: state\ndata: {json.dumps(service.state(view, since), allow_nan=False, separators=(',', ':'))}\n\n"
+            data = json.dumps(service.state(view, since), allow_nan=False, separators=(",", ":"))
+            yield f"id: {view.at}\nevent: state\ndata: {data}\n\n"
             since = view.at
         elif time.monotonic() - spoke > HEARTBEAT_PERIOD:
             spoke = time.monotonic()
@@ -306,7 +322,7 @@ async def _events(request: Request, service: Service, since: float) -> AsyncIter
 
 
 async def _body(request: Request, limit: int) -> bytes:
-    """The body, refused as soon as it is known to be too long; and refused from another site's page, which a browser would let post."""
+    """The body; refused once it is known to be too long, and from another site's page, which a browser would let post."""
     origin = request.headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
         raise HTTPException(403, f"origin is {origin!r}; only this monitor's own page may post from a browser")
@@ -343,7 +359,9 @@ def _decode(body: bytes) -> Heartbeat:
 
 
 def _error(status: int, code: str, message: str, field: str | None, value: Any, expected: str) -> JSONResponse:
-    return JSONResponse({"error": {"code": code, "message": message, "field": field, "value": value, "expected": expected}}, status)
+    return JSONResponse(
+        {"error": {"code": code, "message": message, "field": field, "value": value, "expected": expected}}, status
+    )
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -369,7 +387,10 @@ def listen(host: str, port: int) -> socket.socket:
 def _holder_of(port: int) -> str:
     """Words for the process that listens on a TCP port."""
     try:
-        pid = next((c.pid for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr and c.laddr.port == port), None)
+        pid = next(
+            (c.pid for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr and c.laddr.port == port),
+            None,
+        )
         return f"process {pid} ({' '.join(psutil.Process(pid).cmdline())[:120]})" if pid else "a process of another user"
     except psutil.Error:
         return "a process that may not be looked at"

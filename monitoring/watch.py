@@ -44,10 +44,12 @@ _OURS = {"replicas", "heartbeat_timestamp_seconds"}  # ganwatch_serving_* that t
 
 
 def parse_counter(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """`samples_total{model="digits"}` -> ("samples_total", (("model", "digits"),)). Raises ValueError where it is no such thing."""
+    """`samples_total{model="digits"}` -> ("samples_total", (("model", "digits"),)). Raises ValueError for anything else."""
     found = _COUNTER.fullmatch(text)
     if found is None or found[1] in _OURS:
-        raise ValueError(f'counter is {text!r}; expected a name with labels in Prometheus form, like samples_total{{model="digits"}}')
+        raise ValueError(
+            f'counter is {text!r}; expected a name with labels in Prometheus form, like samples_total{{model="digits"}}'
+        )
     unescape = {"\\\\": "\\", '\\"': '"', "\\n": "\n"}
     labels = {name: re.sub(r"\\.", lambda m: unescape.get(m[0], m[0]), value) for name, value in _LABEL.findall(found[2] or "")}
     return found[1], tuple(sorted(labels.items()))
@@ -218,7 +220,7 @@ class Watch:
         self._unknown_model = 0
 
     def follow(self, at: float) -> None:
-        """Bring the Monitors into line with the registry's aliases. A bundle that fails to load leaves the version before it watched."""
+        """Bring the Monitors into line with the aliases. A bundle that fails to load leaves the version before it watched."""
         present = self.registry.models()
         self._unreadable.clear()
         for name in set(self._models) - set(present):
@@ -261,7 +263,7 @@ class Watch:
         self.changed = True
 
     def _load(self, name: str, version: str, share: float, at: float) -> bool:
-        """Whether the version is under watch with this share, loading it where it was not. Failures are tried again when the files change."""
+        """Whether the version is under watch with this share; loads it if need be. A failure is retried when the files change."""
         key = (name, version)
         if key in self._watched and self._watched[key].share == share:
             return True
@@ -324,7 +326,14 @@ class Watch:
         snapshot = monitor.snapshot()
         evidence = {key: snapshot[key] for key in ("evidence", "log10_threshold", "arl", "gauges", "modes")}
         opened = self.incidents.record(
-            name, version, at=at, verdict=verdict.id, words=verdict.words, modes=verdict.modes, evidence=evidence, first_alarm=monitor.first_alarm
+            name,
+            version,
+            at=at,
+            verdict=verdict.id,
+            words=verdict.words,
+            modes=verdict.modes,
+            evidence=evidence,
+            first_alarm=monitor.first_alarm,
         )
         watched.recorded = (verdict.id, verdict.modes)
         self._alarms[name, verdict.id] += opened
@@ -337,7 +346,7 @@ class Watch:
             watched.monitor.acknowledge()
 
     def acknowledge(self, name: str, at: float) -> list[dict[str, Any]]:
-        """Unlatch the alarms of a model's versions. Returns the incidents that this closed. Raises KeyError for a model not watched."""
+        """Unlatch the alarms of a model. Returns the incidents that this closed. Raises KeyError for a model not watched."""
         for version in set(self._models[name].aliases.values()):
             self._unlatch(self._watched[name, version])
         self.changed = True
@@ -399,14 +408,23 @@ class Watch:
             if version != shown:
                 monitor = self._watched[name, version].monitor
                 verdict = {"id": monitor.verdict.id, "words": monitor.verdict.words, "modes": list(monitor.verdict.modes)}
-                yield {"alias": alias, "version": version, "verdict": verdict, "monitored": monitor.monitored, "budget_share": SHARES[alias]}
+                yield {
+                    "alias": alias,
+                    "version": version,
+                    "verdict": verdict,
+                    "monitored": monitor.monitored,
+                    "budget_share": SHARES[alias],
+                }
 
     def _marks(self, name: str, model: Model, at: float) -> list[dict[str, Any]]:
         """What the charts mark within the time they show: changes of the shown alias, and alarms."""
         changes = [(datetime.fromisoformat(c.at).timestamp(), c) for c in model.history if c.alias == model.shown]
         marks = [{"t": t, "text": f"{c.alias}: {c.version or 'none'} ({c.reason})", "kind": "version"} for t, c in changes]
         alarms = [incident for incident in self.incidents.newest() if incident["model"] == name]
-        marks += [{"t": i["opened_at"], "text": f"alarm on {i['version']}: {i['verdict'].replace('_', ' ')}", "kind": "alarm"} for i in alarms]
+        marks += [
+            {"t": i["opened_at"], "text": f"alarm on {i['version']}: {i['verdict'].replace('_', ' ')}", "kind": "alarm"}
+            for i in alarms
+        ]
         return sorted((mark for mark in marks if mark["t"] >= at - HISTORY), key=lambda mark: mark["t"])
 
 

@@ -76,7 +76,13 @@ class Batcher:
         if self.queued + window.count > self.limit:
             wait = str(max(1, math.ceil(self.queued / self._rate)) if self._rate else 1)
             message = f"{self.queued} samples are waiting; {window.count} more exceed the limit of {self.limit}"
-            raise Overloaded(message, field="n", value=window.count, expected=f"a retry after {wait} s, or a smaller n", headers={"Retry-After": wait})
+            raise Overloaded(
+                message,
+                field="n",
+                value=window.count,
+                expected=f"a retry after {wait} s, or a smaller n",
+                headers={"Retry-After": wait},
+            )
         if self._loop is None:
             self._loop = asyncio.create_task(self._run())
             self._loop.add_done_callback(self._abandon)

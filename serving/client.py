@@ -40,7 +40,15 @@ class Client:
         self._http = httpx.Client(base_url=url, timeout=timeout)
 
     def sample(
-        self, model: str, n: int = 1, *, seed: int | None = None, offset: int = 0, label: int | str | None = None, truncation: float = 1.0, version: str | None = None
+        self,
+        model: str,
+        n: int = 1,
+        *,
+        seed: int | None = None,
+        offset: int = 0,
+        label: int | str | None = None,
+        truncation: float = 1.0,
+        version: str | None = None,
     ) -> Samples:
         """`n` samples of `model`; more than a server gives at once are fetched page by page from one version.
 
@@ -80,7 +88,11 @@ class Client:
         self.close()
 
     def _page(self, model: str, version: str | None, body: dict[str, Any]) -> Samples:
-        path = f"/v1/models/{quote(model, safe='')}" + ("" if version is None else f"/versions/{quote(version, safe='')}") + "/sample"
+        path = (
+            f"/v1/models/{quote(model, safe='')}"
+            + ("" if version is None else f"/versions/{quote(version, safe='')}")
+            + "/sample"
+        )
         answer = self._send("POST", path, json=body, headers={"Accept": "application/x-npy"})
         about = {name: answer.headers[f"X-Ganwatch-{name}"] for name in ("Seed", "Offset", "Model", "Version")}
         array = np.load(io.BytesIO(answer.content), allow_pickle=False)
@@ -90,10 +102,15 @@ class Client:
         try:
             try:
                 answer = self._http.request(method, path, **arguments)
-            except (httpx.ReadError, httpx.RemoteProtocolError):  # the replica died; samples are read, not made, so another may be asked
+            except (
+                httpx.NetworkError,
+                httpx.RemoteProtocolError,
+            ):  # a replica died; asking twice changes nothing, and another one answers
                 answer = self._http.request(method, path, **arguments)
         except httpx.TransportError as error:
-            raise ConnectionError(f"no answer from {self._http.base_url}: {error}; is the server up (`ganwatch status`)?") from error
+            raise ConnectionError(
+                f"no answer from {self._http.base_url}: {error}; is the server up (`ganwatch status`)?"
+            ) from error
         if not answer.is_success:
             raise ServingError.parse(answer.status_code, answer.content)
         return answer

@@ -1,4 +1,4 @@
-"""The Ray Serve application: each replica is its own ingress, a bare ASGI app behind HAProxy, so that no request takes a second hop.
+"""The Ray Serve application. Each replica is its own ingress, a bare ASGI app behind HAProxy: no request takes a second hop.
 
 Knows nothing of the monitor beyond the URL to which a replica tells what it served.
 """

@@ -18,13 +18,27 @@ class ServingError(Exception):
     status = 500
     code = "internal"
 
-    def __init__(self, message: str, *, field: str | None = None, value: Any = None, expected: str = "", headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        value: Any = None,
+        expected: str = "",
+        headers: dict[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.message, self.field, self.value, self.expected = message, field, value, expected
         self.headers = headers or {}
 
     def body(self) -> bytes:
-        fields = {"code": self.code, "message": self.message, "field": self.field, "value": _echo(self.value), "expected": self.expected}
+        fields = {
+            "code": self.code,
+            "message": self.message,
+            "field": self.field,
+            "value": _echo(self.value),
+            "expected": self.expected,
+        }
         return json.dumps({"error": fields}).encode()
 
     @staticmethod
@@ -81,7 +95,17 @@ class Unavailable(ServingError):
     status, code = 503, "unavailable"
 
 
-KINDS = (BadRequest, NotFound, MethodNotAllowed, NotAcceptable, BodyTooLarge, InvalidValue, Overloaded, SamplingFailed, Unavailable)
+KINDS = (
+    BadRequest,
+    NotFound,
+    MethodNotAllowed,
+    NotAcceptable,
+    BodyTooLarge,
+    InvalidValue,
+    Overloaded,
+    SamplingFailed,
+    Unavailable,
+)
 
 
 def _echo(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Samples -> bytes, by media type, and which media type an Accept header asks for. Adding a format is one function and one line."""
+"""Samples -> bytes by media type, and which media type an Accept header asks for. A new format is one function and one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def json_text(samples: ndarray, about: dict[str, Any]) -> bytes:
     try:
         rows = ", ".join(json.dumps(piece.tolist(), allow_nan=False)[1:-1] for piece in pieces)
     except ValueError:
-        raise SamplingFailed("the model gave NaN or infinite values, which JSON cannot hold; ask for application/x-npy to see them") from None
+        raise SamplingFailed(
+            "the model gave NaN or infinite values, which JSON cannot hold; ask for application/x-npy to see them"
+        ) from None
     return f'{json.dumps(about)[:-1]}, "samples": [{rows}]}}'.encode()
 
 
@@ -50,7 +52,11 @@ def png(samples: UInt8[ndarray, "n h w c"], about: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-FORMATS: dict[str, Callable[[ndarray, dict[str, Any]], bytes]] = {"application/json": json_text, "application/x-npy": npy, "image/png": png}
+FORMATS: dict[str, Callable[[ndarray, dict[str, Any]], bytes]] = {
+    "application/json": json_text,
+    "application/x-npy": npy,
+    "image/png": png,
+}
 
 
 def available(sample_shape: tuple[int, ...]) -> list[str]:
@@ -74,7 +80,9 @@ def negotiate(accept: str, sample_shape: tuple[int, ...]) -> str:
     if quality[best] > 0:
         return best
     why = "" if len(offered) == len(FORMATS) else f" (samples of shape {list(sample_shape)} are no pictures)"
-    raise NotAcceptable(f"cannot answer with {accept[:200]!r}{why}", field="Accept", value=accept, expected=f"one of {', '.join(offered)}")
+    raise NotAcceptable(
+        f"cannot answer with {accept[:200]!r}{why}", field="Accept", value=accept, expected=f"one of {', '.join(offered)}"
+    )
 
 
 def _range(item: str) -> tuple[str, float]:

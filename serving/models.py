@@ -1,4 +1,4 @@
-"""Which versions a replica serves now. It follows the registry's aliases; a version that cannot be loaded never replaces one that serves.
+"""Which versions a replica serves now. It follows the registry's aliases; what cannot be loaded never replaces what serves.
 
 Readers take one look at `ModelTable.models`, an immutable snapshot, and keep the sampler they found for as long as they need it:
 a swap is the exchange of one pointer. Knows nothing of requests.
@@ -29,7 +29,9 @@ class Model:
     """One model as this replica sees it."""
 
     aliases: Mapping[str, str] = field(default_factory=dict)  # alias -> the version that the registry wants
-    serving: Mapping[str, Sampler] = field(default_factory=dict)  # alias -> what answers: the version before, where the wanted one was refused
+    serving: Mapping[str, Sampler] = field(
+        default_factory=dict
+    )  # alias -> what answers: the version before, where the wanted one was refused
     errors: Mapping[str, str] = field(default_factory=dict)  # alias -> why its version is not served
     stamp: tuple[int, ...] = ()  # of aliases.json when it was read
     attempted: float = 0.0  # time.monotonic() of that

@@ -49,7 +49,9 @@ _SAMPLES = {
     "headers": {
         "X-Ganwatch-Model": _header("The model.", {"type": "string"}),
         "X-Ganwatch-Version": _header("The version that answered.", {"type": "string"}),
-        "X-Ganwatch-Seed": _header("The seed: the one asked for, or one that the server drew.", {"type": "integer", "minimum": 0, "maximum": _SEED_MAX}),
+        "X-Ganwatch-Seed": _header(
+            "The seed: as asked for, or one that the server drew.", {"type": "integer", "minimum": 0, "maximum": _SEED_MAX}
+        ),
         "X-Ganwatch-Offset": _header("The first row.", {"type": "integer", "minimum": 0, "maximum": _SEED_MAX}),
     },
     "content": {
@@ -66,9 +68,12 @@ def _sample(operation: str, parameters: list[dict[str, Any]]) -> dict[str, Any]:
         "post": {
             "operationId": operation,
             "summary": "Draw samples",
-            "description": "Row i of a seed is one sample for ever: n = 100 is a prefix of n = 1000, and `offset` turns the pages. "
+            "description": "Row i of a seed is one sample for ever: n = 100 is a prefix of n = 1000; `offset` turns the pages. "
             "Without a seed the server draws one and says which. Pictures come as a grid only from models of images.",
-            "requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/SampleRequest"}}}},
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/SampleRequest"}}},
+            },
             "responses": {"200": _SAMPLES, **_errors("400", "404", "406", "413", "422", "429", "500", "503")},
         },
     }
@@ -103,18 +108,28 @@ DOCUMENT: dict[str, Any] = {
             "get": {
                 "operationId": "live",
                 "summary": "Whether this replica still answers",
-                "responses": {"200": _json("It does.", {"type": "object", "properties": {"live": {"const": True}}}), **_errors("503")},
+                "responses": {
+                    "200": _json("It does.", {"type": "object", "properties": {"live": {"const": True}}}),
+                    **_errors("503"),
+                },
             }
         },
         "/v2/health/ready": {
             "get": {
                 "operationId": "ready",
                 "summary": "Whether every production version is loaded",
-                "responses": {"200": _json("They are.", {"type": "object", "properties": {"ready": {"const": True}}}), **_errors("503")},
+                "responses": {
+                    "200": _json("They are.", {"type": "object", "properties": {"ready": {"const": True}}}),
+                    **_errors("503"),
+                },
             }
         },
         "/openapi.json": {
-            "get": {"operationId": "document", "summary": "This document", "responses": {"200": _json("OpenAPI 3.1.", {"type": "object"})}}
+            "get": {
+                "operationId": "document",
+                "summary": "This document",
+                "responses": {"200": _json("OpenAPI 3.1.", {"type": "object"})},
+            }
         },
     },
     "components": {
@@ -123,12 +138,29 @@ DOCUMENT: dict[str, Any] = {
                 "type": "object",
                 "additionalProperties": False,
                 "properties": {
-                    "n": {"type": "integer", "minimum": 1, "maximum": MAX_SAMPLES, "default": 1, "description": "How many samples."},
-                    "seed": {"type": "integer", "minimum": 0, "maximum": _SEED_MAX, "description": "Left out: the server draws one."},
-                    "offset": {"type": "integer", "minimum": 0, "maximum": _SEED_MAX, "default": 0, "description": "The first row; offset + n is at most 2^63."},
+                    "n": {
+                        "type": "integer",
+                        "minimum": 1,
+                        "maximum": MAX_SAMPLES,
+                        "default": 1,
+                        "description": "How many samples.",
+                    },
+                    "seed": {
+                        "type": "integer",
+                        "minimum": 0,
+                        "maximum": _SEED_MAX,
+                        "description": "Left out: the server draws one.",
+                    },
+                    "offset": {
+                        "type": "integer",
+                        "minimum": 0,
+                        "maximum": _SEED_MAX,
+                        "default": 0,
+                        "description": "The first row; offset + n is at most 2^63.",
+                    },
                     "label": {
                         "oneOf": [{"type": "string"}, {"type": "integer", "minimum": 0}],
-                        "description": "A class, by name or index. Left out: drawn from the model's class law. Refused by models without classes.",
+                        "description": "A class, by name or index. Left out: drawn from the class law. Unknown to some models.",
                     },
                     "truncation": {
                         "type": "number",
@@ -148,18 +180,45 @@ DOCUMENT: dict[str, Any] = {
                     "version": {"type": "string"},
                     "seed": {"type": "integer", "minimum": 0, "maximum": _SEED_MAX},
                     "offset": {"type": "integer", "minimum": 0, "maximum": _SEED_MAX},
-                    "samples": {"type": "array", "items": {"type": "array"}, "description": "[n, h, w, c] bytes of images, or [n, d] numbers."},
+                    "samples": {
+                        "type": "array",
+                        "items": {"type": "array"},
+                        "description": "[n, h, w, c] bytes of images, or [n, d] numbers.",
+                    },
                 },
             },
             "Model": {
                 "type": "object",
-                "required": ["name", "state", "aliases", "serving", "errors", "sample_shape", "dtype", "classes", "latent_dim", "provider"],
+                "required": [
+                    "name",
+                    "state",
+                    "aliases",
+                    "serving",
+                    "errors",
+                    "sample_shape",
+                    "dtype",
+                    "classes",
+                    "latent_dim",
+                    "provider",
+                ],
                 "properties": {
                     "name": {"type": "string"},
                     "state": {"enum": ["serving", "degraded", "failed", "unpromoted"]},
-                    "aliases": {"type": "object", "additionalProperties": {"type": "string"}, "description": "alias -> version that the registry wants"},
-                    "serving": {"type": "object", "additionalProperties": {"type": "string"}, "description": "alias -> version that answers"},
-                    "errors": {"type": "object", "additionalProperties": {"type": "string"}, "description": "alias -> why the wanted version does not answer"},
+                    "aliases": {
+                        "type": "object",
+                        "additionalProperties": {"type": "string"},
+                        "description": "alias -> version that the registry wants",
+                    },
+                    "serving": {
+                        "type": "object",
+                        "additionalProperties": {"type": "string"},
+                        "description": "alias -> version that answers",
+                    },
+                    "errors": {
+                        "type": "object",
+                        "additionalProperties": {"type": "string"},
+                        "description": "alias -> why the wanted version does not answer",
+                    },
                     "sample_shape": {"type": ["array", "null"], "items": {"type": "integer"}},
                     "dtype": {"enum": ["uint8", "float32", None]},
                     "classes": {"type": ["array", "null"], "items": {"type": "string"}},

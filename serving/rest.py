@@ -19,7 +19,16 @@ from typing import Any, NoReturn
 from numpy import ndarray
 
 from serving.batcher import Batcher
-from serving.errors import BadRequest, BodyTooLarge, InvalidValue, MethodNotAllowed, NotFound, SamplingFailed, ServingError, Unavailable
+from serving.errors import (
+    BadRequest,
+    BodyTooLarge,
+    InvalidValue,
+    MethodNotAllowed,
+    NotFound,
+    SamplingFailed,
+    ServingError,
+    Unavailable,
+)
 from serving.formats import FORMATS, negotiate
 from serving.models import Model, ModelTable
 from serving.openapi import DOCUMENT, MAX_SAMPLES
@@ -53,12 +62,19 @@ class SampleRequest:
         """Raises BadRequest where `body` is no JSON object, InvalidValue where a field is wrong."""
         fields = _read_object(body)
         if unknown := [name for name in fields if name not in _FIELDS]:
-            raise InvalidValue(f"unknown field {unknown[0]!r}", field=unknown[0], value=fields[unknown[0]], expected=f"only {', '.join(_FIELDS)}")
+            raise InvalidValue(
+                f"unknown field {unknown[0]!r}", field=unknown[0], value=fields[unknown[0]], expected=f"only {', '.join(_FIELDS)}"
+            )
         n = _integer(fields, "n", 1, MAX_SAMPLES, default=1)
         seed = _integer(fields, "seed", 0, SEED_LIMIT - 1, default=None)
         offset = _integer(fields, "offset", 0, SEED_LIMIT - 1, default=0)
         if offset + n > SEED_LIMIT:
-            raise InvalidValue(f"offset + n is {offset + n}, past the last row of a seed", field="offset", value=offset, expected="offset + n of at most 2^63")
+            raise InvalidValue(
+                f"offset + n is {offset + n}, past the last row of a seed",
+                field="offset",
+                value=offset,
+                expected="offset + n of at most 2^63",
+            )
         window = Window(
             seed=secrets.randbits(_SERVER_SEED_BITS) if seed is None else seed,
             offset=offset,
@@ -85,6 +101,8 @@ class App:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self._lifespan(receive, send)
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close"})
         path = scope["path"][len(scope.get("root_path", "")) :]
         match path.split("/"):
             case ["", "v1", "models", model, "sample"]:
@@ -118,13 +136,16 @@ class App:
             window = request.window
             samples = await _unless_gone(self.batcher.submit(sampler, window), receive)
             origin = "client_seed" if request.seeded else "probe" if b"x-ganwatch-probe" in headers else "server_seed"
-            self.tap.offer(Record(card.model, card.version, origin, window.seed, window.offset, samples, time.time(), window.label, window.truncation))
+            law = {"label": window.label, "truncation": window.truncation}
+            self.tap.offer(Record(card.model, card.version, origin, window.seed, window.offset, samples, time.time(), **law))
             self.tap.counters[f'samples_total{{model="{card.model}",version="{card.version}"}}'] += window.count
             about = {"model": card.model, "version": card.version, "seed": window.seed, "offset": window.offset}
             encode = FORMATS[media_type]
             body = encode(samples, about) if samples.size <= _INLINE_VALUES else await asyncio.to_thread(encode, samples, about)
             status = 200
-            await _respond(send, 200, body, media_type, {f"X-Ganwatch-{key.capitalize()}": str(value) for key, value in about.items()})
+            await _respond(
+                send, 200, body, media_type, {f"X-Ganwatch-{key.capitalize()}": str(value) for key, value in about.items()}
+            )
         except ServingError as error:
             status = error.status
             await _respond_error(send, error)
@@ -144,14 +165,24 @@ class App:
         if sampler := model.find(reference or "production"):
             return sampler
         if reference is None and "production" not in model.aliases:
-            raise NotFound(f"model {name} has no production version", field="model", value=name, expected="a model with one; promote a version first")
+            raise NotFound(
+                f"model {name} has no production version",
+                field="model",
+                value=name,
+                expected="a model with one; promote a version first",
+            )
         try:
             return await asyncio.to_thread(self.table.version, name, reference or "production")
         except RegistryError as error:
             versions = [*self.table.registry.versions(name), *model.aliases]
             raise NotFound(str(error), field="version", value=reference, expected=_one_of(versions)) from None
         except Exception as error:
-            raise Unavailable(f"model {name}: {error}", field="version", value=reference, expected="a version that loads; publish it again or roll back") from error
+            raise Unavailable(
+                f"model {name}: {error}",
+                field="version",
+                value=reference,
+                expected="a version that loads; publish it again or roll back",
+            ) from error
 
     def _models(self) -> tuple[int, bytes]:
         return 200, json.dumps({"models": [_describe(name, model) for name, model in self.table.models.items()]}).encode()
@@ -164,7 +195,9 @@ class App:
     def _ready(self) -> tuple[int, bytes]:
         if waiting := [name for name, model in self.table.models.items() if not model.is_ready]:
             why = "; ".join(f"{name}: {self.table.models[name].errors.get('production', 'loading')}" for name in waiting)
-            raise Unavailable(f"production is not served of {why}", field="model", value=waiting, expected="every production version loaded")
+            raise Unavailable(
+                f"production is not served of {why}", field="model", value=waiting, expected="every production version loaded"
+            )
         return 200, b'{"ready": true}'
 
     def _gauges(self) -> dict[str, int | float]:
@@ -172,7 +205,9 @@ class App:
         gauges: dict[str, int | float] = {"queued_samples": self.batcher.queued, "batches_total": self.batcher.batches}
         for name, model in self.table.models.items():
             gauges[f'load_failures_total{{model="{name}"}}'] = self.table.load_failures[name]
-            gauges.setdefault(f'tap_dropped_samples_total{{model="{name}"}}', self.tap.counters[f'tap_dropped_samples_total{{model="{name}"}}'])
+            gauges.setdefault(
+                f'tap_dropped_samples_total{{model="{name}"}}', self.tap.counters[f'tap_dropped_samples_total{{model="{name}"}}']
+            )
             gauges |= {f'device_info{{provider="{sampler.provider}"}}': 1.0 for sampler in model.serving.values()}
         return gauges
 
@@ -242,7 +277,12 @@ def _read_object(body: bytes) -> dict[str, Any]:
     except RecursionError:
         raise BadRequest("the body is nested too deeply", field="body", expected="a JSON object") from None
     except ValueError as error:
-        raise BadRequest(f"the body is not JSON: {error}", field="body", value=body[:100].decode(errors="replace"), expected="a JSON object in UTF-8") from None
+        raise BadRequest(
+            f"the body is not JSON: {error}",
+            field="body",
+            value=body[:100].decode(errors="replace"),
+            expected="a JSON object in UTF-8",
+        ) from None
     if not isinstance(fields, dict):
         raise BadRequest("the body is not a JSON object", field="body", value=fields, expected='a JSON object such as {"n": 16}')
     return fields
@@ -268,14 +308,18 @@ def _integer(fields: dict[str, Any], name: str, low: int, high: int, *, default:
     """Strict: true is no integer, and neither is 1.0, which could hide that a large seed was rounded on its way."""
     value = fields.get(name, default)
     if name in fields and (type(value) is not int or not low <= value <= high):
-        raise InvalidValue(f"{name} is {json.dumps(value)[:100]}", field=name, value=value, expected=f"an integer from {low} to {high}")
+        raise InvalidValue(
+            f"{name} is {json.dumps(value)[:100]}", field=name, value=value, expected=f"an integer from {low} to {high}"
+        )
     return value
 
 
 def _truncation(fields: dict[str, Any]) -> float:
     value = fields.get("truncation", 1.0)
     if type(value) not in (int, float) or not 0 < value <= 1:
-        raise InvalidValue(f"truncation is {json.dumps(value)[:100]}", field="truncation", value=value, expected="a number above 0 and up to 1")
+        raise InvalidValue(
+            f"truncation is {json.dumps(value)[:100]}", field="truncation", value=value, expected="a number above 0 and up to 1"
+        )
     return float(value)
 
 
@@ -291,7 +335,10 @@ def _label(fields: dict[str, Any], card: Card) -> int | None:
     if isinstance(value, str) and value in card.classes:
         return card.classes.index(value)
     raise InvalidValue(
-        f"label is {json.dumps(value)[:100]}", field="label", value=value, expected=f"{_one_of(card.classes)}, or an index from 0 to {len(card.classes) - 1}"
+        f"label is {json.dumps(value)[:100]}",
+        field="label",
+        value=value,
+        expected=f"{_one_of(card.classes)}, or an index from 0 to {len(card.classes) - 1}",
     )
 
 
@@ -301,7 +348,13 @@ def _describe(name: str, model: Model) -> dict[str, Any]:
     card = sampler and sampler.card
     return {
         "name": name,
-        "state": "unpromoted" if not model.aliases else "failed" if not model.serving else "degraded" if model.errors else "serving",
+        "state": "unpromoted"
+        if not model.aliases
+        else "failed"
+        if not model.serving
+        else "degraded"
+        if model.errors
+        else "serving",
         "aliases": dict(model.aliases),
         "serving": {alias: s.card.version for alias, s in model.serving.items()},
         "errors": dict(model.errors),
@@ -320,7 +373,11 @@ def _one_of(names: Any) -> str:
 def _check_method(scope: Scope, *allowed: str) -> None:
     if scope["method"] not in allowed:
         raise MethodNotAllowed(
-            f"{scope['method']} is not allowed here", field="method", value=scope["method"], expected=" or ".join(allowed), headers={"Allow": ", ".join(allowed)}
+            f"{scope['method']} is not allowed here",
+            field="method",
+            value=scope["method"],
+            expected=" or ".join(allowed),
+            headers={"Allow": ", ".join(allowed)},
         )
 
 
@@ -330,5 +387,11 @@ async def _respond_error(send: Send, error: ServingError) -> None:
 
 async def _respond(send: Send, status: int, body: bytes, media_type: str, headers: dict[str, str] | None = None) -> None:
     fields = {"Content-Type": media_type, "Content-Length": str(len(body)), **(headers or {})}
-    await send({"type": "http.response.start", "status": status, "headers": [(k.lower().encode(), v.encode()) for k, v in fields.items()]})
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [(k.lower().encode(), v.encode()) for k, v in fields.items()],
+        }
+    )
     await send({"type": "http.response.body", "body": body})

@@ -6,7 +6,6 @@ Knows nothing of requests, batches or aliases; needs numpy and onnxruntime only,
 from __future__ import annotations
 
 import ctypes
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -20,9 +19,8 @@ from training.bundle import Bundle, BundleError, sample_classes
 
 Device = Literal["auto", "cpu", "cuda"]
 
-# The op type is the only text under field 4 (tag 0x22) of an ONNX node, so a random op shows in the bytes of the file,
-# in subgraphs and local functions too. Its own generator would make rows depend on what was asked before.
-_RANDOM_OP = re.compile(rb'"(?:\x0c(RandomNormal)|\x10(RandomNormalLike)|\x0d(RandomUniform)|\x11(RandomUniformLike)|\x09(Bernoulli)|\x0b(Multinomial))')
+# Their own generators would make rows depend on what was asked before.
+_RANDOM_OPS = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial")
 _TENSOR = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
 _WARM_ROWS = (1, 64)
 
@@ -53,9 +51,10 @@ class Sampler:
         check_device(device)
         self.card = bundle.card
         model = bundle.model_path.read_bytes()
-        if found := _RANDOM_OP.search(model):
-            op = next(filter(None, found.groups())).decode()
-            raise BundleError(f"{bundle.model_path}: holds the random op {op}; seeds would mean nothing, feed all noise through input z")
+        # The op type is the only text under field 4 (tag 0x22) of an ONNX node: its bytes show, also in subgraphs and functions.
+        for op in _RANDOM_OPS:
+            if b"\x22" + bytes([len(op)]) + op.encode() in model:
+                raise BundleError(f"{bundle.model_path}: holds the random op {op}; seeds would mean nothing, feed all noise as z")
         self._session = _open_session(model, bundle, device, threads)
         self.provider: str = self._session.get_providers()[0]
         self._check_signature(bundle)
@@ -73,7 +72,8 @@ class Sampler:
         """The samples of given latents (and classes)."""
         samples = self._session.run(["samples"], {"z": z} if y is None else {"z": z, "y": y})[0]
         if samples.shape != (len(z), *self.card.sample_shape):
-            raise BundleError(f"model {self.card.model} {self.card.version} gave shape {samples.shape} for {len(z)} rows; its card says {self.card.sample_shape} a row")
+            expected = self.card.sample_shape
+            raise BundleError(f"{self.card.model} {self.card.version} gave shape {samples.shape} for {len(z)} rows of {expected}")
         return samples
 
     def _classes(self, window: Window) -> Int64[ndarray, "n"]:
@@ -91,7 +91,9 @@ class Sampler:
         if outputs != {"samples": _TENSOR.get(card.sample_dtype)}:
             raise BundleError(f"{bundle.model_path}: outputs are {outputs}; the card asks for samples of {card.sample_dtype}")
         if len(card.class_shares) != len(card.classes):
-            raise BundleError(f"{bundle.path / 'card.json'}: {len(card.class_shares)} class shares for {len(card.classes)} classes")
+            raise BundleError(
+                f"{bundle.path / 'card.json'}: {len(card.class_shares)} class shares for {len(card.classes)} classes"
+            )
 
 
 def cuda_devices() -> int:
@@ -128,6 +130,6 @@ def _open_session(model: bytes, bundle: Bundle, device: Device, threads: int) ->
         session = onnxruntime.InferenceSession(model, options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions have no base class of their own
         raise BundleError(f"{bundle.model_path}: onnxruntime refuses it: {error}") from error
-    if device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
-        raise RuntimeError(f"device is 'cuda', but the session runs on {session.get_providers()[0]}; install the CUDA libraries or use --device auto")
+    if device == "cuda" and (found := session.get_providers()[0]) != "CUDAExecutionProvider":
+        raise RuntimeError(f"device is 'cuda', but the session runs on {found}; install the CUDA libraries or use --device auto")
     return session

@@ -23,7 +23,7 @@ _RING_S = 4.0  # seconds of the budget that are held while the monitor does not 
 
 
 class Tap:
-    """`url`: of the monitor, None to send nothing. `rate`: samples/s that are shown to it, each for fresh samples and for the others,
+    """`url`: of the monitor, None to send nothing. `rate`: samples/s shown to it, as much for fresh samples as for the others,
     so that no flood of clients' seeds hides the samples that an alarm may eat. `gauges`: what else a heartbeat says."""
 
     def __init__(self, url: str | None, rate: float = 2000.0, gauges: Callable[[], dict[str, int | float]] = dict) -> None:
@@ -81,7 +81,9 @@ class Tap:
     def _send(self, client: httpx.Client) -> None:
         with self._lock:
             records, self._ring, self._held = tuple(self._ring), deque(), 0
-        heartbeat = Heartbeat(self.replica, time.time(), records, {name: float(value) for name, value in {**self.counters, **self.gauges()}.items()})
+        heartbeat = Heartbeat(
+            self.replica, time.time(), records, {name: float(value) for name, value in {**self.counters, **self.gauges()}.items()}
+        )
         try:
             client.post(f"{self.url}/api/records", content=heartbeat.encode()).raise_for_status()
         except (httpx.HTTPError, httpx.InvalidURL):

@@ -34,7 +34,7 @@ class Gradients:
 
 def autograd(
     critic: Critic,
-    objective: type[Objective],
+    objective: Objective,
     real: Float[Tensor, "n d"],
     fake: Float[Tensor, "n d"],
     y: Int64[Tensor, "n"] | None,
@@ -54,7 +54,7 @@ def autograd(
 @torch.no_grad()
 def closed_form(
     critic: Critic,
-    objective: type[Objective],
+    objective: Objective,
     real: Float[Tensor, "n d"],
     fake: Float[Tensor, "n d"],
     y: Int64[Tensor, "n"] | None,
@@ -97,7 +97,7 @@ def closed_form(
 
 def unpenalised(
     critic: Critic,
-    objective: type[Objective],
+    objective: Objective,
     real: Float[Tensor, "n d"],
     fake: Float[Tensor, "n d"],
     y: Int64[Tensor, "n"] | None,

@@ -24,7 +24,12 @@ def test_acknowledging_closes_the_open_incidents_of_one_model(tmp_path: Path) ->
     for model in ("digits", "ring"):
         incidents.record(model, "v1", at=10.0, **ALARM)
     (closed,) = incidents.acknowledge("digits", at=20.0)
-    assert (closed["model"], closed["acknowledged_at"], closed["closed_at"], closed["closed_by"]) == ("digits", 20.0, 20.0, "acknowledged")
+    assert (closed["model"], closed["acknowledged_at"], closed["closed_at"], closed["closed_by"]) == (
+        "digits",
+        20.0,
+        20.0,
+        "acknowledged",
+    )
     assert incidents.acknowledge("digits", at=21.0) == []
     assert incidents.record("digits", "v1", at=30.0, **ALARM)  # the next alarm is a new incident
     assert [(i["model"], i["closed_at"]) for i in incidents.newest()] == [("digits", None), ("ring", None), ("digits", 20.0)]

@@ -96,44 +96,71 @@ def test_the_contract(watch: Watch) -> None:
     assert scraped.content_type.startswith("text/plain; version=0.0.4")
     assert "_created" not in scraped.text
     assert all(family.documentation for family in scraped.families.values())
-    assert {sample.name for f in scraped.families.values() if f.type == "counter" for sample in f.samples} == {n for n in CONTRACT if n.endswith("_total")}
+    assert {sample.name for f in scraped.families.values() if f.type == "counter" for sample in f.samples} == {
+        n for n in CONTRACT if n.endswith("_total")
+    }
 
 
 def test_openmetrics_says_the_same(watch: Watch) -> None:
     plain, open_ = Scraped(watch, START), Scraped(watch, START, "application/openmetrics-text; version=1.0.0")
     assert open_.content_type.startswith("application/openmetrics-text") and open_.text.endswith("# EOF\n")
     assert "_created" not in open_.text
-    assert [(s.name, s.labels, repr(s.value)) for s in plain.samples] == [(s.name, s.labels, repr(s.value)) for s in open_.samples]
+    assert [(s.name, s.labels, repr(s.value)) for s in plain.samples] == [
+        (s.name, s.labels, repr(s.value)) for s in open_.samples
+    ]
 
 
 def test_the_values_are_those_of_the_monitor(watch: Watch) -> None:
     scraped, shown = Scraped(watch, START), watch.publish(START).models["grid"]
     js = shown.gauges["fresh"]["js"]
     assert scraped("ganwatch_divergence", population="fresh", estimator="js") == js.value
-    assert scraped("ganwatch_divergence_high", population="fresh", estimator="forward_kl") == shown.gauges["fresh"]["forward_kl"].high
+    assert (
+        scraped("ganwatch_divergence_high", population="fresh", estimator="forward_kl")
+        == shown.gauges["fresh"]["forward_kl"].high
+    )
     assert math.isnan(scraped("ganwatch_divergence_low", population="fresh", estimator="frechet"))
-    assert js.value > scraped("ganwatch_divergence_threshold", estimator="js") > scraped("ganwatch_divergence_certified", estimator="js")
+    assert (
+        js.value
+        > scraped("ganwatch_divergence_threshold", estimator="js")
+        > scraped("ganwatch_divergence_certified", estimator="js")
+    )
     assert scraped("ganwatch_mode_coverage_ratio", population="fresh") == 0.8
-    assert scraped("ganwatch_mode_share", mode="3") == 0 and scraped("ganwatch_mode_share_reference", mode="3") == pytest.approx(0.099)
+    assert scraped("ganwatch_mode_share", mode="3") == 0 and scraped("ganwatch_mode_share_reference", mode="3") == pytest.approx(
+        0.099
+    )
     assert [s.labels["mode"] for s in scraped.samples if s.name == "ganwatch_mode_alarmed" and s.value] == ["3", "8"]
     assert scraped("ganwatch_evidence_log10", family="modes") > scraped("ganwatch_evidence_threshold_log10") > 6
-    assert scraped("ganwatch_window_samples", population="fresh") == 3000 == scraped("ganwatch_samples_observed_total", origin="server_seed")
+    assert (
+        scraped("ganwatch_window_samples", population="fresh")
+        == 3000
+        == scraped("ganwatch_samples_observed_total", origin="server_seed")
+    )
     assert scraped("ganwatch_estimate_timestamp_seconds") == START == scraped("ganwatch_model_loaded_timestamp_seconds")
     assert scraped("ganwatch_records_dropped_total", reason="queue_full") == 3
     assert scraped("ganwatch_probe_requests_total", outcome="ok") == 7
     assert scraped("ganwatch_serving_requests_total", status="200") == 42 and scraped("ganwatch_serving_replicas") == 2
     files = shown.cards["production"].files
-    assert scraped("ganwatch_model_info", alias="production", onnx_sha256=files["model.onnx"], reference_sha256=files["reference.npz"]) == 1
+    assert (
+        scraped(
+            "ganwatch_model_info", alias="production", onnx_sha256=files["model.onnx"], reference_sha256=files["reference.npz"]
+        )
+        == 1
+    )
 
 
 def test_every_verdict_is_there_before_it_is_needed(watch: Watch) -> None:
     scraped = Scraped(watch, START)
     active = {s.labels["verdict"]: s.value for s in scraped.samples if s.name == "ganwatch_alarm_active"}
     assert active == {verdict: float(verdict == "mode_dropping") for verdict in ALARMS} and len(active) == 6
-    assert scraped("ganwatch_alarms_total", verdict="mode_dropping") == 1 and scraped("ganwatch_alarms_total", verdict="drift") == 0
+    assert (
+        scraped("ganwatch_alarms_total", verdict="mode_dropping") == 1 and scraped("ganwatch_alarms_total", verdict="drift") == 0
+    )
     watch.acknowledge("grid", START)
     scraped = Scraped(watch, START)
-    assert scraped("ganwatch_alarm_active", verdict="mode_dropping") == 0 and scraped("ganwatch_alarms_total", verdict="mode_dropping") == 1
+    assert (
+        scraped("ganwatch_alarm_active", verdict="mode_dropping") == 0
+        and scraped("ganwatch_alarms_total", verdict="mode_dropping") == 1
+    )
 
 
 def test_a_model_that_goes_leaves_no_series(watch: Watch) -> None:
@@ -141,7 +168,11 @@ def test_a_model_that_goes_leaves_no_series(watch: Watch) -> None:
     model.rename(model.parent / ".gone")
     watch.follow(START)
     scraped = Scraped(watch, START)
-    assert not [s for s in scraped.samples if s.labels.get("model") == "grid" and not s.name.startswith(("ganwatch_serving", "ganwatch_probe"))]
+    assert not [
+        s
+        for s in scraped.samples
+        if s.labels.get("model") == "grid" and not s.name.startswith(("ganwatch_serving", "ganwatch_probe"))
+    ]
     assert scraped("ganwatch_monitor_up") == 1
 
 

@@ -22,7 +22,14 @@ from training.registry import Registry
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 PAGE = Path(__file__).parents[2] / "monitoring" / "page"
 CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 needs_chromium = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM}: apt-get install chromium")
 
 
@@ -46,7 +53,9 @@ class Monitored:
     def serve(self, bundle: Bundle, count: int, seed: int = 1) -> None:
         card = bundle.card
         record = Record(card.model, card.version, "server_seed", seed, 0, self.draw(bundle, count, seed=seed), 0.0)
-        httpx.post(f"{self.url}api/records", content=Heartbeat("a", 0.0, (record,), {}).encode(), trust_env=False).raise_for_status()
+        httpx.post(
+            f"{self.url}api/records", content=Heartbeat("a", 0.0, (record,), {}).encode(), trust_env=False
+        ).raise_for_status()
 
     def stop(self) -> None:
         self.process.terminate()
@@ -63,14 +72,17 @@ def monitored(tmp_path: Path, draw: Callable[..., ndarray]) -> Iterator[Monitore
 
 @pytest.fixture
 def page(browser: playwright.Browser, monitored: Monitored) -> Iterator[playwright.Page]:
-    """A page of a fresh context, closed before the service stops. Whatever it logs as an error fails the test, unless the test clears `page.troubles`."""
+    """A page of a fresh context, closed before the service stops. An error that it logs fails the test, if not cleared."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     page = context.new_page()
     page.set_default_timeout(20_000)
     page.troubles = []
     page.on("console", lambda message: page.troubles.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: page.troubles.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith(("http://127.0.0.1", "data:")) else page.troubles.append(request.url))
+    page.on(
+        "request",
+        lambda request: None if request.url.startswith(("http://127.0.0.1", "data:")) else page.troubles.append(request.url),
+    )
     yield page
     context.close()
     assert page.troubles == []
@@ -90,7 +102,9 @@ def colours(page: playwright.Page) -> int:
 
 @pytest.mark.slow
 @needs_chromium
-def test_what_a_person_sees_from_no_model_to_an_alarm_and_back(page: playwright.Page, monitored: Monitored, make_bundle: Callable[..., Bundle]) -> None:
+def test_what_a_person_sees_from_no_model_to_an_alarm_and_back(
+    page: playwright.Page, monitored: Monitored, make_bundle: Callable[..., Bundle]
+) -> None:
     page.goto(monitored.url)
     page.get_by_text("No model to watch yet").wait_for()
 
@@ -127,7 +141,9 @@ def test_what_a_person_sees_from_no_model_to_an_alarm_and_back(page: playwright.
 
 @pytest.mark.slow
 @needs_chromium
-def test_a_lost_connection_is_said_and_comes_back(page: playwright.Page, monitored: Monitored, make_bundle: Callable[..., Bundle]) -> None:
+def test_a_lost_connection_is_said_and_comes_back(
+    page: playwright.Page, monitored: Monitored, make_bundle: Callable[..., Bundle]
+) -> None:
     make_bundle(root=monitored.registry.root)
     monitored.registry.set_alias("grid", "production", "v1", reason="promote")
     page.goto(monitored.url)
@@ -146,9 +162,13 @@ def test_a_lost_connection_is_said_and_comes_back(page: playwright.Page, monitor
 
 @pytest.mark.slow
 @needs_chromium
-def test_it_fits_wide_and_narrow_light_and_dark(page: playwright.Page, monitored: Monitored, make_bundle: Callable[..., Bundle]) -> None:
+def test_it_fits_wide_and_narrow_light_and_dark(
+    page: playwright.Page, monitored: Monitored, make_bundle: Callable[..., Bundle]
+) -> None:
     long = "a-model-with-a-rather-long-name-that-somebody-gave-it"
-    bundles = [make_bundle(root=monitored.registry.root, model=name, lost=lost) for name, lost in ((long, (1, 3, 8)), ("grid", ()))]
+    bundles = [
+        make_bundle(root=monitored.registry.root, model=name, lost=lost) for name, lost in ((long, (1, 3, 8)), ("grid", ()))
+    ]
     for bundle in bundles:
         monitored.registry.set_alias(bundle.card.model, "production", "v1", reason="promote")
     page.goto(monitored.url)

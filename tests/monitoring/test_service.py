@@ -74,13 +74,18 @@ class World:
     """A registry with a healthy v1 and a v2 that lost modes 3 and 8; production is v1."""
 
     def __init__(self, root: Path, make_bundle: Callable[..., Bundle], draw: Callable[..., ndarray]) -> None:
-        self.bundles = {"v1": make_bundle(root=root / "registry"), "v2": make_bundle(root=root / "registry", version="v2", lost=(3, 8))}
+        self.bundles = {
+            "v1": make_bundle(root=root / "registry"),
+            "v2": make_bundle(root=root / "registry", version="v2", lost=(3, 8)),
+        }
         self.registry, self.draw, self.seed = Registry(root / "registry"), draw, 0
         self.registry.set_alias("grid", "production", "v1", reason="promote")
 
     def heartbeat(self, version: str = "v1", count: int = 100, requests: float = 1.0, replica: str = "a") -> Heartbeat:
         self.seed += 1
-        record = Record("grid", version, "server_seed", self.seed, 0, self.draw(self.bundles[version], count, seed=self.seed), 0.0)
+        record = Record(
+            "grid", version, "server_seed", self.seed, 0, self.draw(self.bundles[version], count, seed=self.seed), 0.0
+        )
         return Heartbeat(replica, 0.0, (record,), {'requests_total{model="grid",status="200"}': requests})
 
 
@@ -94,7 +99,9 @@ def run(tmp_path: Path) -> Iterator[Callable[..., Running]]:
     running: list[Running] = []
 
     def start(**options: object) -> Running:
-        running.append(Running(Options(**{"registry": tmp_path / "registry", "home": tmp_path, "port": 0, "probe_rate": 0} | options)))
+        running.append(
+            Running(Options(**{"registry": tmp_path / "registry", "home": tmp_path, "port": 0, "probe_rate": 0} | options))
+        )
         return running[-1]
 
     yield start
@@ -142,7 +149,12 @@ def test_an_alarm_can_be_acknowledged(world: World, run: Callable[..., Running])
     assert service.http.post("/api/ack", json={"model": "grid"}).json()["acknowledged"][0]["version"] == "v2"
     assert verdict(service.http.get("/api/state").json()) == "healthy"  # at once, not a second later
     assert service.http.post("/api/ack", json={"model": "grid"}).json() == {"acknowledged": []}
-    for body, status, field in ((b'{"model": "nobody"}', 404, "model"), (b'{"model": []}', 404, "model"), (b"[", 400, "model"), (b"{}", 400, "model")):
+    for body, status, field in (
+        (b'{"model": "nobody"}', 404, "model"),
+        (b'{"model": []}', 404, "model"),
+        (b"[", 400, "model"),
+        (b"{}", 400, "model"),
+    ):
         answer = service.http.post("/api/ack", content=body)
         assert (answer.status_code, answer.json()["error"]["field"]) == (status, field)
 
@@ -160,7 +172,7 @@ def test_events_resume_where_they_broke_off(world: World, run: Callable[..., Run
 
 def test_samples_are_pictured(world: World, run: Callable[..., Running]) -> None:
     service = run()
-    assert "no sample was served yet" in service.http.get("/api/samples/grid.png").json()["error"]["message"]
+    assert service.http.get("/api/samples/grid.png").status_code == 204
     service.post(world.heartbeat(count=100))
     service.until(lambda s: monitored(s) == 100)
     answer = service.http.get("/api/samples/grid.png")
@@ -260,7 +272,10 @@ def test_probes_make_up_for_missing_fresh_samples(world: World, run: Callable[..
     serving.status = 503
     state = service.until(lambda s: s["errors"])
     assert "answered 503" in state["errors"][0]
-    assert service.metric("ganwatch_probe_requests_total", outcome="ok") >= 1 and service.metric("ganwatch_probe_requests_total", outcome="refused") >= 1
+    assert (
+        service.metric("ganwatch_probe_requests_total", outcome="ok") >= 1
+        and service.metric("ganwatch_probe_requests_total", outcome="refused") >= 1
+    )
     serving.status = 200
     service.until(lambda s: not s["errors"])
 
@@ -284,7 +299,9 @@ COMMAND = (sys.executable, "-m", "monitoring.service")
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_answers_and_stops_at_a_signal_with_a_reader_connected(tmp_path: Path, world: World, stop: signal.Signals) -> None:
+def test_the_command_answers_and_stops_at_a_signal_with_a_reader_connected(
+    tmp_path: Path, world: World, stop: signal.Signals
+) -> None:
     command = [*COMMAND, "--registry", str(tmp_path / "registry"), "--home", str(tmp_path), "--port", "0", "--probe-rate", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         url = process.stdout.readline().split()[-1]
@@ -304,7 +321,15 @@ def test_a_port_in_use_names_the_process(tmp_path: Path) -> None:
     assert done.returncode == 2 and "held by process" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--arl", "0.5"), ("--probe-rate", "-1"), ("--serving-url", "nonsense")])
-def test_a_senseless_flag_is_named(tmp_path: Path, flag: str, value: str) -> None:
-    done = subprocess.run([*COMMAND, "--home", str(tmp_path), "--port", "0", flag, value], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and flag[2:].replace("-", "_") in done.stderr and value in done.stderr and "Traceback" not in done.stderr
+def test_a_senseless_flag_is_named(tmp_path: Path) -> None:
+    done = subprocess.run([*COMMAND, "--home", str(tmp_path), "--arl", "0.5"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "arl is 0.5" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("arl", 1.0), ("arl", float("inf")), ("port", 65536), ("inbox", 0), ("probe_rate", -1), ("serving_url", "nonsense")],
+)
+def test_senseless_options_are_refused(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name} is '?{value}"):
+        Options(**{name: value})

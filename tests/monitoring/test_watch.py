@@ -26,7 +26,10 @@ class Scene:
     """A registry with a healthy v1 and a v2 that lost modes 3 and 8, and a Watch over it."""
 
     def __init__(self, root: Path, make_bundle: Callable[..., Bundle], draw: Callable[..., ndarray]) -> None:
-        self.bundles = {"v1": make_bundle(root=root / "registry"), "v2": make_bundle(root=root / "registry", version="v2", lost=(3, 8))}
+        self.bundles = {
+            "v1": make_bundle(root=root / "registry"),
+            "v2": make_bundle(root=root / "registry", version="v2", lost=(3, 8)),
+        }
         self.registry, self.incidents, self.draw = Registry(root / "registry"), Incidents(root / "incidents.db"), draw
         self.watch = Watch(self.registry, self.incidents, arl=2.6e9)
         self.now, self.seed = START, 0
@@ -37,7 +40,14 @@ class Scene:
 
     def serve(self, version: str, count: int, **fields: object) -> None:
         self.seed += 1
-        record = {"model": "grid", "version": version, "origin": "server_seed", "seed": self.seed, "offset": 0, "at": self.now} | fields
+        record = {
+            "model": "grid",
+            "version": version,
+            "origin": "server_seed",
+            "seed": self.seed,
+            "offset": 0,
+            "at": self.now,
+        } | fields
         self.watch.eat([Record(**record, samples=self.draw(self.bundles[version], count, seed=self.seed))], self.now)
 
     def state(self) -> dict:
@@ -59,7 +69,12 @@ def test_nothing_is_watched_before_an_alias_names_it(scene: Scene) -> None:
     assert scene.state()["models"] == {}
     scene.alias("production", "v1")
     model = scene.state()["models"]["grid"]
-    assert (model["alias"], model["version"], model["snapshot"]["verdict"]["id"], model["budget_share"]) == ("production", "v1", "warming_up", 0.5)
+    assert (model["alias"], model["version"], model["snapshot"]["verdict"]["id"], model["budget_share"]) == (
+        "production",
+        "v1",
+        "warming_up",
+        0.5,
+    )
     assert model["snapshot"]["log10_threshold"] == pytest.approx(math.log10(2.6e9 / 0.5))
 
 
@@ -70,7 +85,12 @@ def test_a_fault_is_recorded_before_it_is_shown_and_a_rollback_clears_it(scene: 
     scene.alias("production", "v2")
     scene.serve("v2", 3000)
     (incident,) = scene.incidents.newest()
-    assert (incident["version"], incident["verdict"], incident["modes"], incident["closed_at"]) == ("v2", "mode_dropping", ["3", "8"], None)
+    assert (incident["version"], incident["verdict"], incident["modes"], incident["closed_at"]) == (
+        "v2",
+        "mode_dropping",
+        ["3", "8"],
+        None,
+    )
     assert 0 < incident["first_alarm"] < 3000 and incident["evidence"]["evidence"]["modes"] > 9
     state = scene.state()
     assert verdict(state) == "mode_dropping" and [mark["kind"] for mark in state["models"]["grid"]["marks"]].count("alarm") == 1
@@ -122,7 +142,12 @@ def test_only_fresh_samples_of_aliased_versions_are_judged(scene: Scene) -> None
 
 def test_records_of_different_shapes_are_not_joined_and_misfits_are_counted(scene: Scene) -> None:
     scene.alias("production", "v1")
-    samples = [np.zeros((5, 3), np.float32), np.zeros((7, 2), np.float64), np.full((2, 2), np.nan, np.float32), np.zeros((4, 2), np.float32)]
+    samples = [
+        np.zeros((5, 3), np.float32),
+        np.zeros((7, 2), np.float64),
+        np.full((2, 2), np.nan, np.float32),
+        np.zeros((4, 2), np.float32),
+    ]
     scene.watch.eat([Record("grid", "v1", "server_seed", 1, 0, s, scene.now) for s in samples], scene.now)
     view = scene.watch.publish(scene.now)
     assert view.models["grid"].snapshot["monitored"] == 4
@@ -186,10 +211,17 @@ def test_the_budget_is_split_over_the_aliases(scene: Scene) -> None:
     scene.serve("v2", 3000)
     state = scene.state()
     (other,) = state["models"]["grid"]["other_versions"]
-    assert (other["alias"], other["version"], other["verdict"]["id"], other["budget_share"]) == ("canary", "v2", "mode_dropping", 0.25)
+    assert (other["alias"], other["version"], other["verdict"]["id"], other["budget_share"]) == (
+        "canary",
+        "v2",
+        "mode_dropping",
+        0.25,
+    )
     assert verdict(state) == "warming_up" and scene.incidents.newest()[0]["version"] == "v2"
     scene.alias("canary", None)
-    assert scene.state()["models"]["grid"]["other_versions"] == [] and scene.incidents.newest()[0]["closed_by"] == "version change"
+    assert (
+        scene.state()["models"]["grid"]["other_versions"] == [] and scene.incidents.newest()[0]["closed_by"] == "version change"
+    )
 
 
 def test_a_model_that_goes_leaves_nothing_behind(scene: Scene) -> None:
@@ -221,7 +253,7 @@ def test_counters_in_prometheus_form_are_read(labels: dict[str, str]) -> None:
     assert parse_counter(text) == ("samples_total", tuple(sorted(labels.items())))
 
 
-@pytest.mark.parametrize("text", ["", "9", "a b", 'x{model=digits}', 'x{model="a"', "replicas", 'x{model="a"}} 1\nfake 2'])
+@pytest.mark.parametrize("text", ["", "9", "a b", "x{model=digits}", 'x{model="a"', "replicas", 'x{model="a"}} 1\nfake 2'])
 def test_other_counters_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="Prometheus form"):
         parse_counter(text)

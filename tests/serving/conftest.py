@@ -24,7 +24,9 @@ LATENT = SignGaussian(signs=4, normals=12)
 CLASSES = ("zero", "one", "two")
 
 
-def generator(shape: tuple[int, ...], dtype: str, *, classes: int = 0, shift: float = 0.0, extra: tuple[onnx.NodeProto, ...] = ()) -> onnx.ModelProto:
+def generator(
+    shape: tuple[int, ...], dtype: str, *, classes: int = 0, shift: float = 0.0, extra: tuple[onnx.NodeProto, ...] = ()
+) -> onnx.ModelProto:
     """samples = z W (+ E[y]) + shift, as bytes around 128 or as floats. `extra` nodes are added, connected to nothing."""
     rng = np.random.default_rng(0)
     width = int(np.prod(shape))
@@ -57,7 +59,11 @@ def generator(shape: tuple[int, ...], dtype: str, *, classes: int = 0, shift: fl
 def features(shape: tuple[int, ...], dtype: str) -> onnx.ModelProto:
     """Two modes, told apart by the sign of the first value; two features; one score."""
     width = int(np.prod(shape))
-    weights = {"P": np.eye(width, 2, dtype=np.float32), "Q": np.ones((width, 1), np.float32), "flat": np.array([0, width], np.int64)}
+    weights = {
+        "P": np.eye(width, 2, dtype=np.float32),
+        "Q": np.ones((width, 1), np.float32),
+        "flat": np.array([0, width], np.int64),
+    }
     nodes = [
         helper.make_node("Cast", ["x"], ["a"], to=TensorProto.FLOAT),
         helper.make_node("Reshape", ["a", "flat"], ["b"]),
@@ -67,7 +73,11 @@ def features(shape: tuple[int, ...], dtype: str) -> onnx.ModelProto:
         helper.make_node("ArgMax", ["features"], ["mode"], axis=1, keepdims=0),
     ]
     kind = TensorProto.UINT8 if dtype == "uint8" else TensorProto.FLOAT
-    outputs = [("features", TensorProto.FLOAT, ["n", 2]), ("scores", TensorProto.FLOAT, ["n", 1]), ("mode", TensorProto.INT64, ["n"])]
+    outputs = [
+        ("features", TensorProto.FLOAT, ["n", 2]),
+        ("scores", TensorProto.FLOAT, ["n", 1]),
+        ("mode", TensorProto.INT64, ["n"]),
+    ]
     outputs.append(("probability", TensorProto.FLOAT, ["n", 2]))
     graph = helper.make_graph(
         nodes,
@@ -91,17 +101,21 @@ def publish(
     promote: bool = True,
 ) -> Bundle:
     """The next version of model `name`; `model` replaces its generator. The statistics are of no sample in particular."""
-    reference = Reference(1000, np.full(3, 1 / 3), np.zeros(2), np.eye(2), np.zeros((0, 2), np.float32), np.zeros((0, 2), np.float32))
+    reference = Reference(
+        1000, np.full(3, 1 / 3), np.zeros(2), np.eye(2), np.zeros((0, 2), np.float32), np.zeros((0, 2), np.float32)
+    )
     tails = np.ones((1, 16))
     hits = np.ones((1, 16), np.int64)
     golden = np.zeros(1, np.int64)
     certificate = Certificate(
         count=1000, delta=0.01, cell_count=np.array([500, 490, 10]), levels=2.0 ** -np.arange(1, 17),
         upper_threshold=tails, upper_hits=hits, lower_threshold=tails, lower_hits=hits, duplicate_blocks=31, duplicate_hits=0,
-        feature_mean=np.zeros(2), feature_cov=np.eye(2), golden_seed=golden, golden_offset=golden, golden_sample=np.zeros((1, *shape), dtype),
+        feature_mean=np.zeros(2), feature_cov=np.eye(2),
+        golden_seed=golden, golden_offset=golden, golden_sample=np.zeros((1, *shape), dtype),
     )  # fmt: skip
     card = Card(
-        model=name, version="", created="2026-01-01T00:00:00+00:00", files={}, latent=LATENT, sample_shape=shape, sample_dtype=dtype,
+        model=name, version="", created="2026-01-01T00:00:00+00:00", files={}, latent=LATENT,
+        sample_shape=shape, sample_dtype=dtype,
         modes=("left", "right"), scores=("sum",), classes=classes, class_shares=tuple(1 / len(classes) for _ in classes),
     )  # fmt: skip
     with registry.staging(name) as staged:

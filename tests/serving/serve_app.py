@@ -1,6 +1,6 @@
-"""The real thing for test_deployment.py: Ray Serve behind HAProxy in a process of its own, since Ray reads its settings when imported.
+"""Ray Serve behind HAProxy for test_deployment.py, in a process of its own, since Ray reads its settings when imported.
 
-    python serve_app.py REGISTRY MONITOR_URL PORT      serves until its standard input closes
+python serve_app.py REGISTRY MONITOR_URL PORT      serves until its standard input closes
 """
 
 import sys

@@ -50,7 +50,13 @@ async def closing(batcher: Batcher):
         await batcher.close()
 
 
-request = st.tuples(st.sampled_from(["digits", "ring", "clothes"]), st.sampled_from([1, 2, 3, POISON]), st.integers(0, 50), st.integers(1, 40), st.booleans())
+request = st.tuples(
+    st.sampled_from(["digits", "ring", "clothes"]),
+    st.sampled_from([1, 2, 3, POISON]),
+    st.integers(0, 50),
+    st.integers(1, 40),
+    st.booleans(),
+)
 
 
 @settings(max_examples=40, deadline=None)

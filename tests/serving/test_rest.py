@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import threading
+from itertools import pairwise
 
 import httpx
 import numpy as np
@@ -11,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tests.serving.conftest import CLASSES, connect, publish, running
 
 from serving.batcher import Batcher
 from serving.models import Model, ModelTable
@@ -19,6 +19,7 @@ from serving.openapi import DOCUMENT, MAX_SAMPLES
 from serving.rest import App
 from serving.sampler import Sampler, Window
 from serving.tap import Tap
+from tests.serving.conftest import CLASSES, connect, publish, running
 from training.bundle import SEED_LIMIT
 from training.registry import Registry
 
@@ -60,8 +61,18 @@ def test_the_answer_says_which_rows_it_holds(registry, samplers):
     answer = ask(registry, "POST", DIGITS, json={"n": 3, "seed": 7, "offset": 5})
     fields = answer.json()
     assert answer.headers["content-type"] == "application/json"
-    assert {k: answer.headers[f"x-ganwatch-{k}"] for k in ("model", "version", "seed", "offset")} == {"model": "digits", "version": "v1", "seed": "7", "offset": "5"}
-    assert {k: fields[k] for k in ("model", "version", "seed", "offset")} == {"model": "digits", "version": "v1", "seed": 7, "offset": 5}
+    assert {k: answer.headers[f"x-ganwatch-{k}"] for k in ("model", "version", "seed", "offset")} == {
+        "model": "digits",
+        "version": "v1",
+        "seed": "7",
+        "offset": "5",
+    }
+    assert {k: fields[k] for k in ("model", "version", "seed", "offset")} == {
+        "model": "digits",
+        "version": "v1",
+        "seed": 7,
+        "offset": 5,
+    }
     assert np.array(fields["samples"]).shape == (3, 8, 8, 1)
 
 
@@ -82,7 +93,12 @@ windows = st.tuples(st.sampled_from([0, 7, SEED_LIMIT - 1]), st.sampled_from([0,
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.sampled_from(["digits", "ring", "clothes"]), st.lists(windows, min_size=1, max_size=4), st.integers(1, 4), st.randoms(use_true_random=False))
+@given(
+    st.sampled_from(["digits", "ring", "clothes"]),
+    st.lists(windows, min_size=1, max_size=4),
+    st.integers(1, 4),
+    st.randoms(use_true_random=False),
+)
 def test_split_requests_in_any_order_on_two_replicas_make_up_the_whole(samplers, model, asked, pieces, random):
     """The seed contract, through HTTP: whatever runs beside a request, on whichever replica."""
 
@@ -94,7 +110,7 @@ def test_split_requests_in_any_order_on_two_replicas_make_up_the_whole(samplers,
     requests = []  # (which window, its row, replica, body), drawn before anything runs
     for index, (seed, offset, count) in enumerate(asked):
         cuts = sorted({0, count, *(random.randrange(count) for _ in range(pieces))})
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in pairwise(cuts):
             requests.append((index, start, random.randrange(2), {"n": end - start, "seed": seed, "offset": offset + start}))
     random.shuffle(requests)
 
@@ -102,7 +118,9 @@ def test_split_requests_in_any_order_on_two_replicas_make_up_the_whole(samplers,
         apps = [replica(), replica()]
         clients = [connect(app) for app in apps]
         try:
-            answers = await asyncio.gather(*(clients[at].post(f"/v1/models/{model}/sample", json=body, headers=NPY) for _, _, at, body in requests))
+            answers = await asyncio.gather(
+                *(clients[at].post(f"/v1/models/{model}/sample", json=body, headers=NPY) for _, _, at, body in requests)
+            )
         finally:
             for app, client in zip(apps, clients, strict=True):
                 await client.aclose()
@@ -118,7 +136,10 @@ def test_split_requests_in_any_order_on_two_replicas_make_up_the_whole(samplers,
 def test_formats(registry):
     async def conversation(client, app):
         body = {"n": 5, "seed": 1}
-        return [await client.post("/v1/models/clothes/sample", json=body, headers={"Accept": accept}) for accept in ("application/x-npy", "application/json", "image/png")]
+        return [
+            await client.post("/v1/models/clothes/sample", json=body, headers={"Accept": accept})
+            for accept in ("application/x-npy", "application/json", "image/png")
+        ]
 
     npy, text, png = talk(registry, conversation)
     np.testing.assert_array_equal(array(npy), np.array(text.json()["samples"], np.uint8))
@@ -129,7 +150,10 @@ def test_formats(registry):
 
 def test_labels_by_name_and_index(registry):
     async def conversation(client, app):
-        return [array(await client.post("/v1/models/clothes/sample", json={"n": 9, "seed": 1, "label": label}, headers=NPY)) for label in (CLASSES[2], 2, 0)]
+        return [
+            array(await client.post("/v1/models/clothes/sample", json={"n": 9, "seed": 1, "label": label}, headers=NPY))
+            for label in (CLASSES[2], 2, 0)
+        ]
 
     by_name, by_index, other = talk(registry, conversation)
     np.testing.assert_array_equal(by_name, by_index)
@@ -137,7 +161,10 @@ def test_labels_by_name_and_index(registry):
 
 
 def test_n_at_the_limit_comes_whole(registry):
-    assert array(ask(registry, "POST", "/v1/models/ring/sample", json={"n": MAX_SAMPLES, "seed": 3}, headers=NPY)).shape == (MAX_SAMPLES, 2)
+    assert array(ask(registry, "POST", "/v1/models/ring/sample", json={"n": MAX_SAMPLES, "seed": 3}, headers=NPY)).shape == (
+        MAX_SAMPLES,
+        2,
+    )
 
 
 @pytest.mark.parametrize(
@@ -175,7 +202,10 @@ def test_a_wrong_field_is_named(registry, fields, field, value):
 
 
 def test_the_last_row_of_a_seed_can_be_had(registry):
-    assert len(array(ask(registry, "POST", DIGITS, json={"n": 1, "seed": SEED_LIMIT - 1, "offset": SEED_LIMIT - 1}, headers=NPY))) == 1
+    assert (
+        len(array(ask(registry, "POST", DIGITS, json={"n": 1, "seed": SEED_LIMIT - 1, "offset": SEED_LIMIT - 1}, headers=NPY)))
+        == 1
+    )
 
 
 def test_labels_that_do_not_exist(registry):
@@ -187,7 +217,22 @@ def test_labels_that_do_not_exist(registry):
     assert error(ask(registry, "POST", DIGITS, json={"label": 0}))["message"] == "model digits has no classes"
 
 
-@pytest.mark.parametrize("body", [b"", b"  ", b"{", b"nonsense", b"[1]", b"3", b'{"n": 1, "n": 2}', b'{"truncation": NaN}', b"\xff\xfe{\x00}\x00", b"[" * 60000, b'{"n": 1' + b"0" * 5000 + b"}"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"  ",
+        b"{",
+        b"nonsense",
+        b"[1]",
+        b"3",
+        b'{"n": 1, "n": 2}',
+        b'{"truncation": NaN}',
+        b"\xff\xfe{\x00}\x00",
+        b"[" * 60000,
+        b'{"n": 1' + b"0" * 5000 + b"}",
+    ],
+)
 def test_a_body_that_is_no_json_object(registry, body):
     answer = ask(registry, "POST", DIGITS, content=body)
     assert answer.status_code == 400
@@ -225,7 +270,12 @@ def test_unknown_names_are_answered_with_those_there_are(registry):
 
 
 def test_other_methods_are_refused_with_the_right_one(registry):
-    for method, path, allowed in [("GET", DIGITS, "POST"), ("DELETE", DIGITS, "POST"), ("POST", "/v1/models", "GET, HEAD"), ("PUT", "/v2/health/live", "GET, HEAD")]:
+    for method, path, allowed in [
+        ("GET", DIGITS, "POST"),
+        ("DELETE", DIGITS, "POST"),
+        ("POST", "/v1/models", "GET, HEAD"),
+        ("PUT", "/v2/health/live", "GET, HEAD"),
+    ]:
         answer = ask(registry, method, path)
         assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
         assert error(answer)["value"] == method
@@ -244,7 +294,10 @@ def test_versions_and_aliases_by_path(registry):
     publish(registry, "digits", shift=2.0, promote=False)
 
     async def conversation(client, app):
-        return [await client.post(f"/v1/models/digits/versions/{v}/sample", json={"n": 2, "seed": 1}, headers=NPY) for v in ("production", "v1", "canary", "v2", "v3")]
+        return [
+            await client.post(f"/v1/models/digits/versions/{v}/sample", json={"n": 2, "seed": 1}, headers=NPY)
+            for v in ("production", "v1", "canary", "v2", "v3")
+        ]
 
     answers = talk(registry, conversation)
     assert [a.headers["x-ganwatch-version"] for a in answers] == ["v1", "v1", "v2", "v2", "v3"]
@@ -257,7 +310,8 @@ def test_the_list_of_models(registry):
     models = {model["name"]: model for model in ask(registry, "GET", "/v1/models").json()["models"]}
     assert models["clothes"] == {
         "name": "clothes", "state": "serving", "aliases": {"production": "v1"}, "serving": {"production": "v1"}, "errors": {},
-        "sample_shape": [4, 4, 3], "dtype": "uint8", "classes": list(CLASSES), "latent_dim": 16, "provider": "CPUExecutionProvider",
+        "sample_shape": [4, 4, 3], "dtype": "uint8", "classes": list(CLASSES), "latent_dim": 16,
+        "provider": "CPUExecutionProvider",
     }  # fmt: skip
     assert models["unpromoted"]["state"] == "unpromoted"
     assert ask(registry, "GET", "/v2/health/ready").json() == {"ready": True}
@@ -291,7 +345,8 @@ def test_a_client_that_leaves_frees_its_place_and_disturbs_nobody(registry, samp
         leaving = asyncio.ensure_future(app(scope, messages.get, send))
         await asyncio.to_thread(slow.entered.wait)
         staying = asyncio.ensure_future(client.post(DIGITS, json={"n": 3, "seed": 7}, headers=NPY))
-        await asyncio.sleep(0.01)
+        while app.batcher.queued < 60003:  # the other request is on its way in
+            await asyncio.sleep(0)
         await messages.put({"type": "http.disconnect"})
         await leaving
         queued = app.batcher.queued

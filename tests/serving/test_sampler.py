@@ -3,12 +3,12 @@
 import numpy as np
 import onnx
 import pytest
-from tests.serving.conftest import CLASSES, generator, publish
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from serving.sampler import Sampler, Window, cuda_devices
+from tests.serving.conftest import CLASSES, generator, publish
 from training.bundle import SEED_LIMIT, BundleError
 
 MODELS = ("digits", "ring", "clothes")
@@ -17,7 +17,13 @@ offsets = st.one_of(st.integers(0, 1000), st.integers(SEED_LIMIT - 200, SEED_LIM
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(MODELS), seeds, offsets, st.lists(st.integers(1, 9), min_size=1, max_size=6), st.sampled_from([1.0, 0.5, 1e-3]))
+@given(
+    st.sampled_from(MODELS),
+    seeds,
+    offsets,
+    st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    st.sampled_from([1.0, 0.5, 1e-3]),
+)
 def test_any_split_gives_the_same_rows(samplers, model, seed, offset, counts, truncation):
     sampler = samplers[model]
     whole = sampler.sample([Window(seed, offset, sum(counts), truncation=truncation)])
@@ -74,7 +80,9 @@ def test_a_model_that_is_not_what_its_card_says_is_refused(registry):
         "inputs are": generator((8, 8, 1), "uint8", classes=3),  # asks for y, the card has no classes
         "outputs are": generator((8, 8, 1), "float32"),
         "gave shape": generator((4, 16, 1), "uint8"),
-        "onnxruntime refuses": helper.make_model(helper.make_graph([], "empty", [], [helper.make_tensor_value_info("samples", 2, [1])])),
+        "onnxruntime refuses": helper.make_model(
+            helper.make_graph([], "empty", [], [helper.make_tensor_value_info("samples", 2, [1])])
+        ),
     }
     for words, model in cases.items():
         with pytest.raises(BundleError, match=words):

@@ -9,10 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from tests.serving.conftest import connect, running
 
 from serving.records import Heartbeat, Record
 from serving.tap import Tap
+from tests.serving.conftest import connect, running
 
 
 @contextmanager

@@ -1,0 +1,101 @@
+import numpy as np
+import onnx
+import pytest
+import torch
+from scipy.stats import binom
+
+from training.bundle import DUPLICATE_BLOCK, open_bundle, sample_classes
+from training.export import ExportError, export_onnx, open_source
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(params=["ring", "conditional"])
+def bundle(request):
+    return open_bundle(request.getfixturevalue(request.param))
+
+
+def test_graphs_keep_the_contract(bundle):
+    card = bundle.card
+    model, features = (onnx.load(path, load_external_data=False) for path in (bundle.model_path, bundle.features_path))
+    assert [i.name for i in model.graph.input] == (["z", "y"] if card.classes else ["z"])
+    assert [o.name for o in model.graph.output] == ["samples"]
+    assert [i.name for i in features.graph.input] == ["x"]
+    assert [o.name for o in features.graph.output] == ["features", "scores", "mode", "probability"]
+    for graph in (model.graph, features.graph):
+        assert not [node.op_type for node in graph.node if node.op_type.startswith("Random")]
+        assert not [w.name for w in graph.initializer if w.data_location == onnx.TensorProto.EXTERNAL]
+        assert all(value.type.tensor_type.shape.dim[0].dim_param for value in (*graph.input, *graph.output))
+
+    source = open_source(bundle.path, card)
+    for n in (1, 3, 200):
+        samples = source.samples(seed=1, count=n)
+        assert samples.shape == (n, *card.sample_shape) and str(samples.dtype) == card.sample_dtype
+        points, scores, mode, probability = source.features.run(None, {"x": samples})
+        assert points.shape == (n, len(bundle.reference.feature_mean)) and points.dtype == np.float32
+        assert scores.shape == (n, len(card.scores)) and probability.shape == (n, len(card.modes))
+        assert mode.dtype == np.int64 and mode.min() >= -1 and mode.max() < len(card.modes)
+        np.testing.assert_allclose(probability.sum(axis=1), 1, atol=1e-5)
+
+
+def test_golden_samples_come_out_again(bundle):
+    source, certificate = open_source(bundle.path, bundle.card), bundle.certificate
+    assert certificate.golden_offset.max() >= 2**62
+    for seed, offset, golden in zip(certificate.golden_seed, certificate.golden_offset, certificate.golden_sample, strict=True):
+        np.testing.assert_array_equal(source.samples(seed=int(seed), offset=int(offset), count=1)[0], golden)
+
+
+def test_certificate_counts_what_fresh_samples_do(ring):
+    bundle = open_bundle(ring)
+    certificate = bundle.certificate
+    n = certificate.count
+    assert certificate.cell_count.sum() == n == 80_000
+    assert certificate.duplicate_blocks > 0.98 * n / DUPLICATE_BLOCK and certificate.duplicate_hits == 0
+    # Hits were counted on other samples than the thresholds: close to their level, and nested.
+    assert (np.diff(certificate.upper_hits, axis=1) <= 0).all() and (np.diff(certificate.lower_hits, axis=1) <= 0).all()
+    np.testing.assert_allclose(certificate.upper_hits[:, :4] / n, np.tile(certificate.levels[:4], (2, 1)), rtol=0.15)
+    # A third draw agrees with the certified shares.
+    source = open_source(ring, bundle.card)
+    _, _, mode = source.see(source.samples(seed=99, count=20_000))
+    again = np.bincount(np.where(mode < 0, 8, mode), minlength=9)
+    p = certificate.cell_count / n
+    assert (again >= binom.ppf(1e-8, 20_000, p)).all() and (again <= binom.ppf(1 - 1e-8, 20_000, p)).all()
+
+
+def test_reference_describes_held_out_reals(ring):
+    reference = open_bundle(ring).reference
+    assert reference.cell_share.sum() == pytest.approx(1) and reference.cell_share[-1] == pytest.approx(0.01, abs=0.003)
+    assert reference.train_points.shape == reference.held_out_points.shape == (10_000, 2)
+
+
+def test_conditional_card_and_classes(conditional):
+    bundle = open_bundle(conditional)
+    card = bundle.card
+    assert card.classes == tuple("0123456789") and sum(card.class_shares) == pytest.approx(1)
+    assert card.certified["class_agreement"] > 0.6
+    source = open_source(conditional, card)
+    z = card.latents(seed=5, count=1000)
+    for digit in (0, 6):
+        samples = source.model.run(["samples"], {"z": z, "y": np.full(1000, digit)})[0]
+        probability = source.features.run(["probability"], {"x": samples})[0]
+        assert np.mean(probability.argmax(axis=1) == digit) > 0.6
+    drawn = sample_classes(np.array(card.class_shares), seed=5, count=20_000)
+    np.testing.assert_allclose(np.bincount(drawn) / 20_000, card.class_shares, atol=0.01)
+
+
+def test_card_says_what_it_cannot_see(ring, collapsed):
+    good, bad = open_bundle(ring).card.certified, open_bundle(collapsed).card.certified
+    assert good["unwatched"] == [] and max(good["expected_delay"].values()) < 1000
+    assert bad["unwatched"] != [] and bad["mixture_modes"] < 8
+    assert good["smallest_tail_level"] * 80_000 >= 10 > good["smallest_tail_level"] * 40_000
+
+
+def test_export_refuses_a_graph_that_computes_something_else(tmp_path):
+    class Unfaithful(torch.nn.Module):
+        """Doubles in eager mode only: what a wrongly traced branch would do."""
+
+        def forward(self, z):
+            return z if torch.compiler.is_exporting() else 2 * z
+
+    with pytest.raises(ExportError, match="samples differs from torch"):
+        export_onnx(Unfaithful(), tmp_path / "x.onnx", {"z": torch.randn(64, 3)}, ("samples",), tolerance=1e-5)

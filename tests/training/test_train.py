@@ -1,0 +1,116 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from training.bundle import open_bundle
+from training.data import DATASETS
+from training.penalties import PENALTIES
+from training.registry import Registry
+from training.train import Config, TrainingStopped, adversarial_training, decayed
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def train(home, *flags):
+    env = {**os.environ, "GANWATCH_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    env.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "training/train.py", *flags]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+
+
+def test_rates_fall_exponentially_between_their_ends():
+    assert decayed((1.0, 1e-4), 0.0) == 1.0
+    assert decayed((1.0, 1e-4), 0.5) == pytest.approx(1e-2)
+    assert decayed((1.0, 1e-4), 1.0) == pytest.approx(1e-4)
+
+
+def test_recipe_keeps_its_ratio_under_other_first_values():
+    recipe = Config(dataset="digits", gamma=5.0, learning_rate=1e-3, steps=7).recipe
+    assert recipe.gamma == (5.0, 0.5) and recipe.learning_rate == pytest.approx((1e-3, 1e-5)) and recipe.steps == 7
+
+
+def test_the_same_seed_trains_the_same_generator():
+    dataset = DATASETS["digits"]()
+    first, again, other = (adversarial_training(Config(steps=20, seed=s), dataset)[0].head.weight for s in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_every_penalty_trains(penalty):
+    _, losses = adversarial_training(Config(dataset="grid", steps=10, penalty=penalty, objective="non_saturating"), DATASETS["grid"]())
+    assert np.isfinite(list(losses.values())).all() and (losses["penalty"] == 0) == (penalty == "none")
+
+
+def test_numbers_that_blow_up_stop_the_training():
+    with pytest.raises(TrainingStopped, match="no longer finite at step .*--learning-rate"):
+        adversarial_training(Config(dataset="ring", steps=200, learning_rate=1e30), DATASETS["ring"]())
+
+
+@pytest.mark.slow
+def test_half_a_training_covers_every_mode(ring):
+    figures = open_bundle(ring).card.certified
+    assert figures["mixture_modes"] == 8 and figures["mode_coverage"] == 1.0
+    assert figures["mixture_reverse_kl"] < 0.05 and figures["off_manifold"] < 0.5
+
+
+@pytest.mark.slow
+def test_two_workers_train_what_one_does_and_force_publishes_it(tmp_path):
+    done = train(tmp_path / "home", "--dataset", "ring", "--registry", str(tmp_path / "registry"), "--model", "small", "--workers", "2",
+                 "--steps", "60", "--certify-samples", "2000", "--no-reference-points", "--force")  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    bundle = Registry(tmp_path / "registry").open("small", "v1")
+    assert bundle.card.forced and bundle.card.training["config"]["workers"] == 2
+    assert bundle.reference.held_out_points.shape == (0, 2)
+    assert "published small v1 at" in done.stdout
+
+    (run,) = (tmp_path / "home" / "runs").iterdir()
+    (checkpoint,) = run.glob("ray/checkpoint*/generator.pt")
+    weights = torch.load(checkpoint, weights_only=True)
+    alone, _ = adversarial_training(Config(dataset="ring", steps=60), DATASETS["ring"]())
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-3)
+    stages = [json.loads(line)["stage"] for line in (run / "status.jsonl").read_text().splitlines()]
+    assert [s for s in ("ray", "train", "certify", "publish") if s not in stages] == []
+    assert (run / "samples.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_collapse_is_refused_with_the_command_that_would_publish_it(tmp_path):
+    done = train(tmp_path, "--penalty", "none", "--learning-rate", "0.02", "--steps", "200", "--certify-samples", "2000")
+    assert done.returncode == 1
+    assert "not published" in done.stderr and "is dropped" in done.stderr and "Traceback" not in done.stderr
+    command = done.stderr.strip().splitlines()[-1].split()
+    bundle = open_bundle(command[command.index("publish") + 1])
+    assert bundle.card.model == "digits"
+    assert Registry(tmp_path / "registry").models() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--dataset rong", "Expected one of"),
+        ("--stepz 5", "--steps"),
+        ("--workers 0", "--workers is 0; it must be at least 1"),
+        ("--workers 3", "must divide the batch of 128"),
+        ("--steps 0", "--steps is 0; it must be at least 1"),
+        ("--gamma -1", "--gamma is -1.0; it must be positive"),
+        ("--registry {file}/registry", "cannot be written"),
+        ("--registry s3://bucket/models", "local directories only"),
+        ("--model ../x", "model name is '../x'"),
+        ("--conditional --dataset ring", "needs labelled data"),
+        pytest.param("--device cuda", "--device is cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")),
+    ],
+)
+def test_bad_flags_are_explained_before_anything_starts(tmp_path, flags, words):
+    (tmp_path / "file").touch()
+    done = train(tmp_path / "home", *flags.format(file=tmp_path / "file").split())
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert words in " ".join((done.stdout + done.stderr).replace("│", " ").split())
+    assert not (tmp_path / "home" / "runs").exists()
