@@ -62,6 +62,8 @@ class Ports:
     """HAProxy's statistics."""
     haproxy_metrics: int = 9101
     """HAProxy's metrics."""
+    fallback: int = 8500
+    """Ray Serve's own proxy, which answers only where no replica does."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,9 @@ class Run:
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.haproxy_stats),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.haproxy_metrics),
+            "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # else each request costs a datagram to a Python actor; the tap counts them already
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback),  # shared in silence by two stacks that do not name their own
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         }
         inherited = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         return {**inherited, **self.ray_variables(), **own}

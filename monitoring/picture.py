@@ -22,7 +22,7 @@ def wanted(sample_shape: tuple[int, ...]) -> int:
 
 
 def png(samples: ndarray) -> bytes:
-    """The picture of `samples`: the first 64 images of uint8 [n, h, w, c] as a grid, or two coordinates of float [n, d] as a scatter.
+    """The picture of `samples`: of uint8 [n, h, w, c] the first 64 as a grid, of float [n, d] two coordinates as a scatter.
 
     Raises ValueError for samples that have no picture.
     """

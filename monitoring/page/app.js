@@ -26,7 +26,7 @@ const GAUGES = {
   reverse_kl: ["Reverse KL", "rises with samples no real data looks like"],
   chi_squared: ["χ²", "rises with any change of the mode shares"],
   tv: ["Total variation", "share of samples that would have to move"],
-  mode_coverage: ["Mode coverage", "modes certainly still served"],
+  mode_coverage: ["Mode coverage", "modes that come at a quarter of their real share or more"],
   off_manifold: ["Off-manifold", "samples unlike any real data"],
   frechet: ["Fréchet distance", "of the features' means and covariances"],
 };
@@ -301,8 +301,9 @@ function drawModes(snapshot) {
     element("span", {}, element("i", { style: "border-color: var(--ink)" }), "real data"),
     ...(alarmed.length ? [element("span", {}, element("i", { class: "box", style: "background: var(--red)" }), "▲ named by the alarm")] : []),
   );
-  const coverage = snapshot.gauges.fresh.mode_coverage?.value;
-  $("#modes .hint").textContent = cells[pointed] ? describe(cells[pointed]) : coverage == null ? "Bars appear with the first fresh samples." : `${percent(coverage)} of the modes are certainly still served. The last bar counts samples that look like nothing in the real data.`;
+  const coverage = snapshot.gauges.fresh.mode_coverage;
+  $("#modes .hint").textContent = cells[pointed] ? describe(cells[pointed]) : coverage.value == null ? "Bars appear with the first fresh samples."
+    : `${percent(coverage.value)} of the modes come at a quarter of their real share or more, ${percent(coverage.low)} certainly. The last bar counts samples unlike any real data.`;
   const left = 44, top = 18, bar = 160, gap = 14, slot = (width - left - gap) / cells.length;
   const highest = Math.max(...cells.flatMap(cell => [cell.reference, cell.served ?? 0, Math.min(cell.high ?? 0, 1.6 * Math.max(cell.reference, cell.served ?? 0))]), 1e-6);
   const step = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1].find(s => highest / s <= 4) ?? 1;
