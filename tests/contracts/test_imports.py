@@ -34,7 +34,17 @@ def test_imports_follow_the_data(package: str) -> None:
 
 
 def imported_with_blocked(module: str, blocked: list[str]) -> subprocess.CompletedProcess[str]:
-    code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport {module}"
+    code = f"""
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked}:
+            raise ModuleNotFoundError(f"{{name}} is not installed here")
+
+sys.meta_path.insert(0, Absent())
+import {module}
+"""
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
