@@ -361,9 +361,10 @@ def _tail(run: Run, name: str, lines: int = 12) -> str:
 
 @contextlib.contextmanager
 def interrupted_as_exit() -> Iterator[None]:
-    """SIGTERM behaves as Ctrl-C, so that one clean-up serves both."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """SIGTERM and a closed terminal behave as Ctrl-C, so that one clean-up serves all."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
