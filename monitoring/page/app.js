@@ -122,10 +122,11 @@ function draw() {
   if (chosen === null) return drawEmpty();
   const model = state.models[chosen];
   drawVerdict(model);
-  drawCharts(model);
-  drawModes(model.snapshot);
   drawGauges(model.snapshot);
   refreshIncidents();
+  if (!$("#watch").clientWidth) return; // a window on its way to another size: the resize draws again
+  drawCharts(model);
+  drawModes(model.snapshot);
 }
 
 function drawTabs(names) {
@@ -337,7 +338,7 @@ function drawModes(snapshot) {
 function point(cell) {
   if (cell === pointed) return;
   pointed = cell;
-  drawModes(state.models[chosen].snapshot);
+  if (state.models[chosen]) drawModes(state.models[chosen].snapshot);
 }
 
 const describe = cell => `${cell.name}: served ${percent(cell.served)}${cell.low == null ? "" : ` (${percent(cell.low)} to ${percent(cell.high)})`}, `
