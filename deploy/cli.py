@@ -523,8 +523,10 @@ def _model(registry: Registry, name: str | None) -> str:
 
 
 def _only(names: list[str], what: str) -> str:
-    if len(names) != 1:
-        raise StackError(f"which {what}? There are {len(names)}: {', '.join(names) or 'none'}; name one with --{what}")
+    if not names:
+        raise StackError(f"there is no {what} yet; train one with `python training/train.py --dataset digits`, or run `make demo`")
+    if len(names) > 1:
+        raise StackError(f"which {what}? There are {len(names)}: {', '.join(names)}; name one with --{what}")
     return names[0]
 
 
