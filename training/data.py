@@ -71,25 +71,26 @@ class Dataset:
 
 
 def ring() -> Dataset:
-    """8 Gaussians, sigma 0.01, on the unit circle (the protocol of PacGAN, Lin et al. 2018, with 8 distinct centres)."""
+    """8 Gaussians, sigma 0.01, on the unit circle: the protocol of PacGAN (Lin et al. 2018)."""
     angles = 2 * np.pi * np.arange(8) / 8
     return _mixture("ring", np.stack([np.cos(angles), np.sin(angles)], axis=1), sigma=0.01)
 
 
 def grid() -> Dataset:
-    """25 Gaussians, sigma 0.05, on {-4, -2, 0, 2, 4}^2 (the protocol of PacGAN)."""
+    """25 Gaussians, sigma 0.05, on {-4, -2, 0, 2, 4}^2: the protocol of PacGAN."""
     side = np.arange(-4.0, 5.0, 2.0)
     return _mixture("grid", np.stack(np.meshgrid(side, side, indexing="ij"), axis=-1).reshape(-1, 2), sigma=0.05)
 
 
 def digits() -> Dataset:
-    """1,797 real handwritten digits, 8 x 8, from scikit-learn (Alpaydin and Kaynak, UCI 1998); 17 grey levels spread over 0..255."""
+    """1,797 handwritten digits, 8 x 8, from scikit-learn (Alpaydin and Kaynak 1998); 17 grey levels spread over 0..255."""
     from sklearn.datasets import load_digits
 
     raw = load_digits()
     order = np.random.default_rng(0).permutation(len(raw.images))
     images = np.rint(raw.images[order] * (255 / 16)).astype(np.uint8)[..., None]
-    return Dataset("digits", images, cells=10, labels=raw.target[order].astype(np.int64), classes=tuple(str(c) for c in range(10)))
+    labels = raw.target[order].astype(np.int64)
+    return Dataset("digits", images, cells=10, labels=labels, classes=tuple(str(c) for c in range(10)))
 
 
 def _mixture(name: str, centres: Float64[ndarray, "k d"], sigma: float, count: int = 100_000) -> Dataset:

@@ -17,12 +17,12 @@ def divergences(real: Float64[ndarray, "k"], generated: Float64[ndarray, "k"]) -
     """Divergences between two laws over the same cells, in nats; infinite where a cell is unseen on the wrong side."""
     middle = (real + generated) / 2
     with np.errstate(divide="ignore"):
-        chi_squared = np.sum(np.where(real > 0, (generated - real) ** 2 / real, np.where(generated > 0, np.inf, 0.0)))
+        terms = np.where(real > 0, (generated - real) ** 2 / real, np.where(generated > 0, np.inf, 0.0))
     return {
         "forward_kl": _kl(real, generated),
         "reverse_kl": _kl(generated, real),
         "js": (_kl(real, middle) + _kl(generated, middle)) / 2,
-        "chi_squared": float(chi_squared),
+        "chi_squared": float(terms.sum()),
         "tv": float(np.abs(real - generated).sum() / 2),
     }
 
@@ -32,7 +32,9 @@ def _kl(p: Float64[ndarray, "k"], q: Float64[ndarray, "k"]) -> float:
         return float(np.sum(np.where(p > 0, p * np.log(p / q), 0.0)))
 
 
-def frechet(mean1: Float64[ndarray, "p"], cov1: Float64[ndarray, "p p"], mean2: Float64[ndarray, "p"], cov2: Float64[ndarray, "p p"]) -> float:
+def frechet(
+    mean1: Float64[ndarray, "p"], cov1: Float64[ndarray, "p p"], mean2: Float64[ndarray, "p"], cov2: Float64[ndarray, "p p"]
+) -> float:
     """Squared 2-Wasserstein distance between two Gaussians (Dowson and Landau 1982; the F of FID, Heusel et al. 2017)."""
     values, vectors = np.linalg.eigh(cov1)
     root = vectors * np.sqrt(np.clip(values, 0, None)) @ vectors.T
@@ -41,7 +43,7 @@ def frechet(mean1: Float64[ndarray, "p"], cov1: Float64[ndarray, "p p"], mean2: 
 
 
 def prdc(real: Float32[ndarray, "n d"], fake: Float32[ndarray, "m d"], k: int = 5) -> dict[str, float]:
-    """Precision, recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020), balls strict as in the authors' code.
+    """Precision, recall (Kynkaanniemi et al. 2019), density, coverage (Naeem et al. 2020); balls are open, as in their code.
 
     `coverage` is divided by its expectation when both samples follow one law, so that 1 is perfect at any n and m.
     """

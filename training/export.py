@@ -44,6 +44,7 @@ CERTIFY_AT_LEAST, CERTIFY_CHUNK = 200_000, 2048
 DELTA = 0.01
 LEVELS = 0.5 ** np.arange(1, 17)
 GOLDEN = 64
+LIBRARIES = ("torch", "onnx", "onnxruntime-gpu", "numpy", "scikit-learn", "ray")
 REFERENCE_POINTS = 10_000
 ARL = 2.6e9  # samples to a false alarm for which expected delays are stated
 UNWATCHED = 1e5  # a mode whose loss takes longer to see is listed, never called fine
@@ -86,14 +87,16 @@ def export_onnx(module: nn.Module, path: Path, inputs: dict[str, Tensor], output
     module = module.eval()
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # it misses torchvision, we do not
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter warns about its own deprecations
+        # The exporter of torch 2.13 warns of its own doing, and that two inputs share the batch dimension.
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "# The axis name: n will not be used, since it shares", UserWarning)
         torch.onnx.export(
             module,
             tuple(inputs.values()),
             path,
             input_names=list(inputs),
             output_names=list(outputs),
-            dynamic_shapes=tuple({0: torch.export.Dim("n", min=1)} for _ in inputs),
+            dynamic_shapes=({0: torch.export.Dim("n", min=1)},) * len(inputs),
             external_data=False,
             dynamo=True,
             verbose=False,
@@ -107,14 +110,16 @@ def export_onnx(module: nn.Module, path: Path, inputs: dict[str, Tensor], output
         found = check.run(list(outputs), {name: value.numpy() for name, value in rows.items()})
         for name, want, got in zip(outputs, (e.numpy() for e in expected), found, strict=True):
             if got.shape != want.shape or got.dtype != want.dtype:
-                raise ExportError(f"{path.name}: {name} is {got.dtype} {got.shape} in onnxruntime and {want.dtype} {want.shape} in torch at n = {n}")
+                forms = f"{got.dtype} {got.shape}, in torch {want.dtype} {want.shape}"
+                raise ExportError(f"{path.name}: {name} is {forms}, at n = {n}")
             difference = np.abs(got.astype(np.float64) - want.astype(np.float64))
             if np.issubdtype(want.dtype, np.integer):
                 agrees = difference.max() <= 1 and np.mean(difference > 0) <= max(1e-3, 1 / difference.size)
             else:
                 agrees = difference.max() <= tolerance * max(1.0, float(np.abs(want).max()))
             if not agrees:
-                raise ExportError(f"{path.name}: {name} differs from torch by {difference.max():.3g} at n = {n}; tolerance {tolerance:g}")
+                worst = f"{difference.max():.3g} at n = {n}; the tolerance is {tolerance:g}"
+                raise ExportError(f"{path.name}: {name} differs from torch by {worst}")
 
 
 @dataclass(frozen=True)
@@ -138,36 +143,35 @@ class Source:
 
 
 def open_source(directory: Path, card: Card) -> Source:
+    """The graphs of the bundle at `directory`."""
     return Source(session(directory / "model.onnx"), session(directory / "features.onnx"), card.latent, card.class_shares)
 
 
-def certify(source: Source, sample_count: int, *, cells: int, seconds: float, progress: Callable[[int, int], None]) -> Certificate:
+def certify(
+    source: Source, most: int, *, cells: int, seconds: float, progress: Callable[[int, int], None] = lambda done, most: None
+) -> Certificate:
     """Count the generator's own law on fresh samples of a seed drawn for this purpose.
 
-    `sample_count` samples are drawn, or what fits into `seconds` but not fewer than CERTIFY_AT_LEAST (or `sample_count`, where
-    that is smaller). The first fifth sets the tail thresholds and is then forgotten; everything is counted on the rest.
-    `progress` hears (done, total).
+    Up to `most` samples are drawn, or as many as `seconds` allow, but CERTIFY_AT_LEAST in any case (or `most`, if smaller). The
+    first fifth sets the tail thresholds and is then forgotten; everything is counted on the rest. When drawing stops never
+    depends on what was drawn. `progress` hears (drawn so far, most).
     """
-    seed = secrets.randbits(53)
-    begin = time.perf_counter()
-    trial = 4 * CERTIFY_CHUNK
-    for samples in _chunks(source, secrets.randbits(53), 0, trial, trial, lambda done, total: None):
-        source.see(samples)
-    affordable = int(seconds * trial / (time.perf_counter() - begin))
-    total = max(min(sample_count, affordable), min(sample_count, CERTIFY_AT_LEAST))
-    first = total // 5
-
-    scores = np.concatenate([source.see(s)[1] for s in _chunks(source, seed, 0, first, total, progress)]).astype(np.float64)
+    seed, least = secrets.randbits(53), min(most, CERTIFY_AT_LEAST)
+    chunks = _chunks(source, seed, 0, least=least // 5, most=most // 5, seconds=seconds / 5)
+    scores = np.concatenate([source.see(samples)[1] for samples in chunks]).astype(np.float64)
+    first = len(scores)
+    progress(first, most)
     upper = np.quantile(scores, 1 - LEVELS, axis=0, method="higher").T
     lower = np.quantile(scores, LEVELS, axis=0, method="lower").T
 
     upper_hits, lower_hits = np.zeros(upper.shape, np.int64), np.zeros(lower.shape, np.int64)
     cell_count = np.zeros(cells + 1, np.int64)
-    blocks = hits = 0
+    count = blocks = hits = 0
     mean: Any = 0.0
     square: Any = 0.0
-    for samples in _chunks(source, seed, first, total - first, total, progress):
+    for samples in _chunks(source, seed, first, least=least - least // 5, most=4 * first, seconds=seconds * 4 / 5):
         features, chunk_scores, mode = source.see(samples)
+        count += len(samples)
         for s, column in enumerate(np.sort(chunk_scores.astype(np.float64), axis=0).T):
             upper_hits[s] += len(column) - np.searchsorted(column, upper[s], side="right")
             lower_hits[s] += np.searchsorted(column, lower[s], side="left")
@@ -176,10 +180,10 @@ def certify(source: Source, sample_count: int, *, cells: int, seconds: float, pr
         blocks, hits = blocks + chunk_blocks, hits + chunk_hits
         features = features.astype(np.float64)
         mean, square = mean + features.sum(axis=0), square + features.T @ features
-    count = total - first
+        progress(first + count, most)
     mean = mean / count
-    golden_seed, golden_offset = (np.array([secrets.randbits(53) for _ in range(GOLDEN)], np.int64) for _ in range(2))
-    golden_offset[: GOLDEN // 8] += 2**62
+    golden = np.array([[secrets.randbits(53), secrets.randbits(53)] for _ in range(GOLDEN)], np.int64)
+    golden[: GOLDEN // 8, 1] += 2**62  # offsets far into a stream must work too
     return Certificate(
         count=count,
         delta=DELTA,
@@ -193,17 +197,19 @@ def certify(source: Source, sample_count: int, *, cells: int, seconds: float, pr
         duplicate_hits=hits,
         feature_mean=mean,
         feature_cov=(square / count - np.outer(mean, mean)) * count / (count - 1),
-        golden_seed=golden_seed,
-        golden_offset=golden_offset,
-        golden_sample=np.concatenate([source.samples(seed=int(s), offset=int(o), count=1) for s, o in zip(golden_seed, golden_offset, strict=True)]),
+        golden_seed=golden[:, 0],
+        golden_offset=golden[:, 1],
+        golden_sample=np.concatenate([source.samples(seed=s, offset=o, count=1) for s, o in golden.tolist()]),
     )
 
 
-def _chunks(source: Source, seed: int, offset: int, count: int, total: int, progress: Callable[[int, int], None]) -> Iterator[ndarray]:
-    for at in range(offset, offset + count, CERTIFY_CHUNK):
-        chunk = min(CERTIFY_CHUNK, offset + count - at)
-        yield source.samples(seed=seed, offset=at, count=chunk)
-        progress(at + chunk, total)
+def _chunks(source: Source, seed: int, offset: int, *, least: int, most: int, seconds: float) -> Iterator[ndarray]:
+    """Samples from `offset` on: `most`, or after `seconds` no more than `least`."""
+    end, drawn = time.monotonic() + seconds, 0
+    while drawn < most and (drawn < least or time.monotonic() < end):
+        chunk = min(CERTIFY_CHUNK, most - drawn)
+        yield source.samples(seed=seed, offset=offset + drawn, count=chunk)
+        drawn += chunk
 
 
 def _repeats(samples: ndarray) -> tuple[int, int]:
@@ -216,12 +222,12 @@ def _repeats(samples: ndarray) -> tuple[int, int]:
 
 def describe_reals(dataset: Dataset, features: onnxruntime.InferenceSession, *, keep_points: bool) -> Reference:
     """The real data through the exported eye. Mode shares come from all data, the off-manifold share from the held-out part."""
-    seen = features.run(["features", "mode", "probability"], {"x": dataset.samples})
-    points, mode, probability = seen
+    points, mode, probability = features.run(["features", "mode", "probability"], {"x": dataset.samples})
     off = float(np.mean(mode[dataset.trained :] < 0))
     share = np.bincount(probability.argmax(axis=1), minlength=dataset.cells) / len(mode)
     rng = np.random.default_rng(0)
-    train, held_out = (rng.permutation(part)[: REFERENCE_POINTS if keep_points else 0] for part in np.split(points, [dataset.trained]))
+    kept = REFERENCE_POINTS if keep_points else 0
+    train, held_out = (rng.permutation(part)[:kept] for part in np.split(points, [dataset.trained]))
     return Reference(
         count=len(mode),
         cell_share=np.append((1 - off) * share, off),
@@ -258,7 +264,7 @@ def write_bundle(
 
     source = Source(session(directory / "model.onnx"), session(directory / "features.onnx"), latent, class_shares)
     reference = describe_reals(dataset, source.features, keep_points=keep_points)
-    certificate = certify(source, certify_samples, cells=dataset.cells, seconds=certify_seconds, progress=progress)
+    certificate = certify(source, certify_samples, cells=len(sight.modes), seconds=certify_seconds, progress=progress)
     write_arrays(directory / "reference.npz", reference)
     write_arrays(directory / "certificate.npz", certificate)
     card = Card(
@@ -275,13 +281,14 @@ def write_bundle(
         class_shares=class_shares,
         training=training,
         certified=figures(dataset, reference, certificate, source, sight),
-        versions={name: importlib.metadata.version(name) for name in ("torch", "onnxruntime-gpu", "onnx", "numpy", "scikit-learn", "ray")}
-        | {"python": platform.python_version()},
+        versions={"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES},
     )
     return write_card(directory, card)
 
 
-def figures(dataset: Dataset, reference: Reference, certificate: Certificate, source: Source, sight: Sight) -> dict[str, Any]:
+def figures(
+    dataset: Dataset, reference: Reference, certificate: Certificate, source: Source, sight: Sight
+) -> dict[str, Any]:
     """What the certificate says, and what 10,000 samples more do, for people. Infinite and undefined numbers become None."""
     share = certificate.cell_count / certificate.count
     delay = _expected_delay(share[:-1])

@@ -42,7 +42,9 @@ class Eye(nn.Module):
     projection: Tensor
     offset: Tensor
 
-    def __init__(self, shift: ndarray, scale: ndarray, within: ndarray, cells: ndarray, overall: ndarray, centre: ndarray) -> None:
+    def __init__(
+        self, shift: ndarray, scale: ndarray, within: ndarray, cells: ndarray, overall: ndarray, centre: ndarray
+    ) -> None:
         super().__init__()
         self.classifier: Ensemble | None = None
         for name, value in {
@@ -87,7 +89,8 @@ class Ensemble(nn.Module):
     def __init__(self, dim: int, classes: int) -> None:
         super().__init__()
         self.nets = nn.ModuleList(
-            nn.Sequential(nn.Linear(dim, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, classes)) for _ in range(NETS)
+            nn.Sequential(nn.Linear(dim, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, classes))
+            for _ in range(NETS)
         )
         self.register_buffer("centre", torch.zeros(NETS * WIDTH))
 
@@ -124,7 +127,8 @@ def fit_eye(dataset: Dataset, *, seed: int) -> Sight:
     _, scores, _, probability = eye(held_out)
     eye.threshold.fill_(float(np.quantile(scores[:, 0].numpy(), MANIFOLD_QUANTILE)))
     if dataset.labels is None:
-        return Sight(eye, tuple(f"({', '.join(f'{v:.2f}' for v in place)})" for place in sorted(places.tolist())), SCORES[:2], None)
+        names = tuple(f"({', '.join(f'{v:.2f}' for v in place)})" for place in sorted(places.tolist()))
+        return Sight(eye, names, SCORES[:2], None)
     accuracy = float(np.mean(probability.argmax(dim=1).numpy() == dataset.labels[dataset.trained :]))
     return Sight(eye, dataset.classes, SCORES, accuracy)
 

@@ -31,17 +31,20 @@ def quality_objections(reference: Reference, certificate: Certificate, modes: tu
     Only what the certificate proves counts: a mode is dropped when even the upper bound of its share is below MODE_FLOOR of
     the real one, and off-manifold samples are too many when even the lower bound is above the limit.
     """
-    share, n = reference.cell_share, certificate.count
-    high = certificate.upper(certificate.cell_count, n)
+    real, n = reference.cell_share, certificate.count
+    served = certificate.cell_count / n
+    low, high = certificate.lower(certificate.cell_count, n), certificate.upper(certificate.cell_count, n)
     objections = [
-        f"mode {mode} is dropped: {certificate.cell_count[k] / n:.2%} of {n} samples, at most {high[k]:.2%}; real {share[k]:.2%}, floor {MODE_FLOOR * share[k]:.2%}"
+        f"mode {mode} is dropped: it is {served[k]:.2%} of {n:,} samples (at most {high[k]:.2%}) "
+        f"and {real[k]:.2%} of the real data; the floor is {MODE_FLOOR * real[k]:.2%}"
         for k, mode in enumerate(modes)
-        if high[k] < MODE_FLOOR * share[k]
+        if high[k] < MODE_FLOOR * real[k]
     ]
-    if (low := float(certificate.lower(certificate.cell_count[-1], n))) > OFF_MANIFOLD_LIMIT:
-        objections.append(f"at least {low:.1%} of samples are off the manifold of the real data; the limit is {OFF_MANIFOLD_LIMIT:.0%}")
-    if (tv := 0.5 * float(np.abs(certificate.cell_count / n - share).sum())) > TV_LIMIT:
-        objections.append(f"total variation between real and generated shares of the modes is {tv:.3f}; the limit is {TV_LIMIT}")
+    if low[-1] > OFF_MANIFOLD_LIMIT:
+        limit = f"the limit is {OFF_MANIFOLD_LIMIT:.0%}"
+        objections.append(f"at least {low[-1]:.1%} of samples are off the manifold of the real data; {limit}")
+    if (tv := float(np.abs(served - real).sum() / 2)) > TV_LIMIT:
+        objections.append(f"total variation between real and generated mode shares is {tv:.3f}; the limit is {TV_LIMIT}")
     return objections
 
 
@@ -54,7 +57,8 @@ def publish(directory: str | os.PathLike[str], registry: Registry, *, model: str
     bundle = open_bundle(directory)
     objections = quality_objections(bundle.reference, bundle.certificate, bundle.card.modes)
     if objections and not force:
-        raise QualityRefused(objections, f"ganwatch publish {Path(directory).resolve()} --force --registry {registry.root.resolve()}")
+        remedy = f"ganwatch publish {Path(directory).resolve()} --force --registry {registry.root.resolve()}"
+        raise QualityRefused(objections, remedy)
     card = replace(bundle.card, model=model or bundle.card.model, forced="; ".join(objections) or None)
     with registry.staging(card.model) as staged:
         for name in FILES:

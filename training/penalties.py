@@ -71,7 +71,7 @@ def closed_form(
     activations, slopes = [critic.lift(x, None if y is None else torch.cat([y, y]))], []
     for layer in critic.hidden:
         a = layer(activations[-1])
-        slopes.append(torch.where(a > 0, 1.0, SLOPE))
+        slopes.append(torch.where(a > 0, a.new_ones(()), SLOPE))
         activations.append(a * slopes[-1])
     logit = critic.head(activations[-1])[:, 0]
 

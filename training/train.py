@@ -1,8 +1,8 @@
 """Trains a GAN with Ray Train, certifies what it learned and publishes it as the next version of a model.
 
-    python training/train.py --dataset digits                                    # starts Ray by itself
-    ray job submit --working-dir . -- python training/train.py --dataset digits  # on a running cluster
-    python training/train.py --dataset ring --penalty none                       # a collapse, which is refused
+    python training/train.py --dataset digits                                                   # starts Ray by itself
+    ray job submit --working-dir . -- python training/train.py --dataset digits                 # on a running cluster
+    python training/train.py --dataset digits --steps 1000 --penalty none --learning-rate 0.02  # a collapse, which is refused
 
 Reads top to bottom: configuration, the loop of one worker, the run. Data, networks, objectives and penalties are registries
 in the files beside it. It knows nothing of serving or monitoring: its product is a bundle (bundle.py).
@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, sys.path[0] is training/
@@ -39,12 +39,12 @@ import ray.train
 import torch
 import tyro
 from PIL import Image
-from ray.train import LoggingConfig
+from ray.train import Checkpoint, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 from rich.table import Table
 
-from training.bundle import SignGaussian
+from training.bundle import Bundle, SignGaussian
 from training.data import DATASETS, Dataset
 from training.export import ExportError, open_source, write_bundle
 from training.features import fit_eye
@@ -136,20 +136,22 @@ class InputError(ValueError):
 
 def check(config: Config) -> None:
     """Raise InputError or RegistryError before anything expensive begins."""
+    given = {name: value for name, value in asdict(config).items() if value is not None}
     for name, low in (("workers", 1), ("steps", 1), ("certify_samples", 1000), ("seed", 0)):
-        value = getattr(config, name)
-        if value is not None and value < low:
-            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least {low}")
+        if given.get(name, low) < low:
+            raise InputError(f"--{name.replace('_', '-')} is {given[name]}; it must be at least {low}")
     for name in ("gamma", "learning_rate", "certify_seconds"):
-        value = getattr(config, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise InputError(f"--{name.replace('_', '-')} is {value}; it must be positive (the penalty is switched off by --penalty none)")
+        if not (math.isfinite(given.get(name, 1.0)) and given.get(name, 1.0) > 0):
+            words = "; --penalty none switches the penalty off" if name == "gamma" else ""
+            raise InputError(f"--{name.replace('_', '-')} is {given[name]}; it must be positive{words}")
+    if config.seed >= 2**32:
+        raise InputError(f"--seed is {config.seed}; it must lie below 2^32")
     if config.conditional and config.dataset != "digits":
         raise InputError(f"--conditional needs labelled data, and {config.dataset} has none; use --dataset digits")
     if config.recipe.batch % config.workers:
         raise InputError(f"--workers is {config.workers}; it must divide the batch of {config.recipe.batch}")
     if config.device == "cuda" and torch.version.cuda is None:
-        raise InputError(f"--device is cuda, but torch {torch.__version__} is built without CUDA; use --device cpu or install a CUDA build")
+        raise InputError(f"--device is cuda, but torch {torch.__version__} is built without CUDA; use --device cpu")
     registry = Registry(config.registry)
     model = config.model or config.dataset
     try:
@@ -158,22 +160,29 @@ def check(config: Config) -> None:
         with suppress(OSError):  # not empty: it has versions
             (registry.root / model).rmdir()
     except OSError as error:
-        raise InputError(f"--registry is {registry.root}, which cannot be written ({error.strerror}); choose a writable directory") from None
+        words = f"--registry is {registry.root}, which cannot be written ({error.strerror}); choose a writable directory"
+        raise InputError(words) from None
 
 
 # The loop of one worker -------------------------------------------------------------------------------------------------------
 
 
-class Status:
-    """JSON lines in `<run>/status.jsonl`, so that others can follow the run; each is flushed at once."""
+class Journal:
+    """What a run says: JSON lines in `<run>/status.jsonl` for programs, and a line per ended stage for people."""
 
     def __init__(self, run: Path) -> None:
-        self.path = run / "status.jsonl"
+        run.mkdir(parents=True, exist_ok=True)  # a worker may run on another machine
+        self.path, self.said = run / "status.jsonl", time.monotonic()
 
     def write(self, stage: str, **values: Any) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a") as file:
             file.write(json.dumps({"at": time.time(), "stage": stage, **values}) + "\n")
+
+    def done(self, stage: str, **values: Any) -> None:
+        now = time.monotonic()
+        seconds, self.said = now - self.said, now
+        self.write(stage, **{"seconds": seconds} | values)
+        print(f"{stage:<8} {seconds:6.1f} s", flush=True)
 
 
 def decayed(ends: tuple[float, float], progress: float) -> float:
@@ -182,8 +191,11 @@ def decayed(ends: tuple[float, float], progress: float) -> float:
 
 
 def average_gradients(networks: tuple[torch.nn.Module, ...], world: int) -> None:
-    """All-reduce by hand in place of DistributedDataParallel, whose hooks neither see the penalty's second differentiation
-    nor gradients written by formula. Every worker begins with the same weights, so they stay equal."""
+    """The mean over all workers, who begin with the same weights and therefore keep the same weights.
+
+    By hand, because the hooks of DistributedDataParallel see neither the penalty's second differentiation nor gradients that
+    were written by formula.
+    """
     if world == 1:
         return
     gradients = [p.grad for network in networks for p in network.parameters()]
@@ -203,7 +215,13 @@ def build(config: Config, dataset: Dataset) -> tuple[SignGaussian, Generator, Cr
 
 
 def adversarial_training(
-    config: Config, dataset: Dataset, *, rank: int = 0, world: int = 1, device: torch.device | str = "cpu", say: Callable[..., None] = lambda **_: None
+    config: Config,
+    dataset: Dataset,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+    say: Callable[..., None] = lambda **_: None,
 ) -> tuple[Generator, dict[str, float]]:
     """Train worker `rank` of `world` to the end. Returns the averaged generator and the last losses; `say` hears of progress.
 
@@ -215,7 +233,7 @@ def adversarial_training(
     average = copy.deepcopy(generator)
     data = torch.from_numpy(dataset.normalised()[: dataset.trained]).to(device)
     labels = torch.from_numpy(dataset.labels).to(device) if config.conditional else None
-    optimisers = [torch.optim.Adam(n.parameters(), lr=recipe.learning_rate[0], betas=(0.0, 0.9), fused=True) for n in (generator, critic)]
+    optimisers = [torch.optim.Adam(n.parameters(), fused=True) for n in (generator, critic)]
     gradients_of, objective = PENALTIES[config.penalty], OBJECTIVES[config.objective]
     rng = torch.Generator(device).manual_seed(config.seed * world + rank)
     local = recipe.batch // world
@@ -226,8 +244,9 @@ def adversarial_training(
     for step in range(recipe.steps):
         progress = step / recipe.steps
         # Each worker takes its part of one global batch, so that without noise the number of workers changes only the rounding.
-        pick = np.random.default_rng((config.seed, step)).integers(len(data), size=recipe.batch)[rank * local : (rank + 1) * local]
-        z = torch.from_numpy(latent.sample(seed=config.seed, offset=step * recipe.batch + rank * local, count=local)).to(device)
+        first = rank * local
+        pick = np.random.default_rng((config.seed, step)).integers(len(data), size=recipe.batch)[first : first + local]
+        z = torch.from_numpy(latent.sample(seed=config.seed, offset=step * recipe.batch + first, count=local)).to(device)
         real, y = data[pick], None if labels is None else labels[pick]
         fake = generator(z, y)
         seen = gradients_of(critic, objective, blurred(real), blurred(fake.detach()), y, decayed(recipe.gamma, progress))
@@ -249,9 +268,8 @@ def adversarial_training(
         if step % 50 == 49 or step + 1 == recipe.steps:
             # Gradients are averaged, so a number that is not finite reaches every worker in the same step.
             if not all(bool(p.isfinite().all()) for n in (generator, critic) for p in n.parameters()):
-                raise TrainingStopped(
-                    f"the weights are no longer finite at step {step + 1} of {recipe.steps}; lower --learning-rate (now {recipe.learning_rate[0]:g})"
-                )
+                rate = f"lower --learning-rate (now {recipe.learning_rate[0]:g})"
+                raise TrainingStopped(f"the weights are no longer finite at step {step + 1} of {recipe.steps}; {rate}")
             losses = {name: float(getattr(seen, name)) for name in ("critic_loss", "generator_loss", "penalty")}
             say(step=step + 1, steps=recipe.steps, **losses)
     return average.cpu(), losses
@@ -262,7 +280,7 @@ def train_worker(job: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, device = context.get_world_rank(), ray.train.torch.get_device()
     torch.set_num_threads(1)
-    config, status = Config(**job["config"]), Status(Path(job["run"]))
+    config, journal = Config(**job["config"]), Journal(Path(job["run"]))
     begin = said = time.monotonic()
 
     def say(step: int, steps: int, **losses: float) -> None:
@@ -270,18 +288,20 @@ def train_worker(job: dict[str, Any]) -> None:
         now = time.monotonic()
         if rank == 0 and (now - said > 2.0 or step == steps):
             said, left = now, (now - begin) / step * (steps - step)
-            status.write("train", step=step, steps=steps, seconds_left=left, **losses)
-            print(f"step {step:>6}/{steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in losses.items()) + f"  {left:4.0f} s left", flush=True)
+            journal.write("train", step=step, steps=steps, seconds_left=left, **losses)
+            words = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+            print(f"step {step:>6}/{steps}  {words}  {left:4.0f} s left", flush=True)
 
     try:
         dataset = DATASETS[config.dataset]()
-        generator, losses = adversarial_training(config, dataset, rank=rank, world=context.get_world_size(), device=device, say=say)
+        world = context.get_world_size()
+        generator, losses = adversarial_training(config, dataset, rank=rank, world=world, device=device, say=say)
     except TrainingStopped as stopped:
         ray.train.report({"stopped": str(stopped)})
         return
     with tempfile.TemporaryDirectory() as directory:
         torch.save(generator.state_dict(), Path(directory) / "generator.pt")
-        checkpoint = ray.train.Checkpoint.from_directory(directory) if rank == 0 else None
+        checkpoint = Checkpoint.from_directory(directory) if rank == 0 else None
         ray.train.report({"loop_seconds": time.monotonic() - begin, "device": str(device), **losses}, checkpoint=checkpoint)
 
 
@@ -311,7 +331,7 @@ def start_ray(config: Config) -> bool:
     have = ray.cluster_resources()
     gpus, cpus = have.get("GPU", 0), have.get("CPU", 0)
     if config.device == "cuda" and gpus < config.workers:
-        raise InputError(f"--device is cuda with --workers {config.workers}, but Ray has {gpus:.0f} GPUs; use --device cpu or fewer workers")
+        raise InputError(f"--device is cuda with --workers {config.workers}, but Ray has {gpus:.0f} GPUs; use --device cpu")
     if cpus < config.workers:
         raise InputError(f"--workers is {config.workers}, but the Ray cluster has {cpus:.0f} CPUs; use fewer workers")
     return config.device != "cpu" and gpus >= config.workers
@@ -322,9 +342,9 @@ def train(config: Config, run: Path, use_gpu: bool) -> tuple[dict[str, torch.Ten
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": asdict(config), "run": str(run)},
-        scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=use_gpu),
+        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=use_gpu),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        run_config=ray.train.RunConfig(name="ray", storage_path=str(run), logging_config=LoggingConfig(log_level="WARNING")),
+        run_config=RunConfig(name="ray", storage_path=str(run), logging_config=LoggingConfig(log_level="WARNING")),
     )
     result = trainer.fit()
     if "stopped" in result.metrics:
@@ -334,10 +354,11 @@ def train(config: Config, run: Path, use_gpu: bool) -> tuple[dict[str, torch.Ten
 
 
 def picture(samples: np.ndarray) -> Image.Image:
-    """Up to 128 images in a grid, or the density of points in the plane."""
+    """128 images in a grid, or the density of points in the plane."""
     if samples.dtype == np.uint8:
+        samples = np.pad(samples, ((0, 0), (1, 0), (1, 0), (0, 0)), constant_values=96)
         h, w, c = samples.shape[1:]
-        tiles = samples[:128].reshape(8, 16, h, w, c).transpose(0, 2, 1, 3, 4).reshape(8 * h, 16 * w, c)
+        tiles = samples.reshape(8, 16, h, w, c).transpose(0, 2, 1, 3, 4).reshape(8 * h, 16 * w, c)
         image = Image.fromarray(tiles[..., 0] if c == 1 else tiles)
         return image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST)
     reach = 1.1 * float(np.abs(samples).max())
@@ -345,49 +366,33 @@ def picture(samples: np.ndarray) -> Image.Image:
     return Image.fromarray((255 * np.sqrt(density / density.max())).astype(np.uint8)).resize((512, 512), Image.Resampling.NEAREST)
 
 
-def execute(config: Config, console: Console) -> None:
-    """The whole run. Raises what `main` turns into words."""
-    check(config)
-    registry, model = Registry(config.registry), config.model or config.dataset
-    run = ganwatch_home() / "runs" / f"{time.strftime('%Y%m%dT%H%M%S')}-{model}-{uuid.uuid4().hex[:6]}"
-    (run / "bundle").mkdir(parents=True)
-    status, begin = Status(run), time.monotonic()
-    said = begin
-    console.print(f"run      {run}")
-    if JOB in os.environ and not registry.root.is_absolute():
-        console.print(f"note: a Ray job runs in a copy of its working directory, so this relative registry is {registry.root.resolve()}")
-
-    def done(stage: str, **values: Any) -> None:
-        """Say how long the stage took that has just ended."""
-        nonlocal said
-        now = time.monotonic()
-        status.write(stage, seconds=now - said, **values)
-        console.print(f"{stage:<8} {now - said:6.1f} s")
-        said = now
-
-    def certified(count: int, total: int) -> None:
-        nonlocal heard
-        if time.monotonic() - heard > 2.0 or count == total:
-            heard = time.monotonic()
-            status.write("certify", done=count, total=total)
-            console.print(f"certified {count:,} of {total:,} samples")
-
+def execute(config: Config, run: Path, journal: Journal) -> Bundle:
+    """Train, certify, publish. Raises TrainingStopped, ExportError, QualityRefused; the last leaves `<run>/bundle` complete."""
     use_gpu = start_ray(config)
-    done("ray")
+    journal.done("ray")
+
     torch.set_num_threads(1)
     dataset = DATASETS[config.dataset]()
     with ThreadPoolExecutor(1) as beside:  # this process only waits while the workers train
         eye = beside.submit(fit_eye, dataset, seed=config.seed)
         weights, metrics = train(config, run, use_gpu)
         sight = eye.result()
-    done("train", **metrics)
+    journal.done("train", **metrics)
+
+    said = 0.0
+
+    def certified(drawn: int, most: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > 2.0 or drawn == most:
+            said = time.monotonic()
+            journal.write("certify", done=drawn, most=most)
+            print(f"certified {drawn:>9,} of at most {most:,} samples", flush=True)
 
     latent, generator, _ = build(config, dataset)
     generator.load_state_dict(weights)
-    heard = time.monotonic()
     card = write_bundle(
         run / "bundle",
-        model=model,
+        model=config.model or config.dataset,
         dataset=dataset,
         generator=generator,
         latent=latent,
@@ -398,33 +403,48 @@ def execute(config: Config, console: Console) -> None:
         keep_points=config.reference_points,
         progress=certified,
     )
-    picture(open_source(run / "bundle", card).samples(seed=0, count=128 if dataset.is_image else 20_000)).save(run / "samples.png")
-    done("certify")
-    table = Table("figure", "value", title=f"{model}, on {card.certified['samples']:,} certified samples")
+    samples = open_source(run / "bundle", card).samples(seed=0, count=128 if dataset.is_image else 20_000)
+    picture(samples).save(run / "samples.png")
+    journal.done("certify")
+    table = Table("figure", "value", title=f"{card.model}, on {card.certified['samples']:,} certified samples")
     for name, value in card.certified.items():
         if isinstance(value, float | int):
             table.add_row(name, f"{value:.4g}")
-    console.print(table)
+    Console().print(table)
 
-    published = publish(run / "bundle", registry, force=config.force)
-    done("publish", version=published.card.version, forced=published.card.forced)
-    console.print(f"published {model} {published.card.version} at {published.path.resolve()} after {time.monotonic() - begin:.0f} s", soft_wrap=True)
+    bundle = publish(run / "bundle", Registry(config.registry), force=config.force)
+    journal.done("publish", version=bundle.card.version, forced=bundle.card.forced)
+    return bundle
 
 
 def main() -> None:
-    config = tyro.cli(Config, description=__doc__)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    config, begin = tyro.cli(Config, description=__doc__), time.monotonic()
     try:
-        execute(config, console)
+        check(config)
     except (InputError, RegistryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except QualityRefused as refusal:
-        print(f"not published, the quality gate objects:\n{refusal}\nto publish it all the same: {refusal.remedy}", file=sys.stderr)
-        sys.exit(1)
-    except (TrainingStopped, ExportError) as error:
-        print(f"nothing published: {error}", file=sys.stderr)
-        sys.exit(1)
+        _end(f"error: {error}", status=2)
+    root, model = Registry(config.registry).root, config.model or config.dataset
+    run = ganwatch_home() / "runs" / f"{time.strftime('%Y%m%dT%H%M%S')}-{model}-{uuid.uuid4().hex[:6]}"
+    (run / "bundle").mkdir(parents=True)
+    print(f"run      {run}", flush=True)
+    if JOB in os.environ and not root.is_absolute():
+        print(f"note: a Ray job runs in a copy of its working directory, so this relative registry is {root.resolve()}")
+
+    journal = Journal(run)
+    try:
+        bundle = execute(config, run, journal)
+    except (InputError, TrainingStopped, ExportError, QualityRefused) as failure:
+        journal.write("failed", reason=str(failure))
+        words = f"not published: {failure}"
+        if isinstance(failure, QualityRefused):
+            words = f"not published, the quality gate objects:\n{failure}\nto publish it all the same: {failure.remedy}"
+        _end(words, status=2 if isinstance(failure, InputError) else 1)
+    print(f"published {model} {bundle.card.version} at {bundle.path.resolve()} after {time.monotonic() - begin:.0f} s")
+
+
+def _end(words: str, *, status: int) -> NoReturn:
+    print(words, file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

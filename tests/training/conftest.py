@@ -25,7 +25,7 @@ def train_bundle(config: Config, directory: Path, *, samples: int) -> Path:
         certify_samples=samples,
         certify_seconds=30.0,
         keep_points=True,
-        progress=lambda done, total: None,
+        progress=lambda done, most: None,
     )
     return directory
 
@@ -44,4 +44,4 @@ def collapsed(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def conditional(tmp_path_factory):
-    return train_bundle(Config(dataset="digits", conditional=True, steps=500), tmp_path_factory.mktemp("digits"), samples=5_000)
+    return train_bundle(Config(dataset="digits", conditional=True, steps=800), tmp_path_factory.mktemp("digits"), samples=5_000)
