@@ -1,20 +1,25 @@
-# `make demo` and `make test` are all that is needed on a machine with Python >= 3.11, make and git.
+# `make demo` and `make test` are all that is needed on x86-64 Linux with Python >= 3.11, make and git.
+# ARGS goes to the demo: make demo ARGS="--ports.http 8080".
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+
+ifneq ($(shell uname -sm),Linux x86_64)
+$(warning ganwatch runs on x86-64 Linux: HAProxy and onnxruntime-gpu come as wheels for nothing else; this is $(shell uname -sm))
+endif
 
 .PHONY: demo test test-fast clean
 
 $(READY): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"ganwatch needs Python 3.11 or newer; {sys.executable} is {v.major}.{v.minor}. Name another one: make PYTHON=python3.12")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	@echo "installing the pinned packages into .venv/ (a few minutes, once)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
 
 demo: $(READY)
-	@$(BIN)/ganwatch demo
+	@$(BIN)/ganwatch demo $(ARGS)
 
 test: $(READY)
 	@$(BIN)/python -m pytest

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -406,12 +407,15 @@ def _start_the_rest(run: stack.Run) -> None:
     with _stage("deploying the sampler on Ray Serve behind HAProxy"):
         stack.deploy_serve(run)
         _await_ready(run)
-    for name, start, binary in (
-        ("Prometheus", stack.start_prometheus, stack.find_binary("prometheus")),
-        ("Alertmanager", stack.start_alertmanager, stack.find_binary("alertmanager", "prometheus-alertmanager")),
+    ports = run.settings.ports
+    for name, port, start, binary in (
+        ("Prometheus", ports.prometheus, stack.start_prometheus, stack.find_binary("prometheus")),
+        ("Alertmanager", ports.alertmanager, stack.start_alertmanager, stack.find_binary("alertmanager", "prometheus-alertmanager")),
     ):
         if binary is None:
-            progress.print(f"[dim]- {name} is not installed; its rules are in deploy/prometheus/rules.yml[/]")
+            progress.print(f"[dim]- {name} is not installed; its configuration is in deploy/{name.lower()}/[/]")
+        elif holder := stack.port_holder(port):
+            progress.print(f"[dim]- {name} is not started: port {port} is in use by {escape(holder)}; --ports.{name.lower()} names another[/]")
         else:
             with _stage(f"starting {name}"):
                 start(run, binary)
@@ -463,7 +467,7 @@ def _say_where(run: stack.Run, model: str | None = None) -> None:
     if stack.port_holder(ports.prometheus):
         answer.print(f"[bold]alerts[/]    http://127.0.0.1:{ports.prometheus}/alerts")
     if served is None:
-        answer.print(f"no model is in production yet. Train one:\n  source {run.home}/env && ray job submit --working-dir . -- python training/train.py --dataset digits")
+        answer.print(f"no model is in production yet. Train one:\n  source {shlex.quote(run.home)}/env && ray job submit --working-dir . -- python training/train.py --dataset digits")
         return answer.print("  ganwatch promote v1")
     answer.print(f"curl -s -X POST {run.url}/v1/models/{served}/sample -H 'Accept: image/png' -d '{{\"n\": 64, \"seed\": 7}}' -o {served}.png", markup=False)
     if model is not None:
@@ -549,10 +553,13 @@ assert set(FAULTS) == {"drop-modes", "off-manifold", "latent-fault", "nothing"}
 
 def main() -> None:
     """Run the command line. A user's mistake is one line and exit code 2, never a traceback."""
+    os.environ |= stack.without_proxy()
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="ganwatch", description="Train, serve and watch GANs.", config=(tyro.conf.FlagCreatePairsOff,))
     except (StackError, GrafanaError, RegistryError, BundleError, InjectError, ServingError, ConnectionError) as error:
         _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or ''} {error.strerror or error}".strip())
     except QualityRefused as refusal:
         _fail(f"not published, the quality gate objects:\n{refusal}\nto publish it all the same: {refusal.remedy}")
     except httpx.HTTPStatusError as error:

@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 
 import httpx
 
@@ -65,7 +65,7 @@ def _registry(registry: Registry) -> Check:
 
 def _ports() -> Check:
     ports = stack.Ports()
-    taken = [f"{getattr(ports, f.name)} ({f.name}) is held by {who}" for f in fields(ports) if (who := stack.port_holder(getattr(ports, f.name)))]
+    taken = [f"{port} ({name}) is held by {who}" for name, port in asdict(ports).items() if port and (who := stack.port_holder(port))]
     return Check("ports", not taken, "; ".join(taken) + "; choose others with --ports.*" if taken else "all free")
 
 

@@ -168,7 +168,7 @@ FAULTS: dict[str, Callable[[Bundle, tuple[str, ...]], onnx.ModelProto]] = {
 
 
 def inject(registry: Registry, model: str, fault: str, *, reference: str = "production", labels: tuple[str, ...] = ()) -> Bundle:
-    """Publish a faulty version made from `reference` of `model`. Promotes nothing.
+    """Publish a faulty version made from `reference` of `model`, or from what that was made of. Promotes nothing.
 
     Raises InjectError, RegistryError or BundleError.
     """
@@ -177,6 +177,8 @@ def inject(registry: Registry, model: str, fault: str, *, reference: str = "prod
     if labels and fault != "drop-modes":
         raise InjectError(f"labels is {','.join(labels)}; only drop-modes takes labels")
     healthy = registry.open(model, reference)
+    if healthy.card.injected_from is not None:  # one fault at a time, and the way back leads to a healthy version
+        healthy = registry.open(model, healthy.card.injected_from)
     broken = FAULTS[fault](healthy, labels)
     words = fault if not labels else f"{fault} {','.join(labels)}"
     with registry.staging(model) as staged:

@@ -23,8 +23,8 @@ def replay(bundle: Path, samples: Path, arl: float) -> dict[str, Any]:
 
     Raises BundleError, and StackError where the stream is not what the bundle serves.
     """
-    if not (math.isfinite(arl) and arl >= 1):
-        raise StackError(f"--arl is {arl}; it is a number of samples, at least 1")
+    if not 1 <= arl <= 1e100:
+        raise StackError(f"--arl is {arl}; it is a number of samples, from 1 to 1e100")
     opened = open_bundle(bundle)
     try:
         stream = np.load(samples, mmap_mode="r", allow_pickle=False)

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +41,7 @@ class StackError(RuntimeError):
 
 @dataclass(frozen=True)
 class Ports:
-    """Where things listen, always on 127.0.0.1."""
+    """Where things listen, always on 127.0.0.1. 0 = any free port."""
 
     http: int = 8000
     """Sampling over HTTP (HAProxy)."""
@@ -52,18 +53,26 @@ class Ports:
     """Prometheus, where its binary exists."""
     alertmanager: int = 9093
     """Alertmanager, where its binary exists."""
-    gcs: int = 6379
+    gcs: int = 0
     """Ray's control plane."""
-    ray_client: int = 10001
+    ray_client: int = 0
     """Ray's client server."""
-    ray_agent: int = 52365
+    ray_agent: int = 0
     """Ray's dashboard agent."""
-    haproxy_stats: int = 8404
+    haproxy_stats: int = 0
     """HAProxy's statistics."""
-    haproxy_metrics: int = 9101
+    haproxy_metrics: int = 0
     """HAProxy's metrics."""
-    fallback: int = 8500
+    fallback: int = 0
     """Ray Serve's own proxy, which answers only where no replica does."""
+
+    def chosen(self) -> Ports:
+        """The same with a free port in place of each 0, below those that the system and Ray give away by themselves."""
+        found = dict(asdict(self))
+        for name in [name for name, port in found.items() if port == 0]:
+            while found[name] == 0 or list(found.values()).count(found[name]) > 1 or port_holder(found[name]):
+                found[name] = secrets.choice(range(20_000, 29_000))
+        return Ports(**found)
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,7 @@ class Run:
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.settings.ports.dashboard}",
             "RAY_USAGE_STATS_ENABLED": "0",
             "GANWATCH_HOME": self.home,
+            **without_proxy(),
         }
 
     def environment(self) -> dict[str, str]:
@@ -147,6 +157,15 @@ class Run:
         }
         inherited = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         return {**inherited, **self.ray_variables(), **own}
+
+
+def without_proxy() -> dict[str, str]:
+    """NO_PROXY with this machine in it: what listens on loopback is never reached through a proxy."""
+    for name in ("no_proxy", "NO_PROXY"):
+        if named := os.environ.get(name):
+            break
+    value = ",".join(dict.fromkeys([*filter(None, (named or "").split(",")), "127.0.0.1", "localhost"]))
+    return {"NO_PROXY": value, "no_proxy": value}
 
 
 def running(home: Path | None = None) -> Run | None:
@@ -183,11 +202,11 @@ def begin(settings: Settings, registry: Path) -> Run:
         if processes(old):
             raise StackError(f"ganwatch is already up (page {old.monitor_url}/); stop it with `ganwatch down` first")
         down(old)
-    for field in fields(Ports):
-        if (holder := port_holder(getattr(settings.ports, field.name))) is not None:
-            port = getattr(settings.ports, field.name)
-            flag = "--ports." + field.name.replace("_", "-")
-            raise StackError(f"port {port} ({field.name}) is in use by {holder}; stop that process or choose another port with {flag}")
+    optional = {"prometheus", "alertmanager"}  # left out, with a word, where another one has the port
+    for name, port in asdict(settings.ports).items():
+        if port and name not in optional and (holder := port_holder(port)) is not None:
+            raise StackError(f"port {port} ({name}) is in use by {holder}; stop that process or choose another port with --ports.{name.replace('_', '-')}")
+    settings = replace(settings, ports=settings.ports.chosen())
     run_id = secrets.token_hex(8)
     # Not the system's own choice: Ray puts 57 characters below it, and HAProxy takes no socket path beyond 97.
     temp = Path("/tmp") / f"gw-{run_id[:8]}"
@@ -198,7 +217,7 @@ def begin(settings: Settings, registry: Path) -> Run:
         descriptor = os.open(run.token_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(secrets.token_hex(32))
-    (home / "env").write_text("".join(f"export {k}='{v}'\n" for k, v in run.ray_variables().items()))
+    (home / "env").write_text("".join(f"export {k}={shlex.quote(v)}\n" for k, v in run.ray_variables().items()))
     partial = home / "run.json.partial"
     partial.write_text(json.dumps(asdict(run), indent=1))
     partial.replace(home / "run.json")
@@ -284,17 +303,21 @@ def down(run: Run) -> list[str]:
 def processes(run: Run) -> list[psutil.Process]:
     """All processes of a run, without this one: `demo` may be one of them.
 
-    Ours is what carries the run's mark in its environment or holds a file of the run's temporary directory open: processes
-    that Ray renames overwrite their environment, but each of them writes a log there.
+    Ours is what carries the run's mark in its environment or has a file of the run's temporary directory open for writing:
+    processes that Ray renames overwrite their environment, but each of them writes a log there.
     """
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            if process.environ().get(RUN_VARIABLE) == run.run_id or any(f.path.startswith(run.temp + os.sep) for f in process.open_files()):
+            if process.environ().get(RUN_VARIABLE) == run.run_id or _writes_below(process, run.temp):
                 found.append(process)
     return found
+
+
+def _writes_below(process: psutil.Process, directory: str) -> bool:
+    return any(f.path.startswith(directory + os.sep) and getattr(f, "mode", "w") != "r" for f in process.open_files())
 
 
 def listening(run: Run) -> list[tuple[str, int, str]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes must not fight over the cores
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -15,18 +17,21 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 ROOT = Path(__file__).resolve().parent.parent
 
 
+settings.register_profile("ganwatch", deadline=None)  # a loaded machine is no failure
+settings.load_profile("ganwatch")
+
+
 @pytest.fixture(scope="session")
 def free_ports() -> Callable[[int], list[int]]:
-    """n ports that were free a moment ago, all different."""
+    """n free ports, all different, below those that the system gives away: they stay free until they are used."""
 
     def find(n: int) -> list[int]:
-        sockets = [socket.socket() for _ in range(n)]
-        try:
-            for s in sockets:
-                s.bind(("127.0.0.1", 0))
-            return [s.getsockname()[1] for s in sockets]
-        finally:
-            for s in sockets:
-                s.close()
+        found: list[int] = []
+        while len(found) < n:
+            port = random.randrange(20_000, 29_000)
+            with socket.socket() as probe:
+                if port not in found and probe.connect_ex(("127.0.0.1", port)) != 0:
+                    found.append(port)
+        return found
 
     return find

@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -57,7 +58,7 @@ def publish(directory: str | os.PathLike[str], registry: Registry, *, model: str
     bundle = open_bundle(directory)
     objections = quality_objections(bundle.reference, bundle.certificate, bundle.card.modes)
     if objections and not force:
-        remedy = f"ganwatch publish {Path(directory).resolve()} --force --registry {registry.root.resolve()}"
+        remedy = f"ganwatch publish {quote(str(Path(directory).resolve()))} --force --registry {quote(str(registry.root.resolve()))}"
         raise QualityRefused(objections, remedy)
     card = replace(bundle.card, model=model or bundle.card.model, forced="; ".join(objections) or None)
     with registry.staging(card.model) as staged:

@@ -77,7 +77,7 @@ class Registry:
             return [AliasChange(**change) for change in json.loads(path.read_text())["history"]]
         except FileNotFoundError:
             return []
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:  # not UTF-8, not JSON, or not ours
             raise RegistryError(f"{path}: unreadable ({error}); restore it or delete it and promote a version again") from None
 
     def resolve(self, model: str, reference: str = "production") -> str:
@@ -97,8 +97,12 @@ class Registry:
         return load_card(self.path(model, reference))
 
     def open(self, model: str, reference: str = "production") -> Bundle:
-        """The verified bundle. Raises RegistryError or BundleError."""
-        return open_bundle(self.path(model, reference))
+        """The verified bundle, whose card must name the place where it lies. Raises RegistryError or BundleError."""
+        version = self.resolve(model, reference)
+        bundle = open_bundle(self.root / model / version)
+        if (bundle.card.model, bundle.card.version) != (model, version):
+            raise BundleError(f"{bundle.path}: its card says {bundle.card.model} {bundle.card.version}; a copied version must be published, not moved")
+        return bundle
 
     @contextmanager
     def staging(self, model: str) -> Iterator[Path]:
@@ -113,7 +117,9 @@ class Registry:
     def publish(self, staged: Path, card: Card) -> Bundle:
         """Make the staged files the next version of `card.model`: hashes, card, then one rename."""
         with self._locked(card.model):
-            taken = [int(v[1:]) for v in self.versions(card.model) if re.fullmatch(r"v\d+", v)]
+            # Neither an incomplete version nor one that was deleted gives its name away: monitors and clients may remember it.
+            names = {entry.name for entry in (self.root / card.model).iterdir()} | {c.version for c in self.history(card.model) if c.version}
+            taken = [int(name[1:]) for name in names if re.fullmatch(r"v\d+", name)]
             version = f"v{max(taken, default=0) + 1}"
             values = {**card.__dict__, "model": card.model, "version": version}
             write_card(staged, Card(**values))
@@ -143,7 +149,8 @@ class Registry:
     def rollback(self, model: str, alias: str = "production", *, reason: str = "rollback") -> AliasChange:
         """Point `alias` back at the version it named before the present one. Raises RegistryError where there is none.
 
-        Rolling back twice goes back twice: versions that were left by a rollback are not returned to.
+        Rolling back twice goes back twice: versions that were left by a rollback are not returned to, and neither are versions
+        that carry a deliberate fault.
         """
         stack: list[str] = []
         for change in self.history(model):
@@ -152,9 +159,10 @@ class Registry:
                     del stack[stack.index(change.version) + 1 :]
                 else:
                     stack.append(change.version)
-        if len(stack) < 2:
+        earlier = [version for version in stack[:-1] if version in self.versions(model) and self.card(model, version).fault is None]
+        if not earlier:
             raise RegistryError(f"{alias} of model {model!r} has no earlier version to roll back to; versions: {self.versions(model)}")
-        return self.set_alias(model, alias, stack[-2], reason=reason)
+        return self.set_alias(model, alias, earlier[-1], reason=reason)
 
     @contextmanager
     def _locked(self, model: str) -> Iterator[None]:

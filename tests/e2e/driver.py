@@ -24,7 +24,7 @@ from PIL import Image
 from deploy import stack
 
 ROOT = Path(__file__).resolve().parents[2]
-PORTS = ("http", "monitor", "dashboard", "prometheus", "alertmanager", "gcs", "ray-client", "ray-agent", "haproxy-stats", "haproxy-metrics", "fallback")
+PORTS = ("http", "monitor", "dashboard", "prometheus", "alertmanager")  # the rest is chosen by `up`
 
 
 @dataclass
@@ -103,12 +103,13 @@ class Stack:
             text = page.inner_text("#verdict")
             page.screenshot(path=picture, full_page=True)
         assert all(mode in text for mode in modes)
-        assert np.asarray(Image.open(picture)).std() > 5
+        with Image.open(picture) as image:
+            assert np.asarray(image).std() > 5
 
     def assert_gone(self, run: dict[str, Any]) -> None:
         """No process, no listening port and no temporary file of that run is left."""
         assert not (self.home / "run.json").exists() and not Path(run["temp"]).exists()
-        assert [port for port in self.ports.values() if stack.port_holder(port)] == []
+        assert [port for port in run["settings"]["ports"].values() if stack.port_holder(port)] == []
         assert [p.pid for p in psutil.process_iter() if run["run_id"] in _environment(p)] == []
 
 

@@ -79,8 +79,8 @@ def test_every_stage_says_how_long_it_took(demo: Stack) -> None:
 def test_the_printed_curl_line_works(demo: Stack, tmp_path: Path) -> None:
     line = next(line for line in demo.lines if line.startswith("curl "))
     subprocess.run(shlex.split(line), cwd=tmp_path, check=True, timeout=30)
-    image = Image.open(tmp_path / "digits.png")
-    assert image.format == "PNG" and np.asarray(image).std() > 10
+    with Image.open(tmp_path / "digits.png") as image:
+        assert image.format == "PNG" and np.asarray(image).std() > 10
 
 
 def test_the_readme_samples_from_python(demo: Stack, capfd: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +96,8 @@ def test_the_command_line_draws_samples(demo: Stack, tmp_path: Path) -> None:
     demo.run("sample", "--n", "3", "--seed", "7", "--out", str(tmp_path / "three.npy"))
     assert np.load(tmp_path / "three.npy").tolist() == drawn["samples"]
     demo.run("sample", "--n", "3", "--out", str(tmp_path / "three.png"))
-    assert Image.open(tmp_path / "three.png").format == "PNG"
+    with Image.open(tmp_path / "three.png") as image:
+        assert image.format == "PNG"
     for words, wanted in ((("--n", "0"), "n is 0"), (("--label", "3"), "has no classes"), (("--model", "other"), "unknown model"), (("--out", "x.gif"), "x.gif")):
         refused = demo.run("sample", *words, check=False)
         assert refused.returncode == 2 and wanted in refused.stderr and "Traceback" not in refused.stderr
@@ -139,7 +140,8 @@ def test_everything_listens_on_loopback(demo: Stack) -> None:
     """But for the gRPC port of each replica, which Ray binds to every interface: that one asks for the token."""
     run = stack.running(demo.home)
     found = stack.listening(run)
-    assert {demo.ports["http"], demo.ports["monitor"], demo.ports["haproxy-stats"], demo.ports["haproxy-metrics"]} <= {port for _, port, _ in found}
+    ports = run.settings.ports
+    assert {ports.http, ports.monitor, ports.dashboard, ports.gcs, ports.haproxy_stats, ports.haproxy_metrics} <= {port for _, port, _ in found}
     exposed = [(address, port, name) for address, port, name in found if not is_loopback(address)]
     assert len(exposed) <= 1 and all(is_ray_grpc(address, name) for address, _, name in exposed)
     for _, port, _ in exposed:
@@ -154,7 +156,7 @@ def test_ray_refuses_a_client_without_the_token(demo: Stack) -> None:
     token = (demo.home / "ray-token").read_text()
     assert (demo.home / "ray-token").stat().st_mode & 0o077 == 0
     assert httpx.get(jobs, headers={"Authorization": f"Bearer {token}"}).status_code == 200
-    with grpc.insecure_channel(f"127.0.0.1:{demo.ports['gcs']}") as channel, pytest.raises(grpc.RpcError) as refused:
+    with grpc.insecure_channel(f"127.0.0.1:{stack.running(demo.home).settings.ports.gcs}") as channel, pytest.raises(grpc.RpcError) as refused:
         channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=10)
     assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
@@ -178,11 +180,9 @@ def test_a_second_up_is_refused_by_name(demo: Stack, tmp_path: Path) -> None:
 def test_what_clients_choose_is_never_drift(demo: Stack) -> None:
     """One seed asked for 10,000 times, truncated samples, a client that only sends seeds: gauges may move, the alarm may not."""
     demo.verdict("healthy")
-    for _ in range(100):
-        demo.sample(n=100, seed=1)
-        demo.sample(n=20, seed=2, truncation=0.5)
-    for seed in range(100):
-        demo.sample(n=20, seed=seed)
+    with httpx.Client(base_url=demo.url("http"), timeout=30) as client:
+        for body in [{"seed": 1}] * 10_000 + [{"n": 20, "truncation": 0.5}] * 200 + [{"n": 20, "seed": seed} for seed in range(200)]:
+            client.post("/v1/models/digits/sample", json=body).raise_for_status()
     seen = demo.verdict("healthy")["snapshot"]
     assert seen["served"] > seen["monitored"]
     assert max(seen["evidence"].values()) < seen["log10_threshold"]
@@ -233,6 +233,8 @@ def test_a_dropped_mode_reaches_prometheus_and_the_page(demo: Stack, tmp_path: P
         assert firing[0]["metric"]["model"] == "digits"
         demo.page_says(tmp_path / "alarm.png", "mode_dropping", ["3", "8"])
         assert share_of(npy(demo.sample(n=10_000, seed=99)), {3, 8}) <= 0.005
+        early = replay(demo, Registry(demo.home / "registry").open("digits", made["version"]), 3000, tmp_path)
+        assert early["modes"] == ["3", "8"] and early["first_alarm"] < 3000  # live, a few more may come before we look
     finally:
         rolled = demo.json("rollback", "--model", "digits")
     assert rolled["version"] == "v1"
