@@ -48,9 +48,9 @@ class Model:
 class ModelTable:
     """The samplers of every model of `registry`. `refresh` once before serving, then `start` to follow the aliases."""
 
-    def __init__(self, registry: Registry, device: Device = "auto", threads: int = 1) -> None:
+    def __init__(self, registry: Registry, device: Device = "auto", threads: int = 1, deterministic: bool = False) -> None:
         check_device(device)
-        self.registry, self.device, self.threads = registry, device, threads
+        self.registry, self.device, self.threads, self.deterministic = registry, device, threads, deterministic
         self.models: Mapping[str, Model] = {}
         self.load_failures: Counter[str] = Counter()  # model -> versions refused, each attempt counted
         self._recent: OrderedDict[tuple[str, str, int, int], Sampler] = OrderedDict()
@@ -121,7 +121,7 @@ class ModelTable:
             # The stamp tells a version that was deleted and published again under the same name.
             key = (model, version, card.st_mtime_ns, card.st_ino)
             if key not in self._recent:
-                self._recent[key] = Sampler(open_bundle(path), self.device, self.threads)
+                self._recent[key] = Sampler(open_bundle(path), self.device, self.threads, self.deterministic)
         except Exception:
             self.load_failures[model] += 1
             raise
