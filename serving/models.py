@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from serving.sampler import Device, Sampler, check_device
@@ -33,12 +33,18 @@ class Model:
         default_factory=dict
     )  # alias -> what answers: the version before, where the wanted one was refused
     errors: Mapping[str, str] = field(default_factory=dict)  # alias -> why its version is not served
+    share: float = 0.0  # of the requests that name neither seed nor version: what the canary answers
     stamp: tuple[int, ...] = ()  # of aliases.json when it was read
     attempted: float = 0.0  # time.monotonic() of that
 
     def find(self, reference: str) -> Sampler | None:
         """What answers for an alias or a version, among those that an alias names."""
         return self.serving.get(reference) or next((s for s in self.serving.values() if s.card.version == reference), None)
+
+    def answering(self) -> list[Sampler]:
+        """What answers requests that name no version."""
+        aliases = ("production", "canary") if self.share else ("production",)
+        return [self.serving[alias] for alias in aliases if alias in self.serving]
 
     @property
     def is_ready(self) -> bool:
@@ -52,6 +58,7 @@ class ModelTable:
         check_device(device)
         self.registry, self.device, self.threads, self.deterministic = registry, device, threads, deterministic
         self.models: Mapping[str, Model] = {}
+        self.changed: Callable[[], None] = lambda: None  # called after each swap, by the thread that made it
         self.load_failures: Counter[str] = Counter()  # model -> versions refused, each attempt counted
         self._recent: OrderedDict[tuple[str, str, int, int], Sampler] = OrderedDict()
         self._lock = threading.Lock()
@@ -69,6 +76,7 @@ class ModelTable:
             models = {name: self._refreshed(name, self.models.get(name, Model())) for name in self.registry.models()}
         if models != self.models:
             self.models = models
+            self.changed()
 
     def version(self, model: str, reference: str) -> Sampler:
         """A version that no alias may name, loaded when first asked for. Blocks.
@@ -100,7 +108,7 @@ class ModelTable:
             return before
         now = time.monotonic()
         try:
-            aliases = self.registry.aliases(name)
+            aliases, share = self.registry.aliases(name), self.registry.canary_share(name)
         except RegistryError as error:
             return replace(before, errors={"aliases.json": str(error)}, stamp=stamp, attempted=now)
         serving, errors = {}, {}
@@ -112,7 +120,7 @@ class ModelTable:
                 logger.warning("%s of model %s is not served: %s", alias, name, errors[alias])
                 if alias in before.serving:
                     serving[alias] = before.serving[alias]
-        return Model(aliases, serving, errors, stamp, now)
+        return Model(aliases, serving, errors, share, stamp, now)
 
     def _load(self, model: str, version: str) -> Sampler:
         path = self.registry.root / model / version

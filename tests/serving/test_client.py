@@ -19,6 +19,7 @@ from serving.errors import InvalidValue, NotAcceptable, NotFound, ServingError
 from serving.models import ModelTable
 from serving.rest import App
 from serving.sampler import Window
+from serving.service import Service
 from serving.tap import Tap
 from tests.serving.conftest import CLASSES
 
@@ -28,7 +29,7 @@ def server(registry):
     """(url, app) of a server with its whole lifespan, on a free port."""
     table = ModelTable(registry, "cpu")
     table.refresh()
-    app = App(table, Batcher(), Tap(None))
+    app = App(Service(table, Batcher(), Tap(None)))
     listening = socket.create_server(("127.0.0.1", 0))
     uvicorn_server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))
     thread = threading.Thread(target=asyncio.run, args=(uvicorn_server.serve([listening]),))
@@ -126,13 +127,13 @@ def test_a_client_killed_while_it_waits_leaves_nothing_behind(address):
     url, app = address
     host = url.removeprefix("http://")
     entered = threading.Event()
-    submit = app.batcher.submit
+    submit = app.service.batcher.submit
 
     def noticed(*arguments):
         entered.set()
         return submit(*arguments)
 
-    app.batcher.submit = noticed
+    app.service.batcher.submit = noticed
     dying = http.client.HTTPConnection(host)
     dying.request("POST", "/v1/models/ring/sample", json.dumps({"n": 65536, "seed": 1}))
     assert entered.wait(5)
@@ -146,4 +147,4 @@ def test_a_client_killed_while_it_waits_leaves_nothing_behind(address):
         connection.close()
     with Client(url) as client:
         assert len(client.sample("ring", 3).array) == 3
-    assert app.batcher.problem() is None
+    assert app.service.batcher.problem() is None
