@@ -30,7 +30,7 @@ class Record:
     offset: int
     samples: ndarray  # [k, *sample_shape], uint8 or float32
     at: float
-    label: int | tuple[int, ...] | None = None  # the class the request named, or one for each row; None: drawn, or no classes
+    label: int | tuple | None = None  # the class the request named, or one (int) for each row; None: drawn, or no classes
     truncation: float = 1.0
 
     @property

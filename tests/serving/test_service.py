@@ -58,7 +58,8 @@ def test_the_pool_gives_each_row_once_and_is_what_the_seed_says(samplers, counts
             spare.done(sampler.sample([spare.window]))
         assert pool.left(sampler) <= capacity
         found = pool.take(sampler, count)
-        assert (found is None) == (count > 64)
+        if capacity >= 512:  # then a whole block is always there
+            assert (found is None) == (count > 64)
         if found:
             window, samples = found
             assert len(samples) == window.count == count
