@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-fast clean
+.PHONY: demo test test-fast tritonclient bench-serving clean
 
 $(READY): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"ganwatch needs Python 3.11 or newer; {sys.executable} is {v.major}.{v.minor}. Name another one: make PYTHON=python3.12")'
@@ -16,7 +16,16 @@ $(READY): constraints.txt pyproject.toml
 demo: $(READY)
 	@$(BIN)/ganwatch demo
 
-test: $(READY)
+# Not in .venv: it wants an older protobuf than Ray brings along.
+TRITONCLIENT := .venv/tritonclient/bin/python
+
+$(TRITONCLIENT): $(READY)
+	@$(BIN)/python -m venv .venv/tritonclient
+	@.venv/tritonclient/bin/pip install --quiet --disable-pip-version-check 'tritonclient[http,grpc]==2.73.0'
+
+tritonclient: $(TRITONCLIENT)
+
+test: $(READY) $(TRITONCLIENT)
 	@$(BIN)/python -m pytest
 
 test-fast: $(READY)

@@ -23,7 +23,7 @@ from training.bundle import Card
 SERVER = {"name": "ganwatch", "version": "1", "extensions": ["binary_tensor_data"]}
 HEADER_LENGTH = "Inference-Header-Content-Length"
 _DATATYPES = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8"), "UINT8": np.dtype("u1")}
-_NAMES = {dtype.name: name for name, dtype in _DATATYPES.items()}
+DATATYPE_NAMES = {dtype.name: name for name, dtype in _DATATYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def metadata(card: Card, versions: Sequence[str]) -> dict[str, Any]:
     inputs = [{"name": "z", "datatype": "FP32", "shape": [-1, card.latent.dim]}]
     if card.classes:
         inputs.append({"name": "y", "datatype": "INT64", "shape": [-1]})
-    outputs = [{"name": "samples", "datatype": _NAMES[card.sample_dtype], "shape": [-1, *card.sample_shape]}]
+    outputs = [{"name": "samples", "datatype": DATATYPE_NAMES[card.sample_dtype], "shape": [-1, *card.sample_shape]}]
     return {"name": card.model, "versions": list(versions), "platform": "onnx_onnxv1", "inputs": inputs, "outputs": outputs}
 
 
@@ -133,7 +133,7 @@ def decode(body: bytes, header_length: str | None, card: Card) -> Inference:
 
 def encode(inference: Inference, card: Card, samples: ndarray) -> tuple[bytes, dict[str, str]]:
     """The answer and what its headers say beyond its length."""
-    output: dict[str, Any] = {"name": "samples", "datatype": _NAMES[card.sample_dtype], "shape": list(samples.shape)}
+    output: dict[str, Any] = {"name": "samples", "datatype": DATATYPE_NAMES[card.sample_dtype], "shape": list(samples.shape)}
     answer = {"model_name": card.model, "model_version": card.version, "id": inference.id, "outputs": [output]}
     if inference.binary:
         output["parameters"] = {"binary_data_size": samples.nbytes}

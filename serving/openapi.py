@@ -101,6 +101,58 @@ _TIMEOUT = {
 }
 _VERSION = _parameter("version", "A version, such as v3, or an alias: production, canary, shadow.")
 
+
+
+def _tensors(suffix: str, parameters: list[dict[str, Any]]) -> dict[str, Any]:
+    """The paths of the Open Inference Protocol, of a model or of one version of it."""
+    path = "/v2/models/{model}" + ("/versions/{version}" if suffix else "")
+    text = {"application/json": {"schema": {"$ref": "#/components/schemas/TensorError"}}}
+    errors = {status: {"description": _ERROR_WORDS[status], "content": text} for status in ("404", "503")}
+    refused = ("400", "413", "422", "429", "500", "504")
+    all_errors = errors | {status: {"description": _ERROR_WORDS[status], "content": text} for status in refused}
+    return {
+        path: {
+            "parameters": parameters,
+            "get": {
+                "operationId": f"metadata{suffix}",
+                "summary": "Tensors of a model",
+                "responses": {"200": _json("Inputs and outputs.", {"type": "object"}), **errors},
+            },
+        },
+        f"{path}/ready": {
+            "parameters": parameters,
+            "get": {
+                "operationId": f"modelReady{suffix}",
+                "summary": "Whether a model answers",
+                "responses": {"200": _json("It does.", {"type": "object"}), **errors},
+            },
+        },
+        f"{path}/infer": {
+            "parameters": [*parameters, _TIMEOUT],
+            "post": {
+                "operationId": f"infer{suffix}",
+                "summary": "Samples of given latents, in the Open Inference Protocol",
+                "description": "Input `z` FP32 [n, latent_dim], and `y` INT64 [n] of models with classes, drawn where it is left "
+                "out. With Inference-Header-Content-Length the tensors may follow the JSON as bytes.",
+                "requestBody": {
+                    "required": True,
+                    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}}},
+                },
+                "responses": {
+                    "200": {
+                        "description": "One output, `samples`.",
+                        "content": {
+                            "application/json": {"schema": {"type": "object"}},
+                            "application/octet-stream": {"schema": {"type": "string"}},
+                        },
+                    },
+                    **all_errors,
+                },
+            },
+        },
+    }
+
+
 _LABEL: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 0}]}
 
 DOCUMENT: dict[str, Any] = {
@@ -125,6 +177,15 @@ DOCUMENT: dict[str, Any] = {
                 },
             }
         },
+        "/v2": {
+            "get": {
+                "operationId": "server",
+                "summary": "What this server is, in the Open Inference Protocol",
+                "responses": {"200": _json("Name, version, extensions.", {"type": "object"})},
+            }
+        },
+        **_tensors("", [_MODEL]),
+        **_tensors("Version", [_MODEL, _VERSION]),
         "/v2/health/live": {
             "get": {
                 "operationId": "live",
@@ -270,6 +331,28 @@ DOCUMENT: dict[str, Any] = {
                     "provider": {"type": ["string", "null"], "description": "The onnxruntime provider that computes."},
                 },
             },
+            "InferRequest": {
+                "type": "object",
+                "required": ["inputs"],
+                "properties": {
+                    "id": {"type": "string"},
+                    "inputs": {"type": "array", "items": {"$ref": "#/components/schemas/Tensor"}},
+                    "outputs": {"type": "array", "items": {"type": "object"}},
+                    "parameters": {"type": "object"},
+                },
+            },
+            "Tensor": {
+                "type": "object",
+                "required": ["name", "datatype", "shape"],
+                "properties": {
+                    "name": {"enum": ["z", "y"]},
+                    "datatype": {"enum": ["FP32", "INT64"]},
+                    "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+                    "data": {"type": "array"},
+                    "parameters": {"type": "object"},
+                },
+            },
+            "TensorError": {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}},
             "Error": {
                 "type": "object",
                 "required": ["error"],

@@ -35,6 +35,7 @@ from serving.formats import FORMATS, STREAMS, as_dtype, negotiate
 from serving.models import Model
 from serving.openapi import DOCUMENT, MAX_SAMPLES
 from serving.request import SampleRequest, one_of
+from serving.rpc import Rpc
 from serving.sampler import Sampler, Window
 from serving.service import Service, Wait
 from training.bundle import Card
@@ -57,10 +58,10 @@ logger = logging.getLogger(__name__)
 
 
 class App:
-    """The ASGI application over `service`. Its lifespan starts and stops what it is made of."""
+    """The ASGI application over `service`. Its lifespan starts and stops what it is made of, and gRPC where there is `rpc`."""
 
-    def __init__(self, service: Service) -> None:
-        self.service = service
+    def __init__(self, service: Service, rpc: Rpc | None = None) -> None:
+        self.service, self.rpc = service, rpc
         self._routes: dict[str, Callable[[], tuple[int, bytes]]] = {
             "/v1/models": self._models,
             "/v2": lambda: (200, json.dumps(oip.SERVER).encode()),
@@ -218,8 +219,12 @@ class App:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 self.service.start()
+                if self.rpc is not None:
+                    await self.rpc.start()
                 await send({"type": "lifespan.startup.complete"})
             else:
+                if self.rpc is not None:
+                    await self.rpc.stop()
                 await self.service.close()
                 return await send({"type": "lifespan.shutdown.complete"})
 
