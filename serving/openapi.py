@@ -55,7 +55,7 @@ _SAMPLES = {
             "The seed: as asked for, or one that the server drew.", {"type": "integer", "minimum": 0, "maximum": _SEED_MAX}
         ),
         "X-Ganwatch-Offset": _header(
-            "The first row; not always 0 where neither seed nor offset was asked for.",
+            "The first row. Where neither seed nor offset was asked for it need not be 0, and rows beside it may be others'.",
             {"type": "integer", "minimum": 0, "maximum": _SEED_MAX},
         ),
         "X-Ganwatch-Shape": {"description": "Of application/octet-stream: such as 64,8,8,1.", "schema": {"type": "string"}},
