@@ -31,5 +31,9 @@ test: $(READY) $(TRITONCLIENT)
 test-fast: $(READY)
 	@$(BIN)/python -m pytest -m "not slow and not e2e"
 
+# Where the figures of the README come from; BENCH=--quick shows in a few minutes that everything runs.
+bench-serving: $(READY)
+	@$(BIN)/python -m tests.benchmarks.bench_serving $(BENCH)
+
 clean:
 	rm -rf .venv .ganwatch
