@@ -8,7 +8,7 @@ ifneq ($(shell uname -sm),Linux x86_64)
 $(warning ganwatch runs on x86-64 Linux: HAProxy and onnxruntime-gpu come as wheels for nothing else; this is $(shell uname -sm))
 endif
 
-.PHONY: demo test test-fast clean
+.PHONY: demo test test-fast tritonclient bench-serving clean
 
 $(READY): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"ganwatch needs Python 3.11 or newer; {sys.executable} is {v.major}.{v.minor}. Name another one: make PYTHON=python3.12")'
@@ -21,11 +21,24 @@ $(READY): constraints.txt pyproject.toml
 demo: $(READY)
 	@$(BIN)/ganwatch demo $(ARGS)
 
-test: $(READY)
+# Not in .venv: it wants an older protobuf than Ray brings along.
+TRITONCLIENT := .venv/tritonclient/bin/python
+
+$(TRITONCLIENT): $(READY)
+	@$(BIN)/python -m venv .venv/tritonclient
+	@.venv/tritonclient/bin/pip install --quiet --disable-pip-version-check 'tritonclient[http,grpc]==2.73.0'
+
+tritonclient: $(TRITONCLIENT)
+
+test: $(READY) $(TRITONCLIENT)
 	@$(BIN)/python -m pytest
 
 test-fast: $(READY)
 	@$(BIN)/python -m pytest -m "not slow and not e2e"
+
+# Where the figures of the README come from; BENCH=--quick shows in a few minutes that everything runs.
+bench-serving: $(READY)
+	@$(BIN)/python -m tests.benchmarks.bench_serving $(BENCH)
 
 clean:
 	rm -rf .venv .ganwatch

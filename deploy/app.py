@@ -28,6 +28,12 @@ class Serving:
     """GPUs of each replica, fractions allowed."""
     tap_rate: float = 2000.0
     """Samples per second that each replica reports to the monitor, at most."""
+    grpc_port: int | None = 9000
+    """Where the replicas of a machine answer gRPC, on 127.0.0.1; none = they do not."""
+    pool: int = 4096
+    """Samples of each version drawn ahead while a replica is idle, for small requests without a seed; below 256 = off."""
+    deterministic: bool = False
+    """Pixels bitwise the same whatever else a replica computes, on GPUs, too; every run then costs a full batch."""
 
 
 def build(args: dict[str, object]) -> object:
@@ -42,6 +48,9 @@ def build(args: dict[str, object]) -> object:
         num_replicas=serving.replicas,
         num_gpus=serving.num_gpus,
         tap_rate=serving.tap_rate,
+        grpc_port=serving.grpc_port,
+        pool=serving.pool,
+        deterministic=serving.deterministic,
     )
 
 

@@ -45,6 +45,8 @@ class Ports:
 
     http: int = 8000
     """Sampling over HTTP (HAProxy)."""
+    grpc: int = 9000
+    """Sampling over gRPC (the replicas themselves)."""
     monitor: int = 9464
     """The live page, /metrics and /api."""
     dashboard: int = 8265
@@ -251,7 +253,7 @@ def deploy_serve(run: Run) -> None:
     """Deploy the sampler behind HAProxy and wait until it answers."""
     settings = run.settings
     command = [sys.executable, "-m", "deploy.app", "--registry", run.registry, "--monitor-url", run.monitor_url]
-    command += ["--port", str(settings.ports.http), "--replicas", str(settings.replicas), "--device", settings.device]
+    command += ["--port", str(settings.ports.http), "--grpc-port", str(settings.ports.grpc), "--replicas", str(settings.replicas), "--device", settings.device]
     if settings.device != "cpu" and (gpus := cuda_devices()):
         command += ["--num-gpus", str(min(1.0, gpus / settings.replicas))]  # Ray hides GPUs from an actor that asks for none
     process = _spawn(run, "serve", command, {"RAY_ADDRESS": f"127.0.0.1:{settings.ports.gcs}"})

@@ -2,25 +2,39 @@
 
 A batch is sealed only when the device is free, so it holds whatever has come in the meantime and nothing ever waits for a
 timer. A large request is cut, and every waiting request gets its turn before any gets a second: n = 1 passes n = 65536.
-Knows nothing of HTTP; runs the sampler in a thread of its own.
+Where nobody waits the device takes spare work, one batch at a time. Knows nothing of HTTP; runs the sampler in threads of
+its own.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy import ndarray
 
-from serving.errors import Overloaded, Unavailable
-from serving.sampler import Sampler, Window
+from serving.errors import DeadlineExceeded, Overloaded, Unavailable
+from serving.sampler import BUCKETS, Sampler, Window
 
 _STALLED_S = 60.0  # a batch that takes longer will not come back
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Spare:
+    """Work that no client waits for. `done` gets the rows, or None where the sampler failed."""
+
+    sampler: Sampler
+    window: Window
+    done: Callable[[ndarray | None], None]
 
 
 @dataclass(eq=False)
@@ -28,8 +42,9 @@ class _Job:
     sampler: Sampler
     window: Window
     answer: asyncio.Future[ndarray]
+    since: float  # time.monotonic() of its admission
     sealed: int = 0  # samples handed to the device so far
-    parts: list[ndarray] = field(default_factory=list)
+    parts: dict[int, ndarray] = field(default_factory=dict)  # by their first row: two batches may end in either order
     missing: int = 0  # samples not yet delivered
 
     def __post_init__(self) -> None:
@@ -39,115 +54,190 @@ class _Job:
     def left(self) -> int:
         return self.window.count - self.sealed
 
-    def deliver(self, rows: ndarray) -> None:
-        self.parts.append(rows)
+    def deliver(self, start: int, rows: ndarray) -> None:
+        self.parts[start] = rows
         self.missing -= len(rows)
         if not self.missing and not self.answer.done():
-            self.answer.set_result(self.parts[0] if len(self.parts) == 1 else np.concatenate(self.parts))
+            parts = [self.parts[key] for key in sorted(self.parts)]
+            self.answer.set_result(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
     def fail(self, error: Exception) -> None:
         if not self.answer.done():  # a client that left has cancelled it
             self.answer.set_exception(error)
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Rows start .. start + count of a job's window, in one batch."""
+
+    job: _Job
+    start: int
+    count: int
+
+    @property
+    def window(self) -> Window:
+        return self.job.window.part(self.start, self.count)
+
+
 class Batcher:
     """`batch`: samples a run of the model at most. `turn`: samples a request gets before the next one has its turn.
-    `limit`: samples admitted and not yet answered, at most."""
+    `limit`, `limit_bytes`: samples admitted and not yet answered at most, and the size of their answers.
+    `lanes`: batches on the device at once; with two, one is copied while the other is computed.
+    `spare`: what to do while nobody waits; asked again after each batch and each `wake`."""
 
-    def __init__(self, *, batch: int = 256, turn: int = 32, limit: int = 4 * 65536) -> None:
-        self.batch, self.turn, self.limit = batch, turn, limit
-        self.queued = 0  # samples admitted and not yet answered
-        self.batches = 0  # runs of a model since the start
+    def __init__(
+        self, *, batch: int = BUCKETS[-1], turn: int = 32, limit: int = 4 * 65536, limit_bytes: int = 1 << 30, lanes: int = 1
+    ) -> None:
+        self.batch, self.turn, self.limit, self.limit_bytes, self.lanes = batch, turn, limit, limit_bytes, lanes
+        self.spare: Callable[[], Spare | None] = lambda: None
+        self.queued = self.queued_bytes = 0  # admitted and not yet answered
+        self.batches = self.batched = 0  # runs of a model since the start, and the samples in them
         self._rate = 0.0  # samples/s while the device works, smoothed
         self._jobs: deque[_Job] = deque()  # those with samples still to be sealed
-        self._open: set[_Job] = set()  # those that somebody waits for
+        self._open: dict[_Job, None] = {}  # those that somebody waits for, oldest first
         self._wake = asyncio.Event()
-        self._loop: asyncio.Task[None] | None = None
-        self._running_since: float | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampler")
+        self._loops: list[asyncio.Task[None]] = []
+        self._running: dict[int, float] = {}  # lane -> when its batch began
+        self._closing = False
+        self._threads = ThreadPoolExecutor(lanes, thread_name_prefix="sampler")
 
-    def submit(self, sampler: Sampler, window: Window) -> asyncio.Future[ndarray]:
-        """The rows of `window`, or what the sampler raised. Cancelling it drops what has not run yet.
+    def start(self) -> None:
+        """Begin to work; the first `submit` does so, too. Needs a running event loop."""
+        if not self._loops:
+            self._loops = [asyncio.create_task(self._run(lane)) for lane in range(self.lanes)]
+            for loop in self._loops:
+                loop.add_done_callback(self._abandon)
 
-        Raises Overloaded where too many samples wait, Unavailable where none will be answered any more.
+    def submit(self, sampler: Sampler, window: Window, timeout: float | None = None) -> asyncio.Future[ndarray]:
+        """The rows of `window`, or what the sampler raised. Cancelling it drops what has not run yet, and so does `timeout` (s).
+
+        Raises Overloaded where too much waits, Unavailable where nothing will be answered any more; the future may raise
+        DeadlineExceeded.
         """
         if problem := self.problem():
             raise Unavailable(f"this replica cannot answer: {problem}", expected="a retry, which another replica answers")
-        if self.queued + window.count > self.limit:
-            wait = str(max(1, math.ceil(self.queued / self._rate)) if self._rate else 1)
-            message = f"{self.queued} samples are waiting; {window.count} more exceed the limit of {self.limit}"
-            raise Overloaded(
-                message,
-                field="n",
-                value=window.count,
-                expected=f"a retry after {wait} s, or a smaller n",
-                headers={"Retry-After": wait},
-            )
-        if self._loop is None:
-            self._loop = asyncio.create_task(self._run())
-            self._loop.add_done_callback(self._abandon)
-        job = _Job(sampler, window, asyncio.get_running_loop().create_future())
-        job.answer.add_done_callback(lambda _: self._release(job))
+        size = window.count * sampler.sample_bytes
+        self._admit(window.count, size)
+        self.start()
+        loop = asyncio.get_running_loop()
+        job = _Job(sampler, window, loop.create_future(), time.monotonic())
         self._jobs.append(job)
-        self._open.add(job)
+        self._open[job] = None
         self.queued += window.count
+        self.queued_bytes += size
+        timer = None
+        if timeout is not None:
+            late = DeadlineExceeded(
+                f"no answer within {timeout:g} s", field="timeout", value=timeout, expected="more time, a smaller n, or a retry"
+            )
+            timer = loop.call_later(timeout, job.fail, late)
+
+        def release(_: asyncio.Future[ndarray]) -> None:
+            del self._open[job]
+            self.queued -= window.count
+            self.queued_bytes -= size
+            if timer is not None:
+                timer.cancel()
+
+        job.answer.add_done_callback(release)
         self._wake.set()
         return job.answer
 
-    def _release(self, job: _Job) -> None:
-        self._open.discard(job)
-        self.queued -= job.window.count
+    def _admit(self, count: int, size: int) -> None:
+        if self.queued + count <= self.limit and self.queued_bytes + size <= self.limit_bytes:
+            return
+        wait = str(max(1, math.ceil(self.queued / self._rate)) if self._rate else 1)
+        limit = f"{self.limit}" if self.queued + count > self.limit else f"{self.limit_bytes} bytes"
+        raise Overloaded(
+            f"{self.queued} samples are waiting; {count} more exceed the limit of {limit}",
+            field="n",
+            value=count,
+            expected=f"a retry after {wait} s, or a smaller n",
+            headers={"Retry-After": wait},
+        )
+
+    def wake(self) -> None:
+        """There may be spare work."""
+        self._wake.set()
+
+    @property
+    def oldest_wait(self) -> float:
+        """Seconds that the longest-waiting request has waited."""
+        return time.monotonic() - next(iter(self._open)).since if self._open else 0.0
 
     def problem(self) -> str | None:
         """Why no request will be answered any more, or None."""
-        if self._loop is not None and self._loop.done():
+        if any(loop.done() for loop in self._loops):
             return "the batch loop has ended"
-        if self._running_since is not None and time.monotonic() - self._running_since > _STALLED_S:
+        if self._closing:
+            return "it is stopping"
+        if self._running and time.monotonic() - min(self._running.values()) > _STALLED_S:
             return f"the device has not answered for {_STALLED_S:.0f} s"
         return None
 
-    async def close(self) -> None:
-        """Ends the loop; whoever still waits is told so."""
-        if self._loop is not None:
-            self._loop.cancel()
-            await asyncio.wait([self._loop])
-        await asyncio.to_thread(self._thread.shutdown)  # waits for the batch that runs
+    async def close(self, grace: float = 0.0) -> None:
+        """Admits nobody, answers those who wait for up to `grace` seconds, then ends; whoever still waits is told so."""
+        self._closing = True
+        self.spare = lambda: None
+        if self._open and grace:
+            await asyncio.wait([job.answer for job in self._open], timeout=grace)
+        for loop in self._loops:
+            loop.cancel()
+        if self._loops:
+            await asyncio.wait(self._loops)
+        await asyncio.to_thread(self._threads.shutdown)  # waits for the batch that runs
 
-    async def _run(self) -> None:
+    async def _run(self, lane: int) -> None:
         while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while pieces := self._seal():
-                await self._serve(pieces)
+            if pieces := self._seal():
+                await self._serve(lane, pieces)
+            elif spare := self.spare():
+                await self._serve_spare(lane, spare)
+            else:
+                self._wake.clear()
+                await self._wake.wait()
 
-    async def _serve(self, pieces: list[tuple[_Job, Window]]) -> None:
-        """Runs one batch and hands out its rows."""
-        started = self._running_since = time.monotonic()
+    async def _compute(self, lane: int, sampler: Sampler, windows: list[Window]) -> ndarray:
+        started = self._running[lane] = time.monotonic()
         try:
-            windows = [window for _, window in pieces]
-            rows = await asyncio.get_running_loop().run_in_executor(self._thread, pieces[0][0].sampler.sample, windows)
-        except Exception as error:
-            if len(pieces) == 1:
-                pieces[0][0].fail(error)
-            else:  # one request can spoil a batch: each alone, so that only the guilty one fails
-                for piece in pieces:
-                    await self._serve([piece])
-            return
+            rows = await asyncio.get_running_loop().run_in_executor(self._threads, sampler.sample, windows)
         finally:
-            self._running_since = None
+            del self._running[lane]
         self.batches += 1
+        self.batched += len(rows)
         rate = len(rows) / max(time.monotonic() - started, 1e-9)
         self._rate = rate if not self._rate else 0.9 * self._rate + 0.1 * rate
+        return rows
+
+    async def _serve(self, lane: int, pieces: list[_Piece]) -> None:
+        """Runs one batch and hands out its rows."""
+        try:
+            rows = await self._compute(lane, pieces[0].job.sampler, [piece.window for piece in pieces])
+        except Exception as error:
+            if len(pieces) == 1:
+                pieces[0].job.fail(error)
+            else:  # one request can spoil a batch: each alone, so that only the guilty one fails
+                for piece in pieces:
+                    await self._serve(lane, [piece])
+            return
         start = 0
-        for job, window in pieces:
-            job.deliver(rows[start : start + window.count])
-            start += window.count
+        for piece in pieces:
+            piece.job.deliver(piece.start, rows[start : start + piece.count])
+            start += piece.count
+
+    async def _serve_spare(self, lane: int, spare: Spare) -> None:
+        try:
+            rows = await self._compute(lane, spare.sampler, [spare.window])
+        except Exception:
+            logger.exception("spare work for %s %s failed", spare.sampler.card.model, spare.sampler.card.version)
+            return spare.done(None)
+        spare.done(rows)
 
     def _abandon(self, loop: asyncio.Task[None]) -> None:
         for job in list(self._open):
             job.fail(Unavailable("this replica stops answering", expected="a retry, which another replica answers"))
 
-    def _seal(self) -> list[tuple[_Job, Window]]:
+    def _seal(self) -> list[_Piece]:
         """The next batch, all of one sampler; requests that nobody waits for are forgotten."""
         taken: dict[_Job, int] = {}
         others: list[_Job] = []
@@ -168,7 +258,7 @@ class Batcher:
         self._jobs.extendleft(reversed(others))
         # Who got least comes first next time.
         self._jobs.extend(sorted((job for job in taken if taken[job] < job.left), key=taken.__getitem__))
-        pieces = [(job, job.window.part(job.sealed, count)) for job, count in taken.items()]
-        for job, count in taken.items():
-            job.sealed += count
+        pieces = [_Piece(job, job.sealed, count) for job, count in taken.items()]
+        for piece in pieces:
+            piece.job.sealed += piece.count
         return pieces

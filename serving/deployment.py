@@ -12,8 +12,11 @@ from ray import serve
 
 from serving.batcher import Batcher
 from serving.models import ModelTable
+from serving.pool import Pool
 from serving.rest import App
-from serving.sampler import Device
+from serving.rpc import Rpc
+from serving.sampler import Device, cuda_devices
+from serving.service import Service
 from serving.tap import Tap
 from training.registry import Registry
 
@@ -30,6 +33,9 @@ class Settings:
     device: Device
     tap_rate: float  # samples/s shown to the monitor by each replica
     threads: int  # of each ONNX session
+    grpc_port: int | None = None  # on 127.0.0.1, shared by the replicas of a machine; None: no gRPC
+    pool: int = 0  # samples of each version drawn ahead while the device is idle
+    deterministic: bool = False  # pixels bitwise the same whatever else is computed
 
 
 @serve.ingress()
@@ -37,16 +43,17 @@ class Replica:
     """Loads every aliased version before it takes traffic; a model that fails to load does not keep the others from serving."""
 
     async def __init__(self, settings: Settings) -> None:
-        self.batcher = Batcher()
-        table = ModelTable(Registry(settings.registry), settings.device, settings.threads)
+        table = ModelTable(Registry(settings.registry), settings.device, settings.threads, settings.deterministic)
         await asyncio.to_thread(table.refresh)
-        self.asgi = App(table, self.batcher, Tap(settings.monitor_url, settings.tap_rate))
+        batcher = Batcher(lanes=2 if settings.device != "cpu" and cuda_devices() else 1)  # one is copied, one is computed
+        self.service = Service(table, batcher, Tap(settings.monitor_url, settings.tap_rate), Pool(settings.pool))
+        self.rpc = Rpc(self.service, settings.grpc_port) if settings.grpc_port is not None else None
 
     def __serve_build_asgi_app__(self) -> App:
-        return self.asgi
+        return App(self.service, self.rpc)
 
     async def check_health(self) -> None:
-        if problem := self.batcher.problem():
+        if problem := self.service.batcher.problem():
             raise RuntimeError(problem)
 
 
@@ -58,6 +65,9 @@ def build(
     num_gpus: float = 0.0,
     tap_rate: float = 2000.0,
     threads: int = 1,
+    grpc_port: int | None = None,
+    pool: int = 0,
+    deterministic: bool = False,
 ) -> serve.Application:
     """The application, for `serve.run`. `num_gpus`: of each replica, a fraction lets replicas share a device."""
     deployment = serve.deployment(
@@ -70,4 +80,4 @@ def build(
         logging_config={"enable_access_log": False},  # requests are counted, and the counts reach the monitor
         ray_actor_options={"num_cpus": 0.5, "num_gpus": num_gpus},
     )(Replica)
-    return deployment.bind(Settings(registry, monitor_url, device, tap_rate, threads))
+    return deployment.bind(Settings(registry, monitor_url, device, tap_rate, threads, grpc_port, pool, deterministic))

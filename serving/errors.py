@@ -95,12 +95,19 @@ class Unavailable(ServingError):
     status, code = 503, "unavailable"
 
 
+class DeadlineExceeded(ServingError):
+    """The client said how long it would wait, or the server's own limit was met."""
+
+    status, code = 504, "deadline_exceeded"
+
+
 KINDS = (
     BadRequest,
     NotFound,
     MethodNotAllowed,
     NotAcceptable,
     BodyTooLarge,
+    DeadlineExceeded,
     InvalidValue,
     Overloaded,
     SamplingFailed,

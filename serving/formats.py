@@ -1,4 +1,6 @@
-"""Samples -> bytes by media type, and which media type an Accept header asks for. A new format is one function and one line."""
+"""Samples -> bytes by media type, and which media type an Accept header asks for. A new format is one function and one line;
+one that can be sent piece by piece is a class of three methods: head, rows, tail.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +34,6 @@ def json_text(samples: ndarray, about: dict[str, Any]) -> bytes:
     return f'{json.dumps(about)[:-1]}, "samples": [{rows}]}}'.encode()
 
 
-def npy(samples: ndarray, about: dict[str, Any]) -> bytes:
-    """NumPy's own file format: `numpy.load(io.BytesIO(body))`."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(samples), allow_pickle=False)
-    return buffer.getvalue()
-
-
 def png(samples: UInt8[ndarray, "n h w c"], about: dict[str, Any]) -> bytes:
     """One picture: a square grid of the images, row by row, without gaps; unused cells are black."""
     n, h, w, c = samples.shape
@@ -52,11 +47,95 @@ def png(samples: UInt8[ndarray, "n h w c"], about: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
+class Raw:
+    """Row-major bytes and nothing else; the headers X-Ganwatch-Shape and -Dtype say what they are."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str, about: dict[str, Any]) -> None:
+        """`shape`: [n, *sample_shape] of all that will be sent."""
+        self.shape, self.dtype, self.about = shape, np.dtype(dtype), about
+        self.row_bytes = math.prod(shape[1:]) * self.dtype.itemsize
+
+    @property
+    def length(self) -> int | None:
+        """Bytes from head to tail, where they are known beforehand."""
+        return len(self.head()) + self.shape[0] * self.row_bytes
+
+    def head(self) -> bytes:
+        return b""
+
+    def rows(self, samples: ndarray) -> bytes:
+        return samples.tobytes()
+
+    def tail(self) -> bytes:
+        return b""
+
+
+class Npy(Raw):
+    """NumPy's own file format: `numpy.load(io.BytesIO(body))`."""
+
+    def head(self) -> bytes:
+        buffer = io.BytesIO()
+        fields = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": self.shape}
+        np.lib.format.write_array_header_1_0(buffer, fields)
+        return buffer.getvalue()
+
+
+class ArrowStream(Raw):
+    """An Arrow IPC stream: one column `samples` of fixed-shape tensors, one batch for each piece, the request in its metadata."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str, about: dict[str, Any]) -> None:
+        import pyarrow  # takes longer to load than all else here, and few ask for it
+
+        super().__init__(shape, dtype, about)
+        self._arrow = pyarrow
+        self._type = pyarrow.fixed_shape_tensor(pyarrow.from_numpy_dtype(self.dtype), shape[1:])
+        self._schema = pyarrow.schema([("samples", self._type)], {name: str(value) for name, value in about.items()})
+
+    @property
+    def length(self) -> int | None:
+        return None
+
+    def head(self) -> bytes:
+        return self._schema.serialize().to_pybytes()
+
+    def rows(self, samples: ndarray) -> bytes:
+        arrow = self._arrow
+        values = arrow.array(samples.reshape(-1))
+        storage = arrow.FixedSizeListArray.from_arrays(values, math.prod(self.shape[1:]))
+        batch = arrow.record_batch([arrow.ExtensionArray.from_storage(self._type, storage)], schema=self._schema)
+        return batch.serialize().to_pybytes()
+
+    def tail(self) -> bytes:
+        return b"\xff\xff\xff\xff\x00\x00\x00\x00"  # the format's end-of-stream marker
+
+
+STREAMS: dict[str, type[Raw]] = {
+    "application/x-npy": Npy,
+    "application/octet-stream": Raw,
+    "application/vnd.apache.arrow.stream": ArrowStream,
+}
+
+
+def _whole(kind: type[Raw]) -> Callable[[ndarray, dict[str, Any]], bytes]:
+    def encode(samples: ndarray, about: dict[str, Any]) -> bytes:
+        stream = kind(samples.shape, samples.dtype.name, about)
+        return b"".join((stream.head(), stream.rows(samples), stream.tail()))
+
+    return encode
+
+
 FORMATS: dict[str, Callable[[ndarray, dict[str, Any]], bytes]] = {
     "application/json": json_text,
-    "application/x-npy": npy,
+    "application/x-npy": _whole(Npy),
     "image/png": png,
+    "application/octet-stream": _whole(Raw),
+    "application/vnd.apache.arrow.stream": _whole(ArrowStream),
 }
+
+
+def as_dtype(samples: ndarray, dtype: str) -> ndarray:
+    """Served samples as `dtype`: bytes of images become float32 from 0 to 1, everything else stays as it is."""
+    return samples if samples.dtype == dtype else samples.astype(np.float32) / np.float32(255)
 
 
 def available(sample_shape: tuple[int, ...]) -> list[str]:

@@ -10,11 +10,10 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from serving.sampler import Device, Sampler, check_device
-from training.bundle import open_bundle
 from training.registry import Registry, RegistryError
 
 _POLL_S = 0.25
@@ -33,12 +32,18 @@ class Model:
         default_factory=dict
     )  # alias -> what answers: the version before, where the wanted one was refused
     errors: Mapping[str, str] = field(default_factory=dict)  # alias -> why its version is not served
+    share: float = 0.0  # of the requests that name neither seed nor version: what the canary answers
     stamp: tuple[int, ...] = ()  # of aliases.json when it was read
     attempted: float = 0.0  # time.monotonic() of that
 
     def find(self, reference: str) -> Sampler | None:
         """What answers for an alias or a version, among those that an alias names."""
         return self.serving.get(reference) or next((s for s in self.serving.values() if s.card.version == reference), None)
+
+    def answering(self) -> list[Sampler]:
+        """What answers requests that name no version."""
+        aliases = ("production", "canary") if self.share else ("production",)
+        return [self.serving[alias] for alias in aliases if alias in self.serving]
 
     @property
     def is_ready(self) -> bool:
@@ -48,10 +53,11 @@ class Model:
 class ModelTable:
     """The samplers of every model of `registry`. `refresh` once before serving, then `start` to follow the aliases."""
 
-    def __init__(self, registry: Registry, device: Device = "auto", threads: int = 1) -> None:
+    def __init__(self, registry: Registry, device: Device = "auto", threads: int = 1, deterministic: bool = False) -> None:
         check_device(device)
-        self.registry, self.device, self.threads = registry, device, threads
+        self.registry, self.device, self.threads, self.deterministic = registry, device, threads, deterministic
         self.models: Mapping[str, Model] = {}
+        self.changed: Callable[[], None] = lambda: None  # called after each swap, by the thread that made it
         self.load_failures: Counter[str] = Counter()  # model -> versions refused, each attempt counted
         self._recent: OrderedDict[tuple[str, str, int, int], Sampler] = OrderedDict()
         self._lock = threading.Lock()
@@ -69,6 +75,7 @@ class ModelTable:
             models = {name: self._refreshed(name, self.models.get(name, Model())) for name in self.registry.models()}
         if models != self.models:
             self.models = models
+            self.changed()
 
     def version(self, model: str, reference: str) -> Sampler:
         """A version that no alias may name, loaded when first asked for. Blocks.
@@ -91,7 +98,7 @@ class ModelTable:
         while not self._stop.wait(_POLL_S):
             try:
                 self.refresh()
-            except OSError as error:
+            except Exception as error:  # whatever it is, the aliases must be followed again when it is mended
                 logger.warning("the registry at %s cannot be read: %s", self.registry.root, error)
 
     def _refreshed(self, name: str, before: Model) -> Model:
@@ -100,7 +107,7 @@ class ModelTable:
             return before
         now = time.monotonic()
         try:
-            aliases = self.registry.aliases(name)
+            aliases, share = self.registry.aliases(name), self.registry.canary_share(name)
         except RegistryError as error:
             return replace(before, errors={"aliases.json": str(error)}, stamp=stamp, attempted=now)
         serving, errors = {}, {}
@@ -112,7 +119,7 @@ class ModelTable:
                 logger.warning("%s of model %s is not served: %s", alias, name, errors[alias])
                 if alias in before.serving:
                     serving[alias] = before.serving[alias]
-        return Model(aliases, serving, errors, stamp, now)
+        return Model(aliases, serving, errors, share, stamp, now)
 
     def _load(self, model: str, version: str) -> Sampler:
         path = self.registry.root / model / version
@@ -121,7 +128,7 @@ class ModelTable:
             # The stamp tells a version that was deleted and published again under the same name.
             key = (model, version, card.st_mtime_ns, card.st_ino)
             if key not in self._recent:
-                self._recent[key] = Sampler(open_bundle(path), self.device, self.threads)
+                self._recent[key] = Sampler(self.registry.open(model, version), self.device, self.threads, self.deterministic)
         except Exception:
             self.load_failures[model] += 1
             raise

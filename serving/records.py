@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -30,13 +30,18 @@ class Record:
     offset: int
     samples: ndarray  # [k, *sample_shape], uint8 or float32
     at: float
-    label: int | None = None  # the class the request named; None: drawn from the class law, or no classes
+    label: int | tuple | None = None  # the class the request named, or one (int) for each row; None: drawn, or no classes
     truncation: float = 1.0
 
     @property
     def is_fresh(self) -> bool:
         """Whether these are independent draws of the model's own law: the only samples an alarm may eat."""
         return self.origin in ("server_seed", "probe") and self.truncation == 1.0 and self.label is None
+
+    def head(self, count: int) -> Record:
+        """The first `count` rows, copied: a view would keep the whole batch alive."""
+        label = self.label[:count] if isinstance(self.label, tuple) else self.label
+        return replace(self, samples=self.samples[:count].copy(), label=label)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ class Heartbeat:
                 header = json.loads(data["header"].tobytes())
                 if header["schema"] != SCHEMA:
                     raise ValueError(f"schema is {header['schema']!r}, this monitor reads {SCHEMA}")
+                for r in header["records"]:
+                    r["label"] = tuple(r["label"]) if isinstance(r.get("label"), list) else r.get("label")
                 records = tuple(Record(**r, samples=data[f"r{i}"]) for i, r in enumerate(header["records"]))
                 return Heartbeat(header["replica"], header["at"], records, header["counters"])
         except Exception as error:  # numpy, zipfile and json each raise their own for a broken body

@@ -15,41 +15,56 @@ import onnxruntime
 from jaxtyping import Float32, Int64
 from numpy import ndarray
 
-from training.bundle import Bundle, BundleError, sample_classes
+from training.bundle import Bundle, BundleError, Card, sample_classes
 
 Device = Literal["auto", "cpu", "cuda"]
 
 # Their own generators would make rows depend on what was asked before.
 _RANDOM_OPS = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial")
 _TENSOR = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
-_WARM_ROWS = (1, 64)
+BUCKETS = (1, 8, 32, 64, 128, 256)  # rows of a run where its shape matters; all are run once before a sampler is ready
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Window:
-    """Rows offset .. offset + count of `seed`."""
+    """Rows offset .. offset + count of `seed`; or given latents, of which the seed draws the classes alone."""
 
     seed: int
     offset: int
     count: int
-    label: int | None = None  # index of a class; None: drawn from the class law
+    label: int | tuple[int, ...] | None = None  # index of a class, or of one for each row; None: drawn from the class law
     truncation: float = 1.0
+    z: Float32[ndarray, "count d"] | None = None
 
     def part(self, start: int, count: int) -> Window:
-        return replace(self, offset=self.offset + start, count=count)
+        label = self.label[start : start + count] if isinstance(self.label, tuple) else self.label
+        z = None if self.z is None else self.z[start : start + count]
+        return replace(self, offset=self.offset + start, count=count, label=label, z=z)
+
+    def latents(self, card: Card) -> Float32[ndarray, "count d"]:
+        if self.z is not None:
+            return self.z
+        return card.latents(seed=self.seed, offset=self.offset, count=self.count, truncation=self.truncation)
+
+    def classes(self, card: Card) -> Int64[ndarray, "count"]:
+        if self.label is None:
+            return sample_classes(np.asarray(card.class_shares), seed=self.seed, offset=self.offset, count=self.count)
+        return np.full(self.count, self.label, np.int64)
 
 
 class Sampler:
     """The generator of one verified bundle.
 
     `device`: "cuda" needs a working CUDA session, "auto" takes CUDA where a device answers, else the CPU.
-    `threads`: intra-op threads of the session.
+    `threads`: intra-op threads of the session. `deterministic`: every run has the same shape, so that a row's bits depend on
+    nothing else that ran with it, on any device; costs the time of a full run even for one row.
     Raises BundleError where the model is not what its card says, RuntimeError where CUDA was asked for and is absent.
     """
 
-    def __init__(self, bundle: Bundle, device: Device = "auto", threads: int = 1) -> None:
+    def __init__(self, bundle: Bundle, device: Device = "auto", threads: int = 1, deterministic: bool = False) -> None:
         check_device(device)
         self.card = bundle.card
+        self.sample_bytes = int(np.prod(self.card.sample_shape)) * np.dtype(self.card.sample_dtype).itemsize
         model = bundle.model_path.read_bytes()
         # The op type is the only text under field 4 (tag 0x22) of an ONNX node: its bytes show, also in subgraphs and functions.
         for op in _RANDOM_OPS:
@@ -58,28 +73,36 @@ class Sampler:
         self._session = _open_session(model, bundle, device, threads)
         self.provider: str = self._session.get_providers()[0]
         self._check_signature(bundle)
-        for rows in _WARM_ROWS:
+        # A GPU chooses its algorithms for each shape anew; a CPU gains nothing from rows that nobody asked for.
+        self.buckets = BUCKETS[-1:] if deterministic else BUCKETS if self.provider != "CPUExecutionProvider" else ()
+        for rows in self.buckets or BUCKETS:
             self.sample([Window(seed=0, offset=0, count=rows)])
 
     def sample(self, windows: Sequence[Window]) -> ndarray:
-        """The rows of all windows, one after the other: uint8 [n, h, w, c] or float32 [n, d]. One run of the model."""
+        """The rows of all windows, one after the other: uint8 [n, h, w, c] or float32 [n, d]."""
         card = self.card
-        z = [card.latents(seed=w.seed, offset=w.offset, count=w.count, truncation=w.truncation) for w in windows]
-        y = np.concatenate([self._classes(w) for w in windows]) if card.classes else None
-        return self.run(np.concatenate(z), y)
+        z = np.concatenate([window.latents(card) for window in windows])
+        return self.run(z, np.concatenate([window.classes(card) for window in windows]) if card.classes else None)
 
     def run(self, z: Float32[ndarray, "n d"], y: Int64[ndarray, "n"] | None = None) -> ndarray:
-        """The samples of given latents (and classes)."""
+        """The samples of given latents (and classes), in runs of the buckets' sizes where there are buckets."""
+        if not self.buckets:
+            return self._run(z, y)
+        step = self.buckets[-1]
+        runs = [self._padded(z[i : i + step], None if y is None else y[i : i + step]) for i in range(0, len(z), step)]
+        return runs[0] if len(runs) == 1 else np.concatenate(runs)
+
+    def _padded(self, z: Float32[ndarray, "n d"], y: Int64[ndarray, "n"] | None) -> ndarray:
+        n = len(z)
+        more = next(rows for rows in self.buckets if rows >= n) - n
+        return self._run(np.pad(z, ((0, more), (0, 0))), None if y is None else np.pad(y, (0, more)))[:n]
+
+    def _run(self, z: Float32[ndarray, "n d"], y: Int64[ndarray, "n"] | None) -> ndarray:
         samples = self._session.run(["samples"], {"z": z} if y is None else {"z": z, "y": y})[0]
         if samples.shape != (len(z), *self.card.sample_shape):
             expected = self.card.sample_shape
             raise BundleError(f"{self.card.model} {self.card.version} gave shape {samples.shape} for {len(z)} rows of {expected}")
         return samples
-
-    def _classes(self, window: Window) -> Int64[ndarray, "n"]:
-        if window.label is None:
-            return sample_classes(np.asarray(self.card.class_shares), seed=window.seed, offset=window.offset, count=window.count)
-        return np.full(window.count, window.label, np.int64)
 
     def _check_signature(self, bundle: Bundle) -> None:
         card = self.card

@@ -10,7 +10,6 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import replace
 
 import httpx
 
@@ -46,8 +45,7 @@ class Tap:
             self.counters[f'tap_skipped_samples_total{{model="{record.model}"}}'] += len(record.samples) - count
         if not count:
             return
-        # A copy: a view would keep the whole batch alive.
-        record = replace(record, samples=record.samples[:count].copy())
+        record = record.head(count)
         with self._lock:
             self._ring.append(record)
             self._held += count

@@ -31,7 +31,7 @@ SEED_LIMIT = 2**63  # seeds, offsets and offset + count lie in [0, 2^63)
 DUPLICATE_BLOCK = 32  # samples looked at together when searching for exact repeats
 
 # Each use of a seed reads its own Philox key, so that classes never depend on how many words a latent takes.
-_LATENT_STREAM, _CLASS_STREAM = 0, 1
+_LATENT_STREAM, _CLASS_STREAM, _ORDER_STREAM = 0, 1, 2
 
 
 class BundleError(ValueError):
@@ -105,6 +105,29 @@ class SignGaussian:
             u = (1.0 - truncation) / 2 + truncation * u
         z[:, self.signs :] = ndtri(u) * self.scale
         return z
+
+    def interpolate(self, *, seeds: tuple[int, int], offset: int = 0, count: int) -> Float32[ndarray, "count d"]:
+        """A path of `count` rows from row `offset` of one seed to row `offset` of another: both ends are those rows, bitwise.
+
+        Gaussian part: cos(t) a + sin(t) b with t from 0 to pi/2, the great circle on which two independent draws meet (after
+        White, arXiv:1609.04468). Signs: those that differ flip one by one, evenly along the path, in an order that the two
+        seeds draw; no sign is ever scaled. Each row alone has exactly this law where the seeds differ; equal seeds give one row
+        `count` times.
+        """
+        first, last = (self.sample(seed=seed, offset=offset, count=1)[0].astype(np.float64) for seed in seeds)
+        if seeds[0] == seeds[1]:
+            return np.repeat(first[None].astype(np.float32), count, axis=0)
+        steps = np.arange(count)[:, None]
+        end = max(count - 1, 1)
+        z = np.sin(np.pi / 2 * (end - steps) / end) * first + np.sin(np.pi / 2 * steps / end) * last
+        order = np.bitwise_xor(*(philox_words(seed, _ORDER_STREAM, offset, 1, max(self.signs, 1))[0] for seed in seeds))[: self.signs]
+        differing = np.flatnonzero(first[: self.signs] != last[: self.signs])
+        rank = np.empty(len(differing), np.int64)
+        rank[np.argsort(order[differing], kind="stable")] = np.arange(len(differing))
+        flips = (2 * steps * len(differing) + end) // (2 * end)  # how many have flipped by then, rounded
+        z[:, : self.signs] = first[: self.signs]
+        z[:, differing] = np.where(rank < flips, last[differing], first[differing])
+        return z.astype(np.float32)
 
 
 def sample_classes(shares: Float64[ndarray, "c"], *, seed: int, offset: int = 0, count: int) -> Int64[ndarray, "count"]:

@@ -34,6 +34,7 @@ class AliasChange:
     version: str | None  # None: the alias was removed
     at: str  # ISO 8601, UTC
     reason: str
+    share: float = 0.0  # of a canary: how many of the requests that name neither seed nor version it answers
 
 
 def ganwatch_home() -> Path:
@@ -69,6 +70,10 @@ class Registry:
             else:
                 current[change.alias] = change.version
         return current
+
+    def canary_share(self, model: str) -> float:
+        """The share of the requests that the canary answers now; 0 where there is none."""
+        return next((change.share for change in reversed(self.history(model)) if change.alias == "canary"), 0.0)
 
     def history(self, model: str) -> list[AliasChange]:
         """Every change of an alias, oldest first."""
@@ -127,15 +132,20 @@ class Registry:
             os.rename(staged, target)
         return open_bundle(target)
 
-    def set_alias(self, model: str, alias: str, reference: str | None, *, reason: str) -> AliasChange:
-        """Point `alias` at a version (None removes it), in one step, with the reason kept for ever."""
+    def set_alias(self, model: str, alias: str, reference: str | None, *, reason: str, share: float = 0.0) -> AliasChange:
+        """Point `alias` at a version (None removes it), in one step, with the reason kept for ever.
+
+        `share`: of a canary, the part of the requests that name neither seed nor version which it answers.
+        """
         if alias not in ALIASES:
             raise RegistryError(f"alias is {alias!r}; it must be one of {', '.join(ALIASES)}")
+        if not 0.0 <= share <= 1.0 or (share and (alias != "canary" or reference is None)):
+            raise RegistryError(f"share is {share!r} for {alias}; it must lie in [0, 1], and only a canary has one")
         version = None if reference is None else self.resolve(model, reference)
         if version is not None:
             self.open(model, version)
         with self._locked(model):
-            change = AliasChange(alias, version, datetime.now(UTC).isoformat(timespec="milliseconds"), reason)
+            change = AliasChange(alias, version, datetime.now(UTC).isoformat(timespec="milliseconds"), reason, share)
             history = [*self.history(model), change]
             target = self.root / model / "aliases.json"
             partial = target.with_suffix(".json.partial")

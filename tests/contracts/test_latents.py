@@ -18,6 +18,12 @@ GOLDEN = [
     ["0x1.0000000000000p+0", "-0x1.0000000000000p+0", "-0x1.0000000000000p+0", "-0x1.62de1a0000000p-1", "0x1.078c180000000p-2", "-0x1.11df240000000p-2"],
     ["-0x1.0000000000000p+0", "0x1.0000000000000p+0", "-0x1.0000000000000p+0", "0x1.2918fa0000000p-1", "-0x1.28ab9a0000000p-2", "0x1.1a89980000000p-1"],
 ]
+GOLDEN_PATH = [
+    ["-0x1.0000000000000p+0", "-0x1.0000000000000p+0", "0x1.0000000000000p+0", "-0x1.0000000000000p+0", "0x1.0000000000000p+0", "-0x1.d702f00000000p-1", "0x1.a3f7c60000000p-1"],
+    ["-0x1.0000000000000p+0", "0x1.0000000000000p+0", "0x1.0000000000000p+0", "-0x1.0000000000000p+0", "0x1.0000000000000p+0", "-0x1.e8bc780000000p-1", "0x1.896ba20000000p-1"],
+    ["-0x1.0000000000000p+0", "0x1.0000000000000p+0", "-0x1.0000000000000p+0", "0x1.0000000000000p+0", "0x1.0000000000000p+0", "-0x1.7781240000000p-1", "0x1.0574d20000000p-1"],
+    ["0x1.0000000000000p+0", "0x1.0000000000000p+0", "-0x1.0000000000000p+0", "0x1.0000000000000p+0", "0x1.0000000000000p+0", "-0x1.43502e0000000p-2", "0x1.db7b440000000p-4"],
+]
 GOLDEN_CLASSES = [8, 7, 8, 0, 2, 4, 7, 0, 4, 7, 6, 0]
 
 
@@ -39,6 +45,43 @@ def test_classes_never_change() -> None:
     shares = np.full(10, 0.1)
     assert sample_classes(shares, seed=7, count=12).tolist() == GOLDEN_CLASSES
     assert sample_classes(shares, seed=7, offset=5, count=7).tolist() == GOLDEN_CLASSES[5:]
+
+
+def test_the_golden_path_never_changes() -> None:
+    path = SignGaussian(5, 2, 0.5).interpolate(seeds=(7, 3), offset=2**62, count=4)
+    assert [[float(v).hex() for v in row] for row in path] == GOLDEN_PATH
+
+
+@given(laws, st.tuples(seeds, seeds), st.integers(0, 2**62), st.integers(1, 150))
+def test_a_path_leads_from_row_to_row_and_flips_signs_one_by_one(law: SignGaussian, ends: tuple[int, int], offset: int, count: int) -> None:
+    path = law.interpolate(seeds=ends, offset=offset, count=count)
+    first, last = (law.sample(seed=seed, offset=offset, count=1)[0] for seed in ends)
+    assert path[0].tobytes() == first.tobytes()
+    if count > 1:
+        assert path[-1].tobytes() == last.tobytes()
+    signs = path[:, : law.signs]
+    assert np.isin(signs, (-1.0, 1.0)).all()
+    differing = int((first != last)[: law.signs].sum())
+    flips = (np.diff(signs, axis=0) != 0).sum(1)
+    if count > 1:
+        assert flips.sum() == differing  # each once, and none that is alike at both ends
+        assert flips.max(initial=0) <= -(-differing // (count - 1))
+    if count > 2 * differing:
+        assert flips.max(initial=0) <= 1
+
+
+def test_each_row_of_a_path_has_the_law_itself() -> None:
+    law = SignGaussian(4, 3, 0.5)
+    rows = np.stack([law.interpolate(seeds=(2 * i, 2 * i + 1), count=5) for i in range(1500)])
+    for step in range(5):
+        for column in rows[:, step, law.signs :].T:
+            assert stats.kstest(column / law.scale, "norm").pvalue > 1e-6
+        assert np.abs(rows[:, step, : law.signs].mean(0)).max() < 5 / np.sqrt(len(rows))
+
+
+def test_a_path_from_a_seed_to_itself_stays_there() -> None:
+    law = SignGaussian(4, 3)
+    assert np.array_equal(law.interpolate(seeds=(5, 5), offset=3, count=4), np.repeat(law.sample(seed=5, offset=3, count=1), 4, axis=0))
 
 
 @pytest.mark.parametrize("law", LAWS, ids=str)

@@ -16,7 +16,7 @@ samples = st.one_of(
 )
 records = st.builds(
     Record, model=st.text(min_size=1), version=st.just("v1"), origin=st.sampled_from(ORIGINS), seed=st.integers(0, 2**63 - 1),
-    offset=st.integers(0, 2**63 - 1), samples=samples, at=st.floats(0, 4e9), label=st.none() | st.integers(0, 9), truncation=st.sampled_from([1.0, 0.5]),
+    offset=st.integers(0, 2**63 - 1), samples=samples, at=st.floats(0, 4e9), label=st.none() | st.integers(0, 9) | st.just((3, 1)), truncation=st.sampled_from([1.0, 0.5]),
 )  # fmt: skip
 
 
@@ -41,3 +41,12 @@ def test_only_independent_draws_of_the_whole_law_are_fresh(origin: str, truncati
 def test_what_is_no_heartbeat_is_refused(body: bytes) -> None:
     with pytest.raises(ValueError, match="heartbeat"):
         Heartbeat.decode(body)
+
+
+def test_the_head_of_a_record_is_a_copy_with_the_classes_of_its_rows() -> None:
+    rows = np.arange(6, dtype=np.float32).reshape(3, 2)
+    record = Record("m", "v1", "client_seed", 1, 5, rows, 0.0, label=(2, 0, 1))
+    head = record.head(2)
+    assert (head.label, head.offset, head.samples.tolist()) == ((2, 0), 5, rows[:2].tolist())
+    assert head.samples.base is None
+    assert Record("m", "v1", "client_seed", 1, 5, rows, 0.0, label=2).head(1).label == 2

@@ -24,7 +24,7 @@ from PIL import Image
 from deploy import stack
 
 ROOT = Path(__file__).resolve().parents[2]
-PORTS = ("http", "monitor", "dashboard", "prometheus", "alertmanager")  # the rest is chosen by `up`
+PORTS = ("http", "grpc", "monitor", "dashboard", "prometheus", "alertmanager")  # the rest is chosen by `up`
 
 
 @dataclass

@@ -14,8 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from serving.batcher import Batcher
 from serving.models import ModelTable
+from serving.pool import Pool
 from serving.rest import App
 from serving.sampler import Sampler
+from serving.service import Service
 from serving.tap import Tap
 from training.bundle import Bundle, Card, Certificate, Reference, SignGaussian, write_arrays
 from training.registry import Registry
@@ -150,15 +152,15 @@ def samplers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sampler]:
 
 
 @asynccontextmanager
-async def running(registry: Registry, *, batcher: Batcher | None = None, tap_url: str | None = None) -> AsyncIterator[App]:
-    """An app over `registry` on the CPU, loaded once; it follows the registry only when `app.table.refresh` is called."""
+async def running(registry: Registry, *, batcher: Batcher | None = None, pool: Pool | None = None, tap_url: str | None = None) -> AsyncIterator[App]:
+    """An app over `registry` on the CPU, loaded once; it follows the registry only when `app.service.table.refresh` is called."""
     table = ModelTable(registry, "cpu")
     table.refresh()
-    app = App(table, batcher or Batcher(), Tap(tap_url))
+    app = App(Service(table, batcher or Batcher(), Tap(tap_url), pool))
     try:
         yield app
     finally:
-        await app.batcher.close()
+        await app.service.batcher.close()
 
 
 def connect(app: App) -> httpx.AsyncClient:

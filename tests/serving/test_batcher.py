@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.batcher import Batcher
-from serving.errors import Overloaded, Unavailable
+from serving.batcher import Batcher, Spare
+from serving.errors import DeadlineExceeded, Overloaded, Unavailable
 from serving.sampler import Sampler, Window
 
 POISON = 666  # a seed on which the faulty sampler fails
@@ -60,8 +60,8 @@ request = st.tuples(
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(request, min_size=1, max_size=12), st.integers(1, 64), st.integers(1, 16))
-def test_answers_depend_on_nothing_but_the_window(samplers, requests, batch, turn):
+@given(st.lists(request, min_size=1, max_size=12), st.integers(1, 64), st.integers(1, 16), st.integers(1, 3))
+def test_answers_depend_on_nothing_but_the_window(samplers, requests, batch, turn, lanes):
     faulty = {name: Faulty(sampler) for name, sampler in samplers.items()}
 
     async def ask(batcher, name, seed, offset, count, leaves):
@@ -72,9 +72,10 @@ def test_answers_depend_on_nothing_but_the_window(samplers, requests, batch, tur
         return await work
 
     async def scene():
-        async with closing(Batcher(batch=batch, turn=turn)) as batcher:
+        async with closing(Batcher(batch=batch, turn=turn, lanes=lanes)) as batcher:
             answers = await asyncio.wait_for(asyncio.gather(*(ask(batcher, *r) for r in requests), return_exceptions=True), 20)
-            assert batcher.queued == 0
+            assert batcher.queued == batcher.queued_bytes == 0
+            assert batcher.oldest_wait == 0
             assert batcher.problem() is None
             return answers
 
@@ -154,3 +155,157 @@ def test_a_device_that_does_not_answer_is_noticed(samplers, monkeypatch):
             assert batcher.problem() is None
 
     asyncio.run(scene())
+
+
+class Counting(Sampler):
+    """A sampler that counts its runs."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.__dict__.update(sampler.__dict__)
+        self.runs = 0
+
+    def sample(self, windows):
+        self.runs += 1
+        return super().sample(windows)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=40), st.integers(1, 4))
+def test_beside_a_large_request_a_small_one_waits_for_three_batches_at_most(samplers, pauses, large):
+    """`pauses`: turns of the event loop between two requests of one sample, beside `large` requests of 60,000."""
+
+    async def small(batcher, counting, seed):
+        before = counting.runs
+        await batcher.submit(counting, Window(seed, 0, 1))
+        return counting.runs - before
+
+    async def scene():
+        counting = Counting(samplers["ring"])
+        async with closing(Batcher()) as batcher:
+            endless = [batcher.submit(counting, Window(seed, 0, 60_000)) for seed in range(large)]
+            waits = []
+            for seed, pause in enumerate(pauses):
+                waits.append(asyncio.ensure_future(small(batcher, counting, seed)))
+                for _ in range(pause):
+                    await asyncio.sleep(0)
+            for work in endless:
+                assert not work.done()
+            counts = await asyncio.gather(*waits)
+            for work in endless:
+                work.cancel()
+            return counts
+
+    assert max(asyncio.run(scene())) <= 3
+
+
+def test_what_hangs_a_naive_batch_loop_for_good(samplers):
+    """A request whose size cannot be told, and a cancelled one larger than a batch: the next one is answered."""
+
+    class Sizeless(Window):
+        def latents(self, card):
+            raise TypeError("no size")
+
+    gated = Gated(samplers["digits"])
+
+    async def scene():
+        async with closing(Batcher(batch=16)) as batcher:
+            running = batcher.submit(gated, Window(0, 0, 1))
+            await asyncio.to_thread(gated.entered.wait)
+            sizeless = batcher.submit(gated, Sizeless(1, 0, 3))
+            oversized = batcher.submit(gated, Window(2, 0, 1000))
+            oversized.cancel()
+            after = batcher.submit(gated, Window(3, 0, 2))
+            gated.gate.set()
+            assert len(await running) == 1
+            with pytest.raises(TypeError, match="no size"):
+                await sizeless
+            assert len(await after) == 2
+            assert len(await batcher.submit(gated, Window(4, 0, 40))) == 40
+            assert batcher.problem() is None
+
+    asyncio.run(asyncio.wait_for(scene(), 20))
+
+
+def test_who_waits_too_long_is_told_so_and_is_not_computed(samplers):
+    gated = Gated(samplers["digits"])
+
+    async def scene():
+        async with closing(Batcher()) as batcher:
+            first = batcher.submit(gated, Window(0, 0, 1), timeout=60.0)
+            await asyncio.to_thread(gated.entered.wait)
+            with pytest.raises(DeadlineExceeded, match=r"no answer within 0\.01 s"):
+                await batcher.submit(gated, Window(1, 0, 1), timeout=0.01)
+            assert batcher.queued == 1
+            gated.gate.set()
+            await first
+            await batcher.submit(gated, Window(2, 0, 1))
+            assert gated.batches == [[(0, 1)], [(2, 1)]]
+
+    asyncio.run(scene())
+
+
+def test_the_size_of_the_answers_is_limited_too(samplers):
+    async def scene():
+        async with closing(Batcher(limit_bytes=64 * 10)) as batcher:
+            with pytest.raises(Overloaded, match="11 more exceed the limit of 640 bytes"):
+                await batcher.submit(samplers["digits"], Window(0, 0, 11))
+            assert len(await batcher.submit(samplers["digits"], Window(0, 0, 10))) == 10
+            assert len(await batcher.submit(samplers["ring"], Window(0, 0, 80))) == 80
+
+    asyncio.run(scene())
+
+
+def test_a_batcher_that_stops_answers_those_who_wait_and_admits_nobody(samplers):
+    gated = Gated(samplers["digits"])
+
+    async def scene():
+        batcher = Batcher(batch=8)
+        waiting = batcher.submit(gated, Window(0, 0, 30))
+        await asyncio.to_thread(gated.entered.wait)
+        closing = asyncio.ensure_future(batcher.close(grace=20))
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable, match="it is stopping"):
+            await batcher.submit(gated, Window(1, 0, 1))
+        gated.gate.set()
+        assert len(await waiting) == 30
+        await closing
+
+    asyncio.run(scene())
+
+
+def test_two_lanes_keep_two_batches_on_the_device(samplers):
+    gated = Gated(samplers["digits"])
+
+    async def scene():
+        async with closing(Batcher(batch=4, lanes=2)) as batcher:
+            work = batcher.submit(gated, Window(0, 0, 10))
+            while len(gated.batches) < 2:
+                await asyncio.sleep(0.001)
+            assert gated.batches == [[(0, 4)], [(0, 4)]]
+            gated.gate.set()
+            np.testing.assert_array_equal(await work, samplers["digits"].sample([Window(0, 0, 10)]))
+
+    asyncio.run(scene())
+
+
+def test_spare_work_is_done_only_while_nobody_waits_and_its_failure_harms_nobody(samplers):
+    gated, events = Gated(samplers["digits"]), []
+    spare = [
+        Spare(Faulty(samplers["digits"]), Window(POISON, 0, 2), lambda rows: events.append(("failed", rows))),
+        Spare(samplers["ring"], Window(5, 0, 3), lambda rows: events.append(("drawn", len(rows)))),
+    ]
+
+    async def scene():
+        async with closing(Batcher()) as batcher:
+            waiting = [batcher.submit(gated, Window(seed, 0, 1)) for seed in (0, 1)]
+            batcher.spare = lambda: spare.pop() if spare else None
+            for work in waiting:
+                work.add_done_callback(lambda _: events.append("answered"))
+            gated.gate.set()
+            await asyncio.gather(*waiting)
+            while len(events) < 4:
+                await asyncio.sleep(0.001)
+            assert len(await batcher.submit(gated, Window(2, 0, 1))) == 1
+
+    asyncio.run(scene())
+    assert events == ["answered", "answered", ("drawn", 3), ("failed", None)]

@@ -5,6 +5,7 @@ import http.client
 import json
 import socket
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -14,11 +15,13 @@ import pytest
 import uvicorn
 
 from serving.batcher import Batcher
-from serving.client import Client
-from serving.errors import InvalidValue, NotAcceptable, NotFound, ServingError
+from serving.client import AsyncClient, Client
+from serving.dataset import dataset
+from serving.errors import InvalidValue, NotAcceptable, NotFound, Overloaded, ServingError, Unavailable
 from serving.models import ModelTable
 from serving.rest import App
 from serving.sampler import Window
+from serving.service import Service
 from serving.tap import Tap
 from tests.serving.conftest import CLASSES
 
@@ -28,7 +31,7 @@ def server(registry):
     """(url, app) of a server with its whole lifespan, on a free port."""
     table = ModelTable(registry, "cpu")
     table.refresh()
-    app = App(table, Batcher(), Tap(None))
+    app = App(Service(table, Batcher(), Tap(None)))
     listening = socket.create_server(("127.0.0.1", 0))
     uvicorn_server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on"))
     thread = threading.Thread(target=asyncio.run, args=(uvicorn_server.serve([listening]),))
@@ -126,13 +129,13 @@ def test_a_client_killed_while_it_waits_leaves_nothing_behind(address):
     url, app = address
     host = url.removeprefix("http://")
     entered = threading.Event()
-    submit = app.batcher.submit
+    submit = app.service.batcher.submit
 
     def noticed(*arguments):
         entered.set()
         return submit(*arguments)
 
-    app.batcher.submit = noticed
+    app.service.batcher.submit = noticed
     dying = http.client.HTTPConnection(host)
     dying.request("POST", "/v1/models/ring/sample", json.dumps({"n": 65536, "seed": 1}))
     assert entered.wait(5)
@@ -146,4 +149,101 @@ def test_a_client_killed_while_it_waits_leaves_nothing_behind(address):
         connection.close()
     with Client(url) as client:
         assert len(client.sample("ring", 3).array) == 3
-    assert app.batcher.problem() is None
+    assert app.service.batcher.problem() is None
+
+
+def test_everything_that_can_be_asked_for(address, samplers):
+    sampler = samplers["clothes"]
+    z = sampler.card.latents(seed=3, count=4)
+    with Client(address[0]) as client:
+        np.testing.assert_array_equal(client.sample("clothes", z=z, label=[0, 1, "two", 1]).array, sampler.run(z, np.array([0, 1, 2, 1])))
+        path = client.sample("digits", 9, interpolate=(3, 4)).array
+        np.testing.assert_array_equal(path[[0, -1]], np.stack([client.sample("digits", 1, seed=s).array[0] for s in (3, 4)]))
+        numbers = client.sample("digits", 2, seed=1, dtype="float32").array
+        np.testing.assert_allclose(numbers * 255, client.sample("digits", 2, seed=1).array, atol=1e-4)
+
+
+def test_rows_from_the_pool_are_had_again_by_seed_and_offset(address):
+    url, app = address
+    app.service.pool.rows = 512
+    app.service.follow()
+    sampler = app.service.table.models["digits"].serving["production"]
+    while app.service.pool.left(sampler) < 512:
+        time.sleep(0.002)
+    with Client(url) as client:
+        client.sample("digits", 3)
+        drawn = client.sample("digits", 5)
+        assert drawn.offset == 3
+        np.testing.assert_array_equal(client.sample("digits", 5, seed=drawn.seed, offset=drawn.offset).array, drawn.array)
+        pages = list(client.pages("digits", 100, size=40))
+    assert [page.offset for page in pages] == [0, 40, 80]  # of a seed that no other client gets rows of
+    assert len({page.seed for page in pages}) == 1
+
+
+@pytest.mark.parametrize("n", [1, 30, 100])
+def test_pages_make_up_the_whole(address, samplers, n):
+    async def scene():
+        async with AsyncClient(address[0]) as client:
+            assert await client.ready()
+            assert len(await client.models()) == 3
+            pages = [page async for page in client.pages("ring", n, size=30, seed=5, offset=2)]
+            return pages, await client.sample("clothes", n, seed=5, label="one")
+
+    expected = samplers["ring"].sample([Window(5, 2, n)])
+    pages, clothes = asyncio.run(scene())
+    with Client(address[0]) as client:
+        again = list(client.pages("ring", n, size=30, seed=5, offset=2))
+    for found in (pages, again):
+        np.testing.assert_array_equal(np.concatenate([page.array for page in found]), expected)
+        assert [page.offset for page in found] == list(range(2, 2 + n, 30))
+    np.testing.assert_array_equal(clothes.array, samplers["clothes"].sample([Window(5, 0, n, label=1)]))
+
+
+def test_the_next_page_is_fetched_while_this_one_is_used(address):
+    url, app = address
+    with Client(url) as client:
+        pages = client.pages("ring", 100_000, size=40_000)
+        next(pages)
+        while app.service.batcher.batched < 80_000:
+            time.sleep(0.005)
+        pages.close()
+
+
+def test_a_server_that_asks_for_patience_is_asked_again_and_the_rest_is_resumed(address, samplers, monkeypatch):
+    url, app = address
+    waits, refusals = [], iter([429, 503, None, 503, None, 502])
+    submit = app.service.batcher.submit
+
+    def moody(*arguments):
+        status = next(refusals, None)
+        if status:
+            error = Overloaded("too much", headers={"Retry-After": "3"}) if status == 429 else Unavailable("later")
+            error.status = status
+            raise error
+        return submit(*arguments)
+
+    app.service.batcher.submit = moody
+    monkeypatch.setattr("serving.client.time.sleep", waits.append)
+    with Client(url, retries=3) as client:
+        drawn = client.sample("ring", 140_000)
+    np.testing.assert_array_equal(drawn.array, samplers["ring"].sample([Window(drawn.seed, 0, 140_000)]))
+    assert waits == [3.0, 0.4, 0.2, 0.2]
+    app.service.batcher.submit = submit
+    refusals = iter([429, 429])
+    app.service.batcher.submit = moody
+    with Client(url) as client, pytest.raises(Overloaded, match="too much"):
+        client.sample("ring")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "context"), [(0, None), (2, "spawn")])
+def test_a_torch_dataset(address, samplers, workers, context):
+    torch = pytest.importorskip("torch")
+    rows = dataset(address[0], "ring", 1001, size=100, seed=5, offset=7)
+    loader = torch.utils.data.DataLoader(rows, batch_size=64, num_workers=workers, multiprocessing_context=context)
+    expected = samplers["ring"].sample([Window(5, 7, 1001)])
+    for _ in range(2):
+        found = np.concatenate([batch.numpy() for batch in loader])
+        assert found.shape == (1001, 2)
+        np.testing.assert_array_equal(found[np.lexsort(found.T)], expected[np.lexsort(expected.T)])
+    assert len(rows) == 1001

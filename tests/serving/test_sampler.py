@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from serving.sampler import Sampler, Window, cuda_devices
+from serving.sampler import BUCKETS, Sampler, Window, cuda_devices
 from tests.serving.conftest import CLASSES, generator, publish
 from training.bundle import SEED_LIMIT, BundleError
 
@@ -105,3 +105,63 @@ def test_cuda_asked_for_and_absent_is_an_error(registry):
     with pytest.raises(RuntimeError, match="no CUDA device; use --device cpu or auto"):
         Sampler(registry.open("digits"), "cuda")
     assert Sampler(registry.open("digits"), "auto").provider == "CPUExecutionProvider"
+
+
+def test_deterministic_runs_have_one_shape_and_rows_keep_their_bits(registry, samplers):
+    shapes = []
+
+    class Watched(Sampler):
+        def _run(self, z, y):
+            shapes.append(len(z))
+            return super()._run(z, y)
+
+    for model in MODELS:
+        sampler = Watched(registry.open(model), "cpu", deterministic=True)
+        whole = sampler.sample([Window(3, 0, 600)])
+        assert whole.shape == (600, *sampler.card.sample_shape)
+        np.testing.assert_array_equal(whole[599:], sampler.sample([Window(3, 599, 1)]))
+        np.testing.assert_array_equal(whole, samplers[model].sample([Window(3, 0, 600)]))
+    assert set(shapes) == {BUCKETS[-1]}
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 600))
+def test_buckets_pad_and_give_back_what_was_asked_for(samplers, n):
+    shapes = []
+
+    class Watched(Sampler):
+        def __init__(self, sampler):
+            self.__dict__.update(sampler.__dict__)
+            self.buckets = BUCKETS
+
+        def _run(self, z, y):
+            shapes.append(len(z))
+            return super()._run(z, y)
+
+    np.testing.assert_array_equal(Watched(samplers["clothes"]).sample([Window(3, 0, n)]), samplers["clothes"].sample([Window(3, 0, n)]))
+    assert set(shapes) <= set(BUCKETS)
+    assert sum(shapes) - n < 128
+
+
+def test_every_bucket_is_warm_before_a_sampler_is_ready(registry):
+    shapes = []
+
+    class Watched(Sampler):
+        def _run(self, z, y):
+            shapes.append(len(z))
+            return super()._run(z, y)
+
+    Watched(registry.open("digits"), "cpu")
+    assert tuple(shapes) == BUCKETS
+
+
+def test_given_latents_and_a_class_for_each_row(samplers):
+    sampler = samplers["clothes"]
+    z = sampler.card.latents(seed=5, count=6)
+    labels = (0, 2, 1, 0, 1, 2)
+    expected = sampler.run(z, np.array(labels))
+    window = Window(9, 0, 6, label=labels, z=z)
+    np.testing.assert_array_equal(sampler.sample([window]), expected)
+    np.testing.assert_array_equal(sampler.sample([window.part(0, 2), window.part(2, 4)]), expected)
+    drawn = Window(5, 0, 6, z=z)  # the classes that the seed draws
+    np.testing.assert_array_equal(sampler.sample([drawn]), sampler.sample([Window(5, 0, 6)]))

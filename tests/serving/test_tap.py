@@ -145,8 +145,8 @@ def test_the_monitor_sees_what_the_client_got_and_where_it_came_from(registry, b
     async def scene(url):
         async with running(registry, tap_url=url) as app, connect(app) as client:
             answer = await client.post("/v1/models/clothes/sample", json=body, headers=headers)
-            app.tap.start()
-            await asyncio.to_thread(app.tap.close)
+            app.service.tap.start()
+            await asyncio.to_thread(app.service.tap.close)
             return answer.json()
 
     with monitor() as (url, beats, _):

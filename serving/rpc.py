@@ -1,0 +1,171 @@
+"""The gRPC surface: the Open Inference Protocol's service, so that its clients work unchanged, and samples as a stream.
+
+A replica runs the server itself, beside the HTTP that Ray gives it: no call takes a second hop, any number of applications may
+share the Ray Serve around it, and all replicas of one machine listen on one port (SO_REUSEPORT). Knows nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from numpy import ndarray
+
+from serving import oip
+from serving.errors import InvalidValue, ServingError
+from serving.protocol import ganwatch_pb2 as own
+from serving.protocol import inference_pb2 as pb
+from serving.request import SampleRequest
+from serving.sampler import Sampler
+from serving.service import Service
+
+_MESSAGE_LIMIT = 64 << 20  # bytes of a request; an answer has no limit
+_PIECE_BYTES = 1 << 20
+_PATIENCE_S = 30.0  # with a client that reads nothing
+_GRACE_S = 15.0  # for calls under way when a replica stops
+_CODES = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    404: grpc.StatusCode.NOT_FOUND,
+    422: grpc.StatusCode.INVALID_ARGUMENT,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+_CONTENTS = {"FP32": "fp32_contents", "INT64": "int64_contents"}
+
+logger = logging.getLogger(__name__)
+
+
+class Rpc:
+    """A gRPC server over `service`, which somebody else starts and stops. `port`: on 127.0.0.1; 0 takes a free one."""
+
+    def __init__(self, service: Service, port: int) -> None:
+        self.service, self.port = service, port
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> None:
+        """Raises RuntimeError where the port is taken by a process that does not share it."""
+        options = [("grpc.so_reuseport", 1), ("grpc.max_receive_message_length", _MESSAGE_LIMIT), ("grpc.max_send_message_length", -1)]
+        self._server = grpc.aio.server(options=options)
+        calls = {
+            "ServerLive": (pb.ServerLiveRequest, self._live),
+            "ServerReady": (pb.ServerReadyRequest, self._ready),
+            "ModelReady": (pb.ModelReadyRequest, self._model_ready),
+            "ServerMetadata": (pb.ServerMetadataRequest, self._server_metadata),
+            "ModelMetadata": (pb.ModelMetadataRequest, self._model_metadata),
+            "ModelInfer": (pb.ModelInferRequest, self._infer),
+        }
+        inference = {
+            name: grpc.unary_unary_rpc_method_handler(
+                self._guarded(call), request_deserializer=kind.FromString, response_serializer=lambda answer: answer.SerializeToString()
+            )
+            for name, (kind, call) in calls.items()
+        }
+        sampling = grpc.unary_stream_rpc_method_handler(
+            self._guarded(self._sample),
+            request_deserializer=own.SampleRequest.FromString,
+            response_serializer=lambda piece: piece.SerializeToString(),
+        )
+        self._server.add_generic_rpc_handlers(
+            (
+                grpc.method_handlers_generic_handler("inference.GRPCInferenceService", inference),
+                grpc.method_handlers_generic_handler("ganwatch.v1.Generator", {"Sample": sampling}),
+            )
+        )
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        await self._server.start()
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            await self._server.stop(_GRACE_S)
+
+    def _guarded(self, call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        """`call` with errors told in gRPC's own codes; those that ask for samples are counted like their HTTP siblings."""
+
+        async def guarded(message: Any, context: grpc.aio.ServicerContext) -> Any:
+            status = 499  # stays where the client has left, or reads nothing
+            try:
+                answer = await call(message, context)
+                status = 200
+                return answer
+            except ServingError as error:
+                status = error.status
+                await context.abort(_CODES.get(status, grpc.StatusCode.INTERNAL), oip.error_text(error))
+            except TimeoutError:
+                await context.abort(grpc.StatusCode.ABORTED, f"the client has read nothing for {_PATIENCE_S:g} s")
+            except Exception as error:
+                logger.exception("a gRPC call failed")
+                status = 500
+                await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+            finally:
+                if call in (self._infer, self._sample):
+                    name = message.model_name if call == self._infer else message.model
+                    counted = name if name in self.service.table.models else ""
+                    self.service.tap.counters[f'requests_total{{model="{counted}",status="{status}"}}'] += 1
+
+        return guarded
+
+    async def _live(self, message: pb.ServerLiveRequest, context: Any) -> pb.ServerLiveResponse:
+        return pb.ServerLiveResponse(live=self.service.batcher.problem() is None)
+
+    async def _ready(self, message: pb.ServerReadyRequest, context: Any) -> pb.ServerReadyResponse:
+        return pb.ServerReadyResponse(ready=all(model.is_ready for model in self.service.table.models.values()))
+
+    async def _server_metadata(self, message: pb.ServerMetadataRequest, context: Any) -> pb.ServerMetadataResponse:
+        return pb.ServerMetadataResponse(**oip.SERVER)
+
+    async def _model_ready(self, message: pb.ModelReadyRequest, context: Any) -> pb.ModelReadyResponse:
+        await self.service.find(message.name, message.version or None)
+        return pb.ModelReadyResponse(ready=True)
+
+    async def _model_metadata(self, message: pb.ModelMetadataRequest, context: Any) -> pb.ModelMetadataResponse:
+        sampler = await self.service.find(message.name, message.version or None)
+        return pb.ModelMetadataResponse(**oip.metadata(sampler.card, self.service.table.registry.versions(message.name)))
+
+    async def _infer(self, message: pb.ModelInferRequest, context: grpc.aio.ServicerContext) -> pb.ModelInferResponse:
+        sampler = await self.service.find(message.model_name, message.model_version or None)
+        card = sampler.card
+        request = oip.to_request(_tensors(message), [output.name for output in message.outputs], card)
+        _, samples = await self.service.draw(sampler, request, origin="client_z", timeout=context.time_remaining())
+        output = pb.ModelInferResponse.InferOutputTensor(
+            name="samples", datatype=oip.DATATYPE_NAMES[card.sample_dtype], shape=samples.shape
+        )
+        return pb.ModelInferResponse(
+            model_name=card.model, model_version=card.version, id=message.id, outputs=[output], raw_output_contents=[samples.tobytes()]
+        )
+
+    async def _sample(self, message: own.SampleRequest, context: grpc.aio.ServicerContext) -> None:
+        sampler = await self.service.find(message.model, message.version or None)
+        optional = {name: getattr(message, name) for name in ("seed", "label", "truncation") if message.HasField(name)}
+        fields = {"n": message.n, "offset": message.offset, "stream": True, **optional}
+        request = SampleRequest.parse(json.dumps(fields).encode(), sampler.card)
+        if not message.version:
+            sampler = self.service.divert(sampler, request)
+        at = request.window.offset
+        rows = min(65536, max(1, _PIECE_BYTES // sampler.sample_bytes))
+        async for samples in self.service.stream(sampler, request, rows):
+            await asyncio.wait_for(context.write(_piece(sampler, request.window.seed, at, samples)), _PATIENCE_S)
+            at += len(samples)
+
+
+def _piece(sampler: Sampler, seed: int, offset: int, samples: ndarray) -> own.Piece:
+    card = sampler.card
+    about = {"model": card.model, "version": card.version, "seed": seed, "offset": offset, "dtype": card.sample_dtype}
+    return own.Piece(**about, shape=samples.shape, samples=samples.tobytes())
+
+
+def _tensors(message: pb.ModelInferRequest) -> dict[str, ndarray]:
+    raw = message.raw_input_contents
+    if raw and len(raw) != len(message.inputs):
+        expected = f"{len(message.inputs)}, one for each input, or none"
+        raise InvalidValue(f"there are {len(raw)} raw contents", field="raw_input_contents", value=len(raw), expected=expected)
+    tensors = {}
+    for i, given in enumerate(message.inputs):
+        contents = _CONTENTS.get(given.datatype, "fp32_contents")
+        data = raw[i] if raw else list(getattr(given.contents, contents))
+        tensors[given.name] = oip.tensor(given.name, given.datatype, list(given.shape), data)
+    return tensors

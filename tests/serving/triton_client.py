@@ -1,0 +1,45 @@
+"""What a user of tritonclient does, unchanged, for test_oip.py: in an interpreter of its own, for its pins clash with ours.
+
+python triton_client.py HTTP_HOST:PORT GRPC_HOST:PORT LATENTS.npz OUT.npz
+"""
+
+import sys
+
+import numpy as np
+import tritonclient.grpc
+import tritonclient.http
+
+http_url, grpc_url, latents, out = sys.argv[1:]
+given = np.load(latents)
+answers = {}
+for name, kind, url in (("http", tritonclient.http, http_url), ("grpc", tritonclient.grpc, grpc_url)):
+    with kind.InferenceServerClient(url) as client:
+        assert client.is_server_live() and client.is_server_ready()
+        assert client.is_model_ready("clothes") and client.is_model_ready("clothes", "v1")
+        options = {} if name == "http" else {"as_json": True}
+        assert client.get_server_metadata(**options)["name"] == "ganwatch"
+        metadata = client.get_model_metadata("clothes", **options)
+        assert [i["name"] for i in metadata["inputs"]] == ["z", "y"], metadata
+        z = kind.InferInput("z", given["z"].shape, "FP32")
+        z.set_data_from_numpy(given["z"])
+        y = kind.InferInput("y", given["y"].shape, "INT64")
+        y.set_data_from_numpy(given["y"])
+        answer = client.infer("clothes", [z, y], request_id="7")
+        answers[f"{name}_both"] = answer.as_numpy("samples")
+        response = answer.get_response()
+        assert (response["id"] if name == "http" else response.id) == "7"
+        asked = [kind.InferRequestedOutput("samples")]
+        answers[f"{name}_drawn"] = client.infer("clothes", [z], model_version="v1", outputs=asked).as_numpy("samples")
+        if name == "http":
+            z.set_data_from_numpy(given["z"], binary_data=False)
+            y.set_data_from_numpy(given["y"], binary_data=False)
+            asked = [kind.InferRequestedOutput("samples", binary_data=False)]
+            answers["http_text"] = client.infer("clothes", [z, y], outputs=asked).as_numpy("samples")
+        for model, version, words in (("nothing", "", "unknown model"), ("clothes", "v9", "unknown version")):
+            try:
+                client.infer(model, [z], model_version=version)
+                raise AssertionError("answered")
+            except tritonclient.utils.InferenceServerException as error:
+                assert words in error.message(), error.message()
+np.savez(out, **answers)
+print("done")
