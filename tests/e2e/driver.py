@@ -24,7 +24,7 @@ from PIL import Image
 from deploy import stack
 
 ROOT = Path(__file__).resolve().parents[2]
-PORTS = ("http", "monitor", "dashboard", "prometheus", "alertmanager", "gcs", "ray-client", "ray-agent", "haproxy-stats", "haproxy-metrics", "fallback")
+PORTS = ("http", "grpc", "monitor", "dashboard", "prometheus", "alertmanager", "gcs", "ray-client", "ray-agent", "haproxy-stats", "haproxy-metrics", "fallback")
 
 
 @dataclass
