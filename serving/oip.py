@@ -45,7 +45,7 @@ def metadata(card: Card, versions: Sequence[str]) -> dict[str, Any]:
 
 def tensor(name: str, datatype: Any, shape: Any, data: bytes | Sequence[Any]) -> ndarray:
     """The array of one input. Raises InvalidValue, whose field is the tensor's name, where the parts do not fit."""
-    if datatype not in _DATATYPES:
+    if not isinstance(datatype, str) or datatype not in _DATATYPES:
         raise InvalidValue(f"datatype of {name} is {datatype!r}", field=name, value=datatype, expected="FP32 for z, INT64 for y")
     if not isinstance(shape, list | tuple) or not shape or any(type(d) is not int or d < 0 for d in shape):
         raise InvalidValue(f"shape of {name} is {shape!r}", field=name, value=shape, expected="a list of integers from 0 on")
@@ -57,7 +57,7 @@ def tensor(name: str, datatype: Any, shape: Any, data: bytes | Sequence[Any]) ->
         return np.frombuffer(data, dtype).reshape(shape)
     try:
         array = np.array(data).reshape(-1)
-    except ValueError:  # rows of different lengths
+    except (ValueError, OverflowError):  # rows of different lengths, an integer beyond all floats
         array = np.array("")
     if len(data) and array.dtype.kind not in ("iuf" if dtype.kind == "f" else "iu"):
         raise InvalidValue(f"{name} holds what is no {datatype}", field=name, value=str(data)[:100], expected=f"{datatype} numbers")

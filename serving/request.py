@@ -184,7 +184,7 @@ def _given(fields: dict[str, Any], card: Card) -> Float32[ndarray, "n d"] | None
         return None
     try:
         z = np.array(fields["z"])
-    except ValueError:  # rows of different lengths
+    except (ValueError, OverflowError):  # rows of different lengths, an integer beyond all floats
         z = np.array("")
     if z.dtype.kind not in "iuf":
         raise InvalidValue("z is no array of numbers", field="z", value=fields["z"], expected=f"n x {card.latent.dim} finite numbers")

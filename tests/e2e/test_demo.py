@@ -108,7 +108,7 @@ def test_a_sample_is_the_same_for_ever(demo: Stack) -> None:
         whole = client.sample("digits", 300, seed=7).array
         parts = [client.sample("digits", n, seed=7, offset=o).array for o, n in ((0, 1), (1, 99), (100, 200))]
         drawn = client.sample("digits", 5)
-        again = client.sample("digits", 5, seed=drawn.seed).array
+        again = client.sample("digits", 5, seed=drawn.seed, offset=drawn.offset).array
     assert whole.dtype == np.uint8 and whole.shape == (300, 8, 8, 1)
     assert np.abs(whole.astype(int) - np.concatenate(parts).astype(int)).max() <= 1
     assert np.abs(drawn.array.astype(int) - again.astype(int)).max() <= 1

@@ -102,6 +102,8 @@ Z = {"name": "z", "datatype": "FP32", "shape": [1, 16], "data": [0.0] * 16}
         ([{**Z, "name": "x"}], "unknown input 'x'"),
         ([Z, Z], "an input is named 'z'"),
         ([{**Z, "datatype": "FP64"}], "datatype of z is 'FP64'"),
+        ([{**Z, "datatype": {}}], "datatype of z is {}"),
+        ([{**Z, "data": [10**400, *([0.5] * 15)]}], "z holds what is no FP32"),
         ([{**Z, "datatype": "INT64", "data": [0] * 16}], "z is int64"),
         ([{**Z, "shape": [16]}], "z has shape [16]"),
         ([{**Z, "shape": [2, 8]}], "z has shape [2, 8]"),

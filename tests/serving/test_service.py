@@ -19,8 +19,9 @@ DIGITS, NPY = "/v1/models/digits/sample", {"Accept": "application/x-npy"}
 
 @asynccontextmanager
 async def started(registry, **options):
-    """(app, client) with everything that the lifespan starts."""
+    """(app, client) with what the lifespan starts, but for the thread that empties the tap: `shown` looks into it."""
     async with running(registry, **options) as app, connect(app) as client:
+        app.service.tap.start = lambda: None
         app.service.start()
         try:
             yield app, client
