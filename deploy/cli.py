@@ -175,6 +175,7 @@ def promote(
     version: tyro.conf.Positional[str],
     model: str | None = None,
     alias: Literal["production", "canary", "shadow"] = "production",
+    share: float = 0.0,
     registry: Path | None = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -184,10 +185,11 @@ def promote(
         version: such as v2.
         model: default: the only model of the registry.
         alias: what to point at it.
+        share: of a canary: the part of the requests without seed and version that it answers, in [0, 1].
         registry: directory of bundles.
     """
     reg = _registry(registry)
-    change = reg.set_alias(_model(reg, model), alias, version, reason="promote")
+    change = reg.set_alias(_model(reg, model), alias, version, reason="promote", share=share)
     _await_alias(_model(reg, model), alias, change.version)
     _tell(asdict(change), as_json)
 
