@@ -16,7 +16,9 @@ This file knows scores, cells and bytes; it knows no words.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import hashlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int64
@@ -131,6 +133,7 @@ class Duplicates:
         self._win, self._lose = theta / bound, (1 - theta) / (1 - bound) if bound < 1 else theta
         self._weights = np.full(len(theta), KINDS["duplicates"][1] / max(1, len(theta)))
         self._start = np.zeros(len(theta))  # R where the block began
+        self._joined = np.zeros(len(theta))  # R of other detectors, which bets from the next block on
         self._block: set[bytes] = set()
         self._length, self._hit = 0, False
 
@@ -147,13 +150,32 @@ class Duplicates:
                 self._block.add(row)
                 hit[i] = self._hit
             held = np.arange(self._length + 1, self._length + len(part) + 1)
-            values = np.minimum(self._start * np.where(hit[:, None], self._win, self._lose) + held[:, None], _CAP)
+            values = np.minimum(self._start * np.where(hit[:, None], self._win, self._lose) + held[:, None] + self._joined, _CAP)
             path[done : done + len(part)] = values @ self._weights
             done += len(part)
             self._length += len(part)
             if self._length == DUPLICATE_BLOCK:
                 self._start, self._block, self._length, self._hit = values[-1], set(), 0, False
+                self._joined = np.zeros_like(values[-1])
         return path
+
+    @property
+    def _value(self) -> Float64[ndarray, "b"]:
+        """R of every bet now."""
+        return self._start * ((self._win if self._hit else self._lose) if self._length else 1.0) + self._length + self._joined
+
+    def state(self) -> dict[str, Any]:
+        rows = np.frombuffer(b"".join(sorted(self._block)), np.uint8).reshape(len(self._block), -1) if self._block else np.empty((0, 0), np.uint8)
+        return {"start": self._start, "joined": self._joined, "block": rows, "length": self._length, "hit": self._hit}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._start, self._joined = state["start"], state["joined"]
+        self._block = {row.tobytes() for row in state["block"]}
+        self._length, self._hit = state["length"], state["hit"]
+
+    def merge(self, other: Duplicates) -> None:
+        """A constant until the next block: as valid as a new start, which has to wait for it too."""
+        self._joined = np.minimum(self._joined + other._value, _CAP)
 
 
 class EDetector:
@@ -198,6 +220,35 @@ class EDetector:
 
     def family_evidence(self) -> dict[str, float]:
         return {family: float(self.evidence[self._families == family].sum()) for family in FAMILIES}
+
+    def state(self) -> dict[str, Any]:
+        """All that the past has left here, as arrays and JSON values: what `restore` takes."""
+        own = {"evidence": self.evidence, "crossed": self.crossed, "named": self.named, "r": self._r}
+        return own | {f"duplicates_{name}": value for name, value in self._duplicates.state().items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where the detector whose `state` this is stood; it must have had the same bets, which `layout` tells."""
+        self.evidence, self.crossed, self.named, self._r = (state[name] for name in ("evidence", "crossed", "named", "r"))
+        self._duplicates.restore({name.removeprefix("duplicates_"): value for name, value in state.items() if name.startswith("duplicates_")})
+
+    @property
+    def layout(self) -> str:
+        """What the bets are, as a hash: states of detectors with another layout mean nothing here."""
+        return hashlib.sha256(repr((self.groups, self._bets)).encode()).hexdigest()
+
+    def merge(self, other: EDetector, *, index: int) -> None:
+        """Take over the evidence of a detector with the same bets that ate other samples of the same version.
+
+        Each R grows by at most 1 in expectation with a sample of its own and not at all with another's, so the sum of R over
+        detectors, less all samples, is a supermartingale too: an alarm at the same threshold comes after `threshold` samples
+        of all of them together, on average, at least. `index`: of the newest sample, where the alarm is raised by the sum alone.
+        """
+        self._r = np.minimum(self._r + other._r, _CAP)
+        self._duplicates.merge(other._duplicates)
+        crossed = [c for c in (self.crossed, other.crossed) if c is not None]
+        self.crossed = min(crossed, default=None)
+        self.named |= other.named
+        self._latch((self.evidence + other.evidence)[None], index)
 
     def _step(self, scores: Float[ndarray, "n s"], cells: Int64[ndarray, "n"], samples: ndarray) -> Float64[ndarray, "n g"]:
         """Evidence of each group after each of n samples."""

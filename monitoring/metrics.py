@@ -145,6 +145,8 @@ def _versions(view: View) -> Iterator[Metric]:
     )
     failures = [({"model": model}, count) for model, count in view.load_failures.items()]
     yield _counter("ganwatch_model_load_failures_total", "Bundles that the monitor could not load", failures)
+    restores = [({"model": model, "outcome": outcome}, count) for (model, outcome), count in view.restores.items()]
+    yield _counter("ganwatch_state_restores_total", "Versions that came under watch, by what became of their saved state", restores)
 
 
 def _serving(view: View) -> Iterator[Metric]:

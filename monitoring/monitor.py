@@ -10,7 +10,9 @@ Pure: no clock (the caller says when), no network, no file but the bundle's. See
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -29,6 +31,7 @@ POPULATIONS = ("fresh", "served")
 GAUGES = (*DIVERGENCES, "mode_coverage", "off_manifold", "frechet")
 WARM_UP = 512  # fresh samples before silence is called health
 GAUGE_DELTA = 0.05  # chance that an interval fails at any sample of a block
+_COUNTS = ("monitored", "served", "frechet_clipped")  # what a Monitor counts over its whole life
 PRIOR_SAMPLES = 1024  # how strongly one of the two priors of the intervals believes in the certificate
 
 TOLERANCES = {"forward_kl": 0.1, "reverse_kl": 0.08, "js": 0.02, "chi_squared": 0.08, "tv": 0.08, "frechet": 0.05}
@@ -105,6 +108,53 @@ class Monitor:
             if self.first_alarm is not None and self.alarmed_at is None:
                 self.alarmed_at = at
             self._judge()
+
+    def state(self) -> dict[str, Any]:
+        """All that the past has left here, under plain names: arrays, and values that JSON can say."""
+        flat = {name: getattr(self, name) for name in _COUNTS} | {"rejected": dict(self.rejected), "since": self._since, "alarmed_at": self.alarmed_at}
+        parts = {"detector": self._detector.state()} | {name: blocks.state() for name, blocks in self._blocks.items()}
+        flat |= {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+        return {name: value.copy() if isinstance(value, ndarray) else value for name, value in flat.items()} | {"identity": self.identity()}
+
+    def identity(self) -> dict[str, Any]:
+        """What a state must have in common with this monitor to mean anything to it."""
+        files = hashlib.sha256(repr(sorted(self.bundle.card.files.items())).encode()).hexdigest()
+        return {"bundle": files[:16], "arl": self.arl, "threshold": self._detector.threshold, "bets": self._detector.layout[:16]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where the monitor stood whose `state` this is, without a false alarm and with any latched one.
+
+        Raises ValueError where it watched another bundle, at another arl or share, or with other bets.
+        """
+        ours, theirs = self.identity(), state.get("identity", {})
+        if differing := [f"{name} is {theirs.get(name)!r}, here it is {ours[name]!r}" for name in ours if theirs.get(name) != ours[name]]:
+            raise ValueError(f"the state is of another monitor: {'; '.join(differing)}")
+        for name in _COUNTS:
+            setattr(self, name, state[name])
+        self.rejected, self._since, self.alarmed_at = dict(state["rejected"]), state["since"], state["alarmed_at"]
+        for part, owner in {"detector": self._detector, **self._blocks}.items():
+            owner.restore({name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")})
+        self._judge()
+
+    def merge(self, other: Monitor, *, at: float) -> None:
+        """Take over what another monitor of the same version saw in other samples, none of which this one has seen.
+
+        An alarm of either stays; the evidence adds up, so that there is an alarm as soon as the sum calls for one: then `at` is
+        its time. first_alarm counts the samples of the shard that raised it, or of both where the sum did. Raises ValueError
+        where the two do not watch the same bundle with the same bets and threshold.
+        """
+        if self.identity() != other.identity():
+            raise ValueError("the monitors are of different bundles, thresholds or bets: only shards of one version can be merged")
+        for name in _COUNTS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.rejected = {reason: count + other.rejected[reason] for reason, count in self.rejected.items()}
+        self._since += other._since
+        for population, blocks in self._blocks.items():
+            blocks.merge(other._blocks[population])
+        self._detector.merge(other._detector, index=self.monitored - 1)
+        if self.first_alarm is not None:
+            self.alarmed_at = min((t for t in (self.alarmed_at, other.alarmed_at) if t is not None), default=at)
+        self._judge()
 
     def acknowledge(self) -> None:
         """Unlatch: the detectors forget everything and start again; counts and gauges go on."""

@@ -42,6 +42,7 @@ from monitoring import picture
 from monitoring.incidents import Incidents
 from monitoring.metrics import Exporter
 from monitoring.probes import Prober
+from monitoring.states import States
 from monitoring.watch import View, Watch, parse_counter
 from serving.records import ORIGINS, Heartbeat
 from training.registry import Registry, ganwatch_home
@@ -72,7 +73,7 @@ class Options:
     probe_rate: int = 50
     """Fresh samples a second and model below which probes make up for the rest; 0 sends none."""
     home: Path | None = None
-    """Where the record of alarms lies; None: GANWATCH_HOME, or .ganwatch under the working directory."""
+    """Where the record of alarms and the Monitors' states lie; None: GANWATCH_HOME, or .ganwatch under the working directory."""
     inbox: int = 65_536
     """Samples that may wait for the Monitors; what comes beyond is dropped and counted."""
 
@@ -128,7 +129,7 @@ class Service:
         home = options.home or ganwatch_home()
         self.options = options
         self.incidents = Incidents(home / "incidents.db")
-        self.watch = Watch(Registry(options.registry or home / "registry"), self.incidents, arl=options.arl)
+        self.watch = Watch(Registry(options.registry or home / "registry"), self.incidents, arl=options.arl, states=States(home / "monitor"))
         self.inbox = Inbox(options.inbox)
         self.prober = Prober(options.serving_url, options.probe_rate, self._fresh_rates)
         self.exporter = Exporter(lambda: (self.view, {"queue_full": self.inbox.dropped}, dict(self.prober.outcomes)))
@@ -190,8 +191,11 @@ class Service:
                 point = now - published >= PUBLISH_PERIOD
                 published = now if point else published
                 self._step(self._publish, now, point)
+                if point:
+                    self._step(self.watch.save)
             for answer, incidents in closed:  # the view says so already when the caller hears of it
                 answer.set_result(incidents)
+        self._step(self.watch.save)
 
     def _publish(self, now: float, point: bool) -> None:
         self.view = self.watch.publish(now, point=point)

@@ -5,6 +5,7 @@ A sketch knows no order and no time; `Blocks` cuts a stream into tumbling blocks
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,9 @@ class Sketch:
     def __add__(self, other: Sketch) -> Sketch:
         return Sketch(self.cells + other.cells, self.feature_sum + other.feature_sum, self.feature_outer + other.feature_outer)
 
+    def state(self) -> dict[str, ndarray]:
+        return {"cells": self.cells, "feature_sum": self.feature_sum, "feature_outer": self.feature_outer}
+
     @property
     def count(self) -> int:
         return int(self.cells.sum())
@@ -64,6 +68,18 @@ class Blocks:
             cells, features = cells[room:], features[room:]
             if self._open.count == BLOCK:
                 self._closed, self._open = self._open, self._empty
+
+    def merge(self, other: Blocks) -> None:
+        """Take over what another stream of the same law left: its open block joins ours, which may thereby close."""
+        self._closed, self._open = self._closed + other._closed, self._open + other._open
+        if self._open.count >= BLOCK:
+            self._closed, self._open = self._open, self._empty
+
+    def state(self) -> dict[str, ndarray]:
+        return {f"{name}_{k}": v for name, sketch in (("closed", self._closed), ("open", self._open)) for k, v in sketch.state().items()}
+
+    def restore(self, state: Mapping[str, ndarray]) -> None:
+        self._closed, self._open = (Sketch(*(state[f"{name}_{k}"] for k in self._empty.state())) for name in ("closed", "open"))
 
     @property
     def view(self) -> Sketch:

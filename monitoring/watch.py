@@ -25,6 +25,7 @@ from numpy import ndarray
 from monitoring import picture
 from monitoring.incidents import Incidents
 from monitoring.monitor import Gauge, Monitor
+from monitoring.states import StateError, States
 from serving.records import Heartbeat, Record
 from training.bundle import Bundle, Card, open_bundle
 from training.registry import AliasChange, Registry, RegistryError
@@ -36,6 +37,8 @@ RATE_WINDOW = 2.0  # seconds over which the rate of fresh samples is taken
 CHUNK = 4096  # samples a Monitor eats at once, so that no single record holds up the rest
 RETIRED = 8  # versions no alias names any more whose Monitor is kept, for a rollback
 REPLICAS = 256  # silent replicas whose counters are kept apart, in case they speak again
+RESTORES = ("restored", "absent", "refused")  # what became of the saved state of a version that comes under watch
+NOTICE = 60.0  # seconds for which a state that could not be restored is said
 COLUMNS = ("t", "js", "js_low", "js_high", "log10_e")
 
 _COUNTER = re.compile(r'([a-z_][a-z0-9_]*)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)*)\})?')
@@ -96,6 +99,11 @@ class Watched:
     last_sample_at: float | None = None
     recorded: tuple[str, tuple[str, ...]] | None = None  # verdict and modes of the open incident, as last written down
     newest: deque[ndarray] = field(default_factory=deque)  # newest served samples, a few arrays, newest last
+    saved: int = 0  # samples that the state on the disk knows of, looked at or rejected
+
+    @property
+    def eaten(self) -> int:
+        return self.monitor.served + sum(self.monitor.rejected.values())
 
     def show(self, samples: ndarray) -> None:
         """Keep the newest samples for the picture, copies, so that a request of 65,536 is not held for the sake of 64."""
@@ -157,6 +165,7 @@ class View:
     rejected: Mapping[tuple[str, str], int]  # (model, reason) -> samples
     alarms: Mapping[tuple[str, str], int]  # (model, verdict) -> alarms raised
     load_failures: Mapping[str, int]  # model -> bundles that could not be loaded
+    restores: Mapping[tuple[str, str], int]  # (model, one of RESTORES) -> versions that came under watch
     unknown_model: int  # records of models that the registry does not hold
     serving: Mapping[str, float | int]  # the replicas' counters, summed
     replicas: int
@@ -201,10 +210,12 @@ class Watch:
     """The registry's aliased versions, each under its Monitor.
 
     `arl`: samples to a false alarm, on average, for all versions of a model together; each alias gets its SHARES of it.
+    `states`: where Monitors outlive the process, None for nowhere. An alarm is written there before it is recorded, and an
+    acknowledgement after: whenever the process dies, a latched alarm is either there or was acknowledged.
     """
 
-    def __init__(self, registry: Registry, incidents: Incidents, *, arl: float) -> None:
-        self.registry, self.incidents, self.arl = registry, incidents, arl
+    def __init__(self, registry: Registry, incidents: Incidents, *, arl: float, states: States | None = None) -> None:
+        self.registry, self.incidents, self.arl, self.states = registry, incidents, arl, states
         self.replicas = Replicas()
         self.changed = True  # something happened that a reader should see before the second is over
         self._models: dict[str, Model] = {}
@@ -215,6 +226,8 @@ class Watch:
         self._rejected: Counter[tuple[str, str]] = Counter()
         self._alarms: Counter[tuple[str, str]] = Counter()
         self._load_failures: Counter[str] = Counter()
+        self._restores: Counter[tuple[str, str]] = Counter()
+        self._notices: deque[tuple[float, str]] = deque(maxlen=8)
         self._unknown_model = 0
 
     def follow(self, at: float) -> None:
@@ -253,7 +266,7 @@ class Watch:
         aliased = {(n, v) for n, m in self._models.items() for v in m.aliases.values()}
         retired = [key for key in self._watched if key not in aliased]
         for key in retired:
-            self._unlatch(self._watched[key])
+            self._unlatch(*key)
         for key in retired[:-RETIRED]:
             del self._watched[key]
         for version in set(settled.values()):
@@ -272,7 +285,10 @@ class Watch:
         try:
             bundle = open_bundle(path)
             # Another share is another threshold: evidence gathered under the old one is not carried over.
+            known = key in self._watched
             self._watched[key] = Watched(bundle, Monitor(bundle, arl=self.arl, share=share), share)
+            if not known:
+                self._restore(name, version, at)
         except Exception as error:  # whatever is wrong with one bundle, the others stay watched
             self._failed[key] = (look, f"{name} {version} is not watched, its bundle could not be loaded: {error}")
             self._load_failures[name] += 1
@@ -280,6 +296,37 @@ class Watch:
             return False
         self._failed.pop(key, None)
         return True
+
+    def _restore(self, name: str, version: str, at: float) -> None:
+        """Let a version that comes under watch go on where the state on the disk left it, or say why it starts anew."""
+        if self.states is None:
+            return
+        watched, outcome = self._watched[name, version], "restored"
+        try:
+            state = self.states.load(name, version)
+            if state is None:
+                outcome = "absent"
+            else:
+                watched.monitor.restore(state)
+                watched.last_sample_at, watched.saved = state["last_sample_at"], watched.eaten
+        except (StateError, ValueError, KeyError) as error:
+            outcome = "refused"
+            watched.monitor = Monitor(watched.bundle, arl=self.arl, share=watched.share)  # nothing half restored
+            self._notices.append((at, f"{name} {version} is watched from the start again, its saved state was not taken: {error}"))
+        self._restores[name, outcome] += 1
+        self._raise_alarm(name, version, at)
+
+    def save(self) -> None:
+        """Write down every Monitor that has seen samples since it was written last. Raises OSError where the disk refuses."""
+        for name, version in {(n, v) for n, m in self._models.items() for v in m.aliases.values()}:
+            if self._watched[name, version].eaten != self._watched[name, version].saved:
+                self._save(name, version)
+
+    def _save(self, name: str, version: str) -> None:
+        if self.states is not None:
+            watched = self._watched[name, version]
+            self.states.save(name, version, watched.monitor.state() | {"last_sample_at": watched.last_sample_at})
+            watched.saved = watched.eaten
 
     def hear(self, heartbeat: Heartbeat, at: float) -> None:
         """Take in what a replica counted and served; `at` is when it arrived."""
@@ -321,6 +368,7 @@ class Watch:
         monitor, verdict = watched.monitor, watched.monitor.verdict
         if monitor.first_alarm is None or watched.recorded == (verdict.id, verdict.modes):
             return
+        self._save(name, version)
         snapshot = monitor.snapshot()
         evidence = {key: snapshot[key] for key in ("evidence", "log10_threshold", "arl", "gauges", "modes")}
         opened = self.incidents.record(
@@ -330,24 +378,28 @@ class Watch:
         self._alarms[name, verdict.id] += opened
         self.changed = True
 
-    @staticmethod
-    def _unlatch(watched: Watched) -> None:
+    def _unlatch(self, name: str, version: str) -> None:
+        watched = self._watched[name, version]
         watched.recorded = None
         if watched.monitor.first_alarm is not None:
             watched.monitor.acknowledge()
+            self._save(name, version)
 
     def acknowledge(self, name: str, at: float) -> list[dict[str, Any]]:
         """Unlatch the alarms of a model's versions. Returns the incidents that this closed. Raises KeyError for a model not watched."""
-        for version in set(self._models[name].aliases.values()):
-            self._unlatch(self._watched[name, version])
+        versions = set(self._models[name].aliases.values())
+        closed = self.incidents.acknowledge(name, at=at)
+        for version in versions:
+            self._unlatch(name, version)
         self.changed = True
-        return self.incidents.acknowledge(name, at=at)
+        return closed
 
     def publish(self, at: float, *, point: bool = True) -> View:
         """The view as of now, in milliseconds; with `point`, the histories grow by one."""
         self.changed = False
         at = round(at, 3)
         errors = [*self._unreadable.values(), *(words for _, words in self._failed.values())]
+        errors += [words for noticed, words in self._notices if at - noticed < NOTICE]
         return View(
             at=at,
             arl=self.arl,
@@ -356,6 +408,7 @@ class Watch:
             rejected=dict(self._rejected),
             alarms=dict(self._alarms),
             load_failures={**dict.fromkeys(self._models, 0), **self._load_failures},
+            restores={(name, outcome): self._restores[name, outcome] for name in self._models for outcome in RESTORES},
             unknown_model=self._unknown_model,
             serving=self.replicas.totals(at),
             replicas=self.replicas.speaking(at),

@@ -49,6 +49,7 @@ CONTRACT = {  # name -> label names
     "ganwatch_model_info": {"model", "version", "alias", "onnx_sha256", "reference_sha256"},
     "ganwatch_model_loaded_timestamp_seconds": {"model"},
     "ganwatch_model_load_failures_total": {"model"},
+    "ganwatch_state_restores_total": {"model", "outcome"},
     "ganwatch_serving_heartbeat_timestamp_seconds": set(),
     "ganwatch_serving_replicas": set(),
     "ganwatch_serving_requests_total": {"model", "status"},
