@@ -70,6 +70,11 @@ VERDICTS: dict[str, Verdict] = {
             "Compare the served shares with the certified ones, then roll back or certify anew.",
             null="A",
         ),
+        Verdict(
+            "wrong_model",
+            "Certified samples come back different when they are asked for again: other weights or another runtime serve than were certified.",
+            "Compare model.onnx, onnxruntime, device and precision of the server with the card; roll back if the version is new.",
+        ),
     )
 }
 

@@ -151,7 +151,7 @@ class Duplicates:
                 hit[i] = self._hit
             held = np.arange(self._length + 1, self._length + len(part) + 1)
             values = np.minimum(self._start * np.where(hit[:, None], self._win, self._lose) + held[:, None] + self._joined, _CAP)
-            path[done : done + len(part)] = values @ self._weights
+            path[done : done + len(part)] = (values * self._weights).sum(axis=1)  # not BLAS, which rounds by the number of rows
             done += len(part)
             self._length += len(part)
             if self._length == DUPLICATE_BLOCK:

@@ -145,6 +145,9 @@ def _versions(view: View) -> Iterator[Metric]:
     )
     failures = [({"model": model}, count) for model, count in view.load_failures.items()]
     yield _counter("ganwatch_model_load_failures_total", "Bundles that the monitor could not load", failures)
+    for name, what, words in (("checked", "checked", "and compared"), ("mismatch", "mismatched", "that came back different")):
+        counts = [({"model": model}, view.replays[model, what]) for model in view.models]
+        yield _counter(f"ganwatch_replay_{name}_total", f"Certified samples asked of the server again {words}", counts)
     restores = [({"model": model, "outcome": outcome}, count) for (model, outcome), count in view.restores.items()]
     yield _counter("ganwatch_state_restores_total", "Versions that came under watch, by what became of their saved state", restores)
 

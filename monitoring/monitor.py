@@ -29,9 +29,11 @@ from training.bundle import Bundle
 
 POPULATIONS = ("fresh", "served")
 GAUGES = (*DIVERGENCES, "mode_coverage", "off_manifold", "frechet")
+AUDIT_PATIENCE = 4096  # fresh samples for which a failed replay audit waits for the samples to say which failure it is
 WARM_UP = 512  # fresh samples before silence is called health
 GAUGE_DELTA = 0.05  # chance that an interval fails at any sample of a block
-_COUNTS = ("monitored", "served", "frechet_clipped")  # what a Monitor counts over its whole life
+_COUNTS = ("monitored", "served", "frechet_clipped", "replay_checked", "replay_mismatched")  # what a Monitor counts over its whole life
+_MARKS = ("alarmed_at", "_since", "_suspected", "_wrong")  # when something happened to it
 PRIOR_SAMPLES = 1024  # how strongly one of the two priors of the intervals believes in the certificate
 
 TOLERANCES = {"forward_kl": 0.1, "reverse_kl": 0.08, "js": 0.02, "chi_squared": 0.08, "tv": 0.08, "frechet": 0.05}
@@ -81,12 +83,20 @@ class Monitor:
         self.rejected = {"nan": 0, "shape": 0, "dtype": 0}
         self.frechet_clipped = 0  # eigenvalues below zero that rounding cannot explain, over all Frechet gauges read
         self._since = 0  # monitored samples at the last restart of the detectors
+        self.replay_checked = self.replay_mismatched = 0  # golden samples asked for again, and those that came back different
+        self._suspected: int | None = None  # monitored samples when the replay audit failed, None while it last passed
+        self._wrong: int | None = None  # number of the fresh sample with which that became the verdict
         self.alarmed_at: float | None = None
         self.verdict = VERDICTS["warming_up"]
 
     @property
     def first_alarm(self) -> int | None:
-        return self._detector.crossed
+        return _earliest(self._detector.crossed, self._wrong)
+
+    @property
+    def suspect(self) -> bool:
+        """Whether certified samples came back different in the last replay audit."""
+        return self._suspected is not None
 
     @property
     def log10_threshold(self) -> float:
@@ -105,13 +115,25 @@ class Monitor:
             self._blocks["fresh"].add(seen.cells, seen.features)
             self._detector.update(seen.scores, seen.cells, seen.samples, index=self.monitored)
             self.monitored += len(seen.cells)
-            if self.first_alarm is not None and self.alarmed_at is None:
-                self.alarmed_at = at
-            self._judge()
+            self._judge(at)
+
+    def audit(self, *, checked: int, mismatched: int) -> None:
+        """Take in a replay of the certificate's golden samples: how many were compared, how many came back different.
+
+        One that differs proves that something else serves than was certified. It says nothing of what that something does, so
+        the verdict is left to the samples for AUDIT_PATIENCE of them, which find any gross failure sooner and name it; only
+        where they stay silent is it `wrong_model`, and should they speak later, theirs is the sharper word.
+        """
+        self.replay_checked += checked
+        self.replay_mismatched += mismatched
+        if not mismatched:
+            self._suspected = None
+        elif self._suspected is None:
+            self._suspected = self.monitored
 
     def state(self) -> dict[str, Any]:
         """All that the past has left here, under plain names: arrays, and values that JSON can say."""
-        flat = {name: getattr(self, name) for name in _COUNTS} | {"rejected": dict(self.rejected), "since": self._since, "alarmed_at": self.alarmed_at}
+        flat: dict[str, Any] = {name: getattr(self, name) for name in (*_COUNTS, *_MARKS)} | {"rejected": dict(self.rejected)}
         parts = {"detector": self._detector.state()} | {name: blocks.state() for name, blocks in self._blocks.items()}
         flat |= {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
         return {name: value.copy() if isinstance(value, ndarray) else value for name, value in flat.items()} | {"identity": self.identity()}
@@ -129,9 +151,9 @@ class Monitor:
         ours, theirs = self.identity(), state.get("identity", {})
         if differing := [f"{name} is {theirs.get(name)!r}, here it is {ours[name]!r}" for name in ours if theirs.get(name) != ours[name]]:
             raise ValueError(f"the state is of another monitor: {'; '.join(differing)}")
-        for name in _COUNTS:
+        for name in (*_COUNTS, *_MARKS):
             setattr(self, name, state[name])
-        self.rejected, self._since, self.alarmed_at = dict(state["rejected"]), state["since"], state["alarmed_at"]
+        self.rejected = dict(state["rejected"])
         for part, owner in {"detector": self._detector, **self._blocks}.items():
             owner.restore({name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")})
         self._judge()
@@ -152,14 +174,14 @@ class Monitor:
         for population, blocks in self._blocks.items():
             blocks.merge(other._blocks[population])
         self._detector.merge(other._detector, index=self.monitored - 1)
-        if self.first_alarm is not None:
-            self.alarmed_at = min((t for t in (self.alarmed_at, other.alarmed_at) if t is not None), default=at)
-        self._judge()
+        self._suspected, self._wrong = (_earliest(a, b) for a, b in ((self._suspected, other._suspected), (self._wrong, other._wrong)))
+        self.alarmed_at = _earliest(self.alarmed_at, other.alarmed_at)
+        self._judge(at)
 
     def acknowledge(self) -> None:
         """Unlatch: the detectors forget everything and start again; counts and gauges go on."""
         self._detector.restart()
-        self.alarmed_at = None
+        self.alarmed_at = self._suspected = self._wrong = None
         self._since = self.monitored
         self._judge()
 
@@ -232,14 +254,22 @@ class Monitor:
                 "gauges": gauges,
                 "tolerance": self.tolerance,
                 "modes": self.modes(),
+                "replay": {"checked": self.replay_checked, "mismatched": self.replay_mismatched, "suspect": self.suspect},
                 "detectable": detectable(self.bundle.certificate, card.modes, monitored=seen, threshold=threshold),
             }
         )
 
-    def _judge(self) -> None:
-        if self.first_alarm is not None:
+    def _judge(self, at: float | None = None) -> None:
+        """The verdict as of now; `at` is the time of an alarm that is raised by it."""
+        if self._detector.crossed is None and self._wrong is None and self._suspected is not None:
+            self._wrong = self._suspected + AUDIT_PATIENCE - 1 if self.monitored - self._suspected >= AUDIT_PATIENCE else None
+        if self.first_alarm is not None and self.alarmed_at is None:
+            self.alarmed_at = at
+        if self._detector.crossed is not None:
             groups = [g for g, named in zip(self._detector.groups, self._detector.named, strict=True) if named]
             self.verdict = diagnose(groups, self.bundle.card.modes)
+        elif self._wrong is not None:
+            self.verdict = VERDICTS["wrong_model"]
         else:
             self.verdict = VERDICTS["warming_up" if self.monitored < WARM_UP else "healthy"]
 
@@ -255,6 +285,10 @@ class Monitor:
         plain, finite = counts / counts.sum(), smoothed(counts)
         values = {name: divergence(self._real, plain) for name, divergence in DIVERGENCES.items()}
         return {name: v if math.isfinite(v) else DIVERGENCES[name](self._real, finite) for name, v in values.items()}
+
+
+def _earliest(*times: Any) -> Any:
+    return min((t for t in times if t is not None), default=None)
 
 
 def _jsonable(value: Any) -> Any:

@@ -45,6 +45,7 @@ from monitoring.probes import Prober
 from monitoring.states import States
 from monitoring.watch import View, Watch, parse_counter
 from serving.records import ORIGINS, Heartbeat
+from training.bundle import Bundle
 from training.registry import Registry, ganwatch_home
 
 PAGE = Path(__file__).parent / "page"
@@ -71,7 +72,7 @@ class Options:
     serving_url: str = "http://127.0.0.1:8000"
     """Where probes ask for samples."""
     probe_rate: int = 50
-    """Fresh samples a second and model below which probes make up for the rest; 0 sends none."""
+    """Fresh samples a second and model below which probes make up for the rest; 0 sends none, and no replay audit either."""
     home: Path | None = None
     """Where the record of alarms and the Monitors' states lie; None: GANWATCH_HOME, or .ganwatch under the working directory."""
     inbox: int = 65_536
@@ -86,17 +87,29 @@ class Options:
             raise ValueError(f"serving_url is {self.serving_url!r}; it must be an http:// or https:// URL")
 
 
+@dataclass(frozen=True)
+class Audited:
+    """A replay audit of `bundle`: golden samples compared, and those that came back different."""
+
+    bundle: Bundle
+    compared: int
+    different: int
+
+
+Item = Heartbeat | Audited | tuple[str, Future[Any]]
+
+
 class Inbox:
-    """What waits for the Monitors' thread: heartbeats, bounded in samples, and acknowledgements."""
+    """What waits for the Monitors' thread: heartbeats, bounded in samples, audits and acknowledgements."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.dropped = 0  # records
-        self._waiting: deque[Heartbeat | tuple[str, Future[Any]]] = deque()
+        self._waiting: deque[Item] = deque()
         self._samples = 0
         self._news = threading.Condition()
 
-    def put(self, item: Heartbeat | tuple[str, Future[Any]]) -> None:
+    def put(self, item: Item) -> None:
         """Never waits. A heartbeat that does not fit is dropped whole: its counters are totals and come again with the next."""
         weight = _weight(item)
         with self._news:
@@ -107,7 +120,7 @@ class Inbox:
             self._waiting.append(item)
             self._news.notify()
 
-    def take(self, timeout: float) -> list[Heartbeat | tuple[str, Future[Any]]]:
+    def take(self, timeout: float) -> list[Item]:
         """All that waits, oldest first, or nothing after `timeout` seconds."""
         with self._news:
             if not self._waiting:
@@ -118,7 +131,7 @@ class Inbox:
         return items
 
 
-def _weight(item: Heartbeat | tuple[str, Future[Any]]) -> int:
+def _weight(item: Item) -> int:
     return max(1, sum(len(record.samples) for record in item.records)) if isinstance(item, Heartbeat) else 0
 
 
@@ -131,7 +144,7 @@ class Service:
         self.incidents = Incidents(home / "incidents.db")
         self.watch = Watch(Registry(options.registry or home / "registry"), self.incidents, arl=options.arl, states=States(home / "monitor"))
         self.inbox = Inbox(options.inbox)
-        self.prober = Prober(options.serving_url, options.probe_rate, self._fresh_rates)
+        self.prober = Prober(options.serving_url, options.probe_rate, self._fresh_rates, self._bundles, self._audited)
         self.exporter = Exporter(lambda: (self.view, {"queue_full": self.inbox.dropped}, dict(self.prober.outcomes)))
         self.trouble: str | None = None
         self.stopping = threading.Event()
@@ -155,7 +168,7 @@ class Service:
     def state(self, view: View, since: float = -math.inf) -> dict[str, Any]:
         """The JSON of /api/state: the view, with what troubles the process itself."""
         state = view.state(since)
-        state["errors"] += [*self.prober.trouble.values(), *([self.trouble] if self.trouble else [])]
+        state["errors"] += [*self.prober.trouble.values(), *self.prober.audit_trouble.values(), *([self.trouble] if self.trouble else [])]
         return state
 
     def acknowledge(self, model: str) -> Future[list[dict[str, Any]]]:
@@ -166,6 +179,12 @@ class Service:
 
     def _fresh_rates(self) -> Mapping[str, float]:
         return {name: shown.fresh_rate for name, shown in self.view.models.items() if shown.alias == "production"}
+
+    def _bundles(self) -> list[Bundle]:
+        return [bundle for shown in self.view.models.values() for bundle in shown.bundles.values()]
+
+    def _audited(self, bundle: Bundle, compared: int, different: int) -> None:
+        self.inbox.put(Audited(bundle, compared, different))
 
     def _work(self) -> None:
         followed = published = time.time()
@@ -180,7 +199,9 @@ class Service:
                 self._step(self.watch.hear, heartbeat, now)
             if heartbeats:
                 self._step(self.watch.eat, [record for heartbeat in heartbeats for record in heartbeat.records], now)
-            answers = [item for item in items if not isinstance(item, Heartbeat)]
+            for audited in (item for item in items if isinstance(item, Audited)):
+                self._step(self.watch.audited, audited.bundle, audited.compared, audited.different)
+            answers = [item for item in items if isinstance(item, tuple)]
             closed: list[tuple[Future[Any], Any]] = []
             for model, answer in answers:
                 try:

@@ -136,7 +136,7 @@ class Shown:
 
     alias: str
     version: str
-    cards: Mapping[str, Card]  # alias -> card of the version it names
+    bundles: Mapping[str, Bundle]  # alias -> the version it names
     share: float
     loaded_at: float
     last_sample_at: float | None
@@ -148,6 +148,10 @@ class Shown:
     rows: tuple[tuple[float | None, ...], ...]  # COLUMNS, oldest first
     fresh_rate: float  # samples a second that clients drew with the server's seeds
     picture: tuple[ndarray, ...]
+
+    @property
+    def cards(self) -> dict[str, Card]:
+        return {alias: bundle.card for alias, bundle in self.bundles.items()}
 
     def samples(self) -> ndarray | None:
         """The newest served samples, newest first."""
@@ -166,6 +170,7 @@ class View:
     alarms: Mapping[tuple[str, str], int]  # (model, verdict) -> alarms raised
     load_failures: Mapping[str, int]  # model -> bundles that could not be loaded
     restores: Mapping[tuple[str, str], int]  # (model, one of RESTORES) -> versions that came under watch
+    replays: Mapping[tuple[str, str], int]  # (model, "checked" or "mismatched") -> golden samples
     unknown_model: int  # records of models that the registry does not hold
     serving: Mapping[str, float | int]  # the replicas' counters, summed
     replicas: int
@@ -175,12 +180,20 @@ class View:
 
     def state(self, since: float = -math.inf) -> dict[str, Any]:
         """The JSON of /api/state. `since` (Unix seconds) leaves out the older points of the histories."""
-        dropped = sum(value for name, value in self.serving.items() if name.startswith("tap_dropped_samples_total"))
+        dropped, skipped = (
+            sum(value for name, value in self.serving.items() if name.startswith(f"tap_{what}_samples_total")) for what in ("dropped", "skipped")
+        )
         return {
             "now": self.at,
             "arl": self.arl,
             "models": {name: self._model(shown, since) for name, shown in self.models.items()},
-            "tap": {"replicas": self.replicas, "last_heartbeat_at": self.heard_at, "dropped": dropped, "received": self.received},
+            "tap": {
+                "replicas": self.replicas,
+                "last_heartbeat_at": self.heard_at,
+                "dropped": dropped,  # lost, since the monitor did not answer
+                "skipped": skipped,  # never meant to be shown: beyond the tap's budget
+                "received": self.received,
+            },
             "errors": list(self.errors),
         }
 
@@ -227,6 +240,7 @@ class Watch:
         self._alarms: Counter[tuple[str, str]] = Counter()
         self._load_failures: Counter[str] = Counter()
         self._restores: Counter[tuple[str, str]] = Counter()
+        self._replays: Counter[tuple[str, str]] = Counter()
         self._notices: deque[tuple[float, str]] = deque(maxlen=8)
         self._unknown_model = 0
 
@@ -352,14 +366,26 @@ class Watch:
             for start in range(0, len(samples), CHUNK):
                 self._update(name, version, samples[start : start + CHUNK], fresh, at)
 
+    def audited(self, bundle: Bundle, compared: int, different: int) -> None:
+        """Take in a replay audit of a version's golden samples, unless that very bundle is watched no longer."""
+        name, version = bundle.card.model, bundle.card.version
+        watched = self._watched.get((name, version))
+        if watched is None or watched.bundle.card != bundle.card:
+            return
+        watched.monitor.audit(checked=compared, mismatched=different)
+        self._replays[name, "checked"] += compared
+        self._replays[name, "mismatched"] += different
+        self.changed |= different > 0
+
     def _update(self, name: str, version: str, samples: ndarray, fresh: bool, at: float) -> None:
         watched = self._watched[name, version]
-        rejected = dict(watched.monitor.rejected)
+        served, rejected = watched.monitor.served, dict(watched.monitor.rejected)
         watched.monitor.update(samples, fresh=fresh, at=at)
         for reason, count in watched.monitor.rejected.items():
             self._rejected[name, reason] += count - rejected.get(reason, 0)
-        watched.last_sample_at = at
-        watched.show(samples)
+        if watched.monitor.served > served:  # samples of which none could be looked at leave the estimates as old as they are
+            watched.last_sample_at = at
+            watched.show(samples)
         self._raise_alarm(name, version, at)
 
     def _raise_alarm(self, name: str, version: str, at: float) -> None:
@@ -370,7 +396,7 @@ class Watch:
             return
         self._save(name, version)
         snapshot = monitor.snapshot()
-        evidence = {key: snapshot[key] for key in ("evidence", "log10_threshold", "arl", "gauges", "modes")}
+        evidence = {key: snapshot[key] for key in ("evidence", "log10_threshold", "arl", "gauges", "modes", "replay")}
         opened = self.incidents.record(
             name, version, at=at, verdict=verdict.id, words=verdict.words, modes=verdict.modes, evidence=evidence, first_alarm=monitor.first_alarm
         )
@@ -409,6 +435,7 @@ class Watch:
             alarms=dict(self._alarms),
             load_failures={**dict.fromkeys(self._models, 0), **self._load_failures},
             restores={(name, outcome): self._restores[name, outcome] for name in self._models for outcome in RESTORES},
+            replays={(name, what): self._replays[name, what] for name in self._models for what in ("checked", "mismatched")},
             unknown_model=self._unknown_model,
             serving=self.replicas.totals(at),
             replicas=self.replicas.speaking(at),
@@ -433,7 +460,7 @@ class Watch:
         return Shown(
             alias=alias,
             version=version,
-            cards={a: self._watched[name, v].bundle.card for a, v in model.aliases.items()},
+            bundles={a: self._watched[name, v].bundle for a, v in model.aliases.items()},
             share=watched.share,
             loaded_at=model.shown_since,
             last_sample_at=watched.last_sample_at,

@@ -13,6 +13,7 @@ const TITLES = {
   latent_fault: "Samples repeat: latent fault",
   quality_outside_tolerance: "Quality outside tolerance",
   drift: "Drift",
+  wrong_model: "Not the certified model",
 };
 const SHAPES = { // told apart without colour
   good: '<circle cx="24" cy="24" r="20" fill="none" stroke="currentColor" stroke-width="4"/><path d="m15 25 6.500 6.500L33.500 18" fill="none" stroke="currentColor" stroke-width="4.500" stroke-linecap="round" stroke-linejoin="round"/>',
@@ -55,6 +56,8 @@ const title = (id, modes) => {
   if (id === "mode_dropping" && named) return `${modes.length === 1 ? "Mode" : "Modes"} ${named} ${modes.length === 1 ? "is" : "are"} being dropped`;
   return (TITLES[id] || id.replaceAll("_", " ")) + (named ? `: ${named}` : "");
 };
+const replayed = ({ checked, mismatched, suspect }) => !checked ? "" : suspect ? `certified samples come back different: ${count(mismatched)} of ${count(checked)}`
+  : `certified samples come back as certified, ${count(checked)} compared` + (mismatched ? `; ${count(mismatched)} once differed` : "");
 const code = words => words.split("`").map((part, i) => i % 2 ? element("code", {}, part) : part);
 const tone = model => {
   const id = model.snapshot.verdict.id;
@@ -113,9 +116,9 @@ function draw() {
   const list = $("#errors");
   list.hidden = !state.errors.length;
   list.replaceChildren(...state.errors.map(words => element("li", {}, words)));
-  const { replicas, last_heartbeat_at: heard, received, dropped } = state.tap;
+  const { replicas, last_heartbeat_at: heard, received, dropped, skipped } = state.tap;
   $("#traffic").textContent = heard == null ? "no replica has reported yet"
-    : `${count(replicas)} ${replicas === 1 ? "replica" : "replicas"} · heard ${ago(state.now - heard)} · ${count(received)} samples received` + (dropped ? ` · ${count(dropped)} left out by the tap` : "");
+    : `${count(replicas)} ${replicas === 1 ? "replica" : "replicas"} · heard ${ago(state.now - heard)} · ${count(received)} samples received` + (dropped ? ` · ${count(dropped)} lost by the tap` : "") + (skipped ? ` · ${count(skipped)} beyond the tap's budget` : "");
   drawTabs(names);
   $("#watch").hidden = chosen === null;
   $("#empty").hidden = chosen !== null;
@@ -172,6 +175,8 @@ function drawVerdict(model) {
     ["Version", [`${model.version} `, element("span", { class: "chip" }, model.alias), card.fault ? " " : null, card.fault ? element("span", { class: "chip fault" }, `injected: ${card.fault}`) : null]],
     ["Monitored", [`${count(monitored)} fresh samples`]],
     ["Sensitivity", [detectable]],
+    ["Replay audit", [replayed(model.snapshot.replay)]],
+    ["Rejected", [Object.entries(model.snapshot.rejected).filter(([, n]) => n).map(([reason, n]) => `${count(n)} samples: ${reason}`).join(", ")]],
     ["False alarms", [`at most one in ${big.format(arl)} fresh samples, on average`]],
     ...model.other_versions.map(other => [other.alias, [`${other.version}: ${title(other.verdict.id, other.verdict.modes)}`]]),
   ];

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from monitoring.monitor import FAMILIES, GAUGES, VERDICTS, WARM_UP, Monitor
+from monitoring.monitor import AUDIT_PATIENCE, FAMILIES, GAUGES, VERDICTS, WARM_UP, Monitor
 
 
 def watch(bundle, samples, *, step=64, arl=2.6e9, fresh=True) -> Monitor:
@@ -84,6 +84,43 @@ def test_the_alarm_latches_until_it_is_acknowledged(make_bundle, draw):
     assert monitor.first_alarm > 3600 > first and monitor.alarmed_at == 5.0
 
 
+def test_a_failed_replay_waits_for_the_samples_to_name_the_failure(make_bundle, draw):
+    """A failed audit alone becomes a verdict only after AUDIT_PATIENCE samples that nothing else is wrong with."""
+    bundle = make_bundle()
+    monitor = Monitor(bundle)
+    monitor.update(draw(bundle, 1000), fresh=True, at=1.0)
+    monitor.audit(checked=16, mismatched=1)
+    monitor.update(draw(bundle, AUDIT_PATIENCE - 1, seed=1), fresh=True, at=2.0)
+    assert monitor.verdict.id == "healthy" and monitor.suspect and monitor.first_alarm is None
+    monitor.update(draw(bundle, 1, seed=2), fresh=True, at=3.0)
+    assert monitor.verdict.id == "wrong_model" and monitor.first_alarm == 1000 + AUDIT_PATIENCE - 1 and monitor.alarmed_at == 3.0
+    monitor.audit(checked=16, mismatched=0)
+    monitor.update(draw(bundle, 100, seed=3), fresh=True, at=4.0)
+    assert monitor.verdict.id == "wrong_model"  # latched, also when the right model is back
+    resumed = Monitor(bundle)
+    resumed.restore(monitor.state())
+    assert resumed.snapshot() == monitor.snapshot() and resumed.snapshot()["replay"] == {"checked": 32, "mismatched": 1, "suspect": False}
+    monitor.acknowledge()
+    assert monitor.verdict.id == "healthy" and monitor.first_alarm is None
+    monitor.update(draw(bundle, 2 * AUDIT_PATIENCE, seed=4), fresh=True, at=5.0)
+    assert monitor.verdict.id == "healthy"
+
+
+@pytest.mark.parametrize(("fault", "verdict"), [({"lost": (3, 8)}, "mode_dropping"), ({"fakes": 0.05}, "off_manifold"), ({"grain": 1.0}, "latent_fault")])
+def test_what_the_samples_say_goes_before_a_failed_replay(make_bundle, draw, fault, verdict):
+    bundle, healthy = make_bundle(**fault), make_bundle()
+    monitor = Monitor(bundle)
+    monitor.audit(checked=16, mismatched=16)
+    monitor.update(draw(bundle, 2 * AUDIT_PATIENCE), fresh=True, at=1.0)
+    assert monitor.verdict.id == verdict and monitor.first_alarm < 3000
+    late = Monitor(bundle)
+    late.audit(checked=16, mismatched=16)
+    late.update(draw(healthy, AUDIT_PATIENCE), fresh=True, at=1.0)
+    assert late.verdict.id == "wrong_model"
+    late.update(draw(bundle, 3000), fresh=True, at=2.0)
+    assert late.verdict.id == verdict and late.first_alarm == AUDIT_PATIENCE - 1 and late.alarmed_at == 1.0  # one alarm, a sharper word
+
+
 def test_only_fresh_samples_are_evidence(make_bundle, draw):
     bundle = make_bundle()
     one_seed = np.repeat(draw(bundle, 1), 10_000, axis=0)
@@ -149,7 +186,7 @@ def test_snapshot_is_json_and_complete(make_bundle, draw):
         assert json.loads(json.dumps(snapshot, allow_nan=False)) == json.loads(json.dumps(snapshot))
     assert set(snapshot) == {
         *("model", "version", "verdict", "monitored", "served", "rejected", "evidence", "log10_threshold", "arl"),
-        *("gauges", "tolerance", "modes", "detectable"),
+        *("gauges", "tolerance", "modes", "replay", "detectable"),
     }
     assert set(snapshot["verdict"]) == {"id", "words", "advice", "modes", "null", "since_sample", "since"}
     assert snapshot["verdict"]["modes"] == ["3", "8"] and snapshot["gauges"]["fresh"]["forward_kl"]["high"] is None

@@ -234,5 +234,6 @@ def test_total_evidence_is_that_of_the_sum() -> None:
 
 
 def test_heartbeats_tell_what_the_tap_left_out(scene: Scene) -> None:
-    scene.watch.hear(Heartbeat("a", START, (), {'tap_dropped_samples_total{model="grid"}': 4.0}), START)
-    assert scene.state()["tap"] == {"replicas": 1, "last_heartbeat_at": START, "dropped": 4.0, "received": 0}
+    counters = {'tap_dropped_samples_total{model="grid"}': 4.0, 'tap_skipped_samples_total{model="grid"}': 900.0}
+    scene.watch.hear(Heartbeat("a", START, (), counters), START)
+    assert scene.state()["tap"] == {"replicas": 1, "last_heartbeat_at": START, "dropped": 4.0, "skipped": 900.0, "received": 0}
