@@ -113,7 +113,7 @@ class Monitor:
         self._blocks["served"].add(seen.cells, seen.features)
         if fresh:
             self._blocks["fresh"].add(seen.cells, seen.features)
-            self._detector.update(seen.scores, seen.cells, seen.samples, index=self.monitored)
+            self._detector.update(seen.scores, seen.features, seen.cells, seen.samples, index=self.monitored)
             self.monitored += len(seen.cells)
             self._judge(at)
 

@@ -32,6 +32,8 @@ from training.bundle import (
     Reference,
     SignGaussian,
     sample_classes,
+    whiten,
+    whitening,
     write_arrays,
     write_card,
 )
@@ -145,7 +147,8 @@ def certify(source: Source, sample_count: int, *, cells: int, seconds: float, pr
     """Count the generator's own law on fresh samples of a seed drawn for this purpose.
 
     `sample_count` samples are drawn, or what fits into `seconds` but not fewer than CERTIFY_AT_LEAST (or `sample_count`, where
-    that is smaller). The first fifth sets the tail thresholds and is then forgotten; everything is counted on the rest.
+    that is smaller). The first fifth sets the tail thresholds and the whitening and is then forgotten; everything is counted on
+    the rest.
     `progress` hears (done, total).
     """
     seed = secrets.randbits(53)
@@ -157,7 +160,9 @@ def certify(source: Source, sample_count: int, *, cells: int, seconds: float, pr
     total = max(min(sample_count, affordable), min(sample_count, CERTIFY_AT_LEAST))
     first = total // 5
 
-    scores = np.concatenate([source.see(s)[1] for s in _chunks(source, seed, 0, first, total, progress)]).astype(np.float64)
+    seen = [source.see(s)[:2] for s in _chunks(source, seed, 0, first, total, progress)]
+    features, scores = (np.concatenate(column).astype(np.float64) for column in zip(*seen, strict=True))
+    white = whitening(features)
     upper = np.quantile(scores, 1 - LEVELS, axis=0, method="higher").T
     lower = np.quantile(scores, LEVELS, axis=0, method="lower").T
 
@@ -166,6 +171,7 @@ def certify(source: Source, sample_count: int, *, cells: int, seconds: float, pr
     blocks = hits = 0
     mean: Any = 0.0
     square: Any = 0.0
+    white_sum, white_square = np.zeros(white[1].shape[1]), np.zeros((white[1].shape[1],) * 2)
     for samples in _chunks(source, seed, first, total - first, total, progress):
         features, chunk_scores, mode = source.see(samples)
         for s, column in enumerate(np.sort(chunk_scores.astype(np.float64), axis=0).T):
@@ -176,6 +182,8 @@ def certify(source: Source, sample_count: int, *, cells: int, seconds: float, pr
         blocks, hits = blocks + chunk_blocks, hits + chunk_hits
         features = features.astype(np.float64)
         mean, square = mean + features.sum(axis=0), square + features.T @ features
+        y = whiten(features, *white)
+        white_sum, white_square = white_sum + y.sum(axis=0), white_square + y.T @ y
     count = total - first
     mean = mean / count
     golden_seed, golden_offset = (np.array([secrets.randbits(53) for _ in range(GOLDEN)], np.int64) for _ in range(2))
@@ -196,6 +204,11 @@ def certify(source: Source, sample_count: int, *, cells: int, seconds: float, pr
         golden_seed=golden_seed,
         golden_offset=golden_offset,
         golden_sample=np.concatenate([source.samples(seed=int(s), offset=int(o), count=1) for s, o in zip(golden_seed, golden_offset, strict=True)]),
+        white_centre=white[0],
+        white_map=white[1],
+        white_radius=white[2],
+        white_mean=white_sum / count,
+        white_moment=white_square / count,
     )
 
 

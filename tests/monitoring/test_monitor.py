@@ -21,13 +21,13 @@ def watch(bundle, samples, *, step=64, arl=2.6e9, fresh=True) -> Monitor:
 @pytest.mark.parametrize(
     ("fault", "verdict", "modes", "first_alarm"),
     [
-        ({"lost": (3, 8)}, "mode_dropping", ("3", "8"), 237),
+        ({"lost": (3, 8)}, "mode_dropping", ("3", "8"), 236),
         ({"fakes": 0.05}, "off_manifold", (), 109),
         ({"fakes": 0.5}, "off_manifold", (), 7),
-        ({"width": 0.8}, "within_mode_collapse", (), 1168),
-        ({"width": 1.2}, "off_manifold", (), 707),
-        ({"grain": 1.0}, "latent_fault", (), 23),
-        ({"lost": (3, 8), "honest": True}, "quality_outside_tolerance", (), 893),
+        ({"width": 0.8}, "within_mode_collapse", (), 294),
+        ({"width": 1.2}, "off_manifold", (), 548),
+        ({"grain": 1.0}, "latent_fault", (), 33),
+        ({"lost": (3, 8), "honest": True}, "quality_outside_tolerance", (), 948),
     ],
 )
 def test_each_failure_is_named(make_bundle, draw, fault, verdict, modes, first_alarm):
@@ -58,7 +58,7 @@ def test_a_fault_after_a_healthy_while(make_bundle, draw):
     healthy, faulty = make_bundle(), make_bundle(lost=(4,))
     samples = np.concatenate([draw(healthy, 5000, seed=1), draw(faulty, 1000, seed=2)])
     monitor = watch(healthy, samples)
-    assert monitor.first_alarm == 5235 and monitor.verdict.modes == ("4",)
+    assert monitor.first_alarm == 5238 and monitor.verdict.modes == ("4",)
 
 
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 37, 10_000])
@@ -67,7 +67,7 @@ def test_any_split_comes_to_the_same(make_bundle, draw, step):
     samples = draw(bundle, 1500, seed=5)
     monitor, other = watch(bundle, samples, step=step), watch(bundle, samples, step=64)
     assert monitor.first_alarm == other.first_alarm and monitor.verdict == other.verdict
-    assert monitor.evidence() == other.evidence()
+    assert monitor.evidence() == pytest.approx(other.evidence(), rel=1e-9)
     for name, gauge in monitor.gauges("fresh").items():
         assert gauge.value == pytest.approx(other.gauges("fresh")[name].value)
 
