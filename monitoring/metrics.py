@@ -20,7 +20,8 @@ from monitoring.monitor import VERDICTS
 from monitoring.watch import Shown, View, parse_counter
 from serving.records import ORIGINS
 
-ESTIMATORS = ("forward_kl", "reverse_kl", "js", "chi_squared", "tv", "frechet")
+ESTIMATORS = ("forward_kl", "reverse_kl", "js", "chi_squared", "tv", "frechet", "mmd", "kid", "sliced_wasserstein")
+NEIGHBOURS = ("precision", "recall", "density", "coverage", "intrinsic_dimension")
 RATIOS = {"mode_coverage": "modes of the real data that the model still serves", "off_manifold": "samples that look like nothing in the real data"}
 ALARMS = tuple(verdict for verdict in VERDICTS if verdict not in ("healthy", "warming_up"))
 DROPPED = ("queue_full", "unknown_model")  # why records that reached the monitor were not looked at
@@ -75,6 +76,10 @@ def _estimates(view: View) -> Iterator[Metric]:
         for ratio, meaning in RATIOS.items():
             samples = [({"model": m, "population": p}, pick(g[ratio])) for m, p, g in gauges if ratio in g]
             yield _gauge(f"ganwatch_{ratio}_ratio{suffix}", f"Share of {meaning}{words}", samples)
+    floors = [({"model": m, "population": p, "estimator": e}, g[e].floor) for m, p, g in gauges for e in ESTIMATORS if e in g]
+    yield _gauge("ganwatch_divergence_floor", "What as many samples of the real data itself would read", floors)
+    found = [({"model": m, "population": p, "estimator": e}, g[e].value) for m, p, g in gauges for e in NEIGHBOURS if e in g]
+    yield _gauge("ganwatch_neighbours", "Fidelity and diversity by nearest neighbours, without an interval", found)
     for bound, words in (("certified", "as certified"), ("threshold", "above which the quality is out of tolerance")):
         samples = [
             ({"model": model, "estimator": estimator}, limits[bound])

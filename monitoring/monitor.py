@@ -24,13 +24,19 @@ from monitoring.diagnosis import VERDICTS, Verdict, detectable, diagnose
 from monitoring.divergences import DIVERGENCES, INTERVALS, ShareSet, frechet, smoothed
 from monitoring.edetectors import FAMILIES, EDetector
 from monitoring.features import Eye
-from monitoring.sketches import Blocks
+from monitoring.points import POINT_GAUGES, Cloud, Embedding
+from monitoring.sketches import BLOCK, NEWEST, Blocks, Decayed, Newest, Sketch
 from training.bundle import Bundle
 
-POPULATIONS = ("fresh", "served")
+POPULATIONS = ("fresh", "recent", "served")
+"""fresh: the block of fresh samples now being filled; recent: fresh samples, the older the less they weigh; served: the block
+of whatever clients got."""
 GAUGES = (*DIVERGENCES, "mode_coverage", "off_manifold", "frechet")
+ALL_GAUGES = (*GAUGES, "mmd", *POINT_GAUGES)  # the latter of the fresh population only, and only where the bundle has real points
+REAL_POINTS = 1024  # real points that served ones are compared with
 AUDIT_PATIENCE = 4096  # fresh samples for which a failed replay audit waits for the samples to say which failure it is
 WARM_UP = 512  # fresh samples before silence is called health
+FLOOR_DRAWS = 64
 GAUGE_DELTA = 0.05  # chance that an interval fails at any sample of a block
 _COUNTS = ("monitored", "served", "frechet_clipped", "replay_checked", "replay_mismatched")  # what a Monitor counts over its whole life
 _MARKS = ("alarmed_at", "_since", "_suspected", "_wrong")  # when something happened to it
@@ -45,13 +51,15 @@ noise of a full block does not. Alarms do not depend on them."""
 @dataclass(frozen=True)
 class Gauge:
     """An estimate from n samples. exact: [low, high] holds at every sample of a block at once, with probability >= 1 -
-    GAUGE_DELTA; none: nobody has derived an interval, low and high are NaN."""
+    GAUGE_DELTA; pointwise: at any one moment, for many samples; none: nobody has derived an interval, low and high are NaN.
+    floor: what as many samples of the real data itself would read, about; NaN where nobody knows."""
 
     value: float
     low: float
     high: float
     n: int
     ci: Literal["exact", "asymptotic", "pointwise", "none"]
+    floor: float = math.nan
 
 
 class Monitor:
@@ -72,7 +80,14 @@ class Monitor:
         self._eye = Eye(bundle)
         self._detector = EDetector(certificate, reference, bundle.card.modes, threshold=arl / share)
         cells, features = len(bundle.card.modes) + 1, len(reference.feature_mean)
-        self._blocks = {population: Blocks(cells, features) for population in POPULATIONS}
+        rng = np.random.default_rng(0)  # which of the real points: the same ones in every process
+        real, self._spare = rng.permutation(reference.held_out_points)[:REAL_POINTS], rng.permutation(reference.train_points)[:BLOCK]
+        self._cloud, self._embedding = Cloud(real), Embedding(real)
+        self._blocks = {population: Blocks(cells, features, self._embedding.size) for population in ("fresh", "served")}
+        self._recent, self._newest = Decayed(cells, features), Newest(features)
+        self._gauges: dict[str, tuple[int, dict[str, Gauge]]] = {}  # as last read, and at how many samples
+        self._floors: dict[int, dict[str, float]] = {}
+        self._point_gauges: tuple[int, dict[str, Gauge]] = (0, {})  # and at how many monitored samples they were read
         self._real = reference.cell_share
         if not (self._real > 0).all():  # a cell without real data has some share all the same
             self._real = smoothed(np.rint(self._real * reference.count).astype(np.int64))
@@ -110,9 +125,12 @@ class Monitor:
         if not len(seen.cells):
             return
         self.served += len(seen.cells)
-        self._blocks["served"].add(seen.cells, seen.features)
+        embedded = self._embedding(seen.features)
+        self._blocks["served"].add(seen.cells, seen.features, embedded)
         if fresh:
-            self._blocks["fresh"].add(seen.cells, seen.features)
+            self._blocks["fresh"].add(seen.cells, seen.features, embedded)
+            self._recent.add(seen.cells, seen.features)
+            self._newest.add(seen.features)
             self._detector.update(seen.scores, seen.features, seen.cells, seen.samples, index=self.monitored)
             self.monitored += len(seen.cells)
             self._judge(at)
@@ -134,9 +152,13 @@ class Monitor:
     def state(self) -> dict[str, Any]:
         """All that the past has left here, under plain names: arrays, and values that JSON can say."""
         flat: dict[str, Any] = {name: getattr(self, name) for name in (*_COUNTS, *_MARKS)} | {"rejected": dict(self.rejected)}
-        parts = {"detector": self._detector.state()} | {name: blocks.state() for name, blocks in self._blocks.items()}
+        parts = {name: owner.state() for name, owner in self._parts().items()}
         flat |= {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
         return {name: value.copy() if isinstance(value, ndarray) else value for name, value in flat.items()} | {"identity": self.identity()}
+
+    def _parts(self) -> dict[str, Any]:
+        """Whatever has a state of its own."""
+        return {"detector": self._detector, **self._blocks, "recent": self._recent, "newest": self._newest}
 
     def identity(self) -> dict[str, Any]:
         """What a state must have in common with this monitor to mean anything to it."""
@@ -154,7 +176,7 @@ class Monitor:
         for name in (*_COUNTS, *_MARKS):
             setattr(self, name, state[name])
         self.rejected = dict(state["rejected"])
-        for part, owner in {"detector": self._detector, **self._blocks}.items():
+        for part, owner in self._parts().items():
             owner.restore({name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")})
         self._judge()
 
@@ -171,8 +193,10 @@ class Monitor:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.rejected = {reason: count + other.rejected[reason] for reason, count in self.rejected.items()}
         self._since += other._since
-        for population, blocks in self._blocks.items():
-            blocks.merge(other._blocks[population])
+        theirs = other._parts()
+        for name, owner in self._parts().items():
+            if name != "detector":
+                owner.merge(theirs[name])
         self._detector.merge(other._detector, index=self.monitored - 1)
         self._suspected, self._wrong = (_earliest(a, b) for a, b in ((self._suspected, other._suspected), (self._wrong, other._wrong)))
         self.alarmed_at = _earliest(self.alarmed_at, other.alarmed_at)
@@ -190,32 +214,73 @@ class Monitor:
         return {family: math.log10(e) if e > 0 else -math.inf for family, e in self._detector.family_evidence().items()}
 
     def gauges(self, population: str) -> dict[str, Gauge]:
-        """The estimates against the real data, from the block now being filled. NaN before the first sample.
+        """The estimates of a population against the real data. NaN before the first sample.
 
         What else is served is no independent draw (a seed may be asked for twice), so "served" has no intervals.
         """
-        if population not in self._blocks:
+        if population not in POPULATIONS:
             raise ValueError(f"population is {population!r}; it must be one of {', '.join(POPULATIONS)}")
-        sketch = self._blocks[population].view
+        if self._gauges.get(population, (None,))[0] != self.served:
+            self._gauges[population] = (self.served, self._estimate(population))
+        return self._gauges[population][1]
+
+    def _estimate(self, population: str) -> dict[str, Gauge]:
+        sketch: Sketch | Decayed = self._recent if population == "recent" else self._blocks[population].view
         n, real = sketch.count, self._real
         if n == 0:
-            return {name: Gauge(math.nan, math.nan, math.nan, 0, "none") for name in GAUGES}
-        shares = ShareSet.observed(sketch.cells, priors=self._priors, delta=GAUGE_DELTA)
+            return {name: Gauge(math.nan, math.nan, math.nan, 0, "none") for name in (ALL_GAUGES if population == "fresh" else GAUGES)}
+        if isinstance(sketch, Decayed):
+            shares = ShareSet.pointwise(sketch.cells, count=sketch.effective, delta=GAUGE_DELTA)
+        else:
+            shares = ShareSet.observed(sketch.cells, priors=self._priors, delta=GAUGE_DELTA)
         values = self._divergences(sketch.cells)
         coverage = mode_coverage(real, shares)
         values |= {"mode_coverage": coverage.value, "off_manifold": float(shares.centre[-1])}
         bounds = {name: (math.nan, math.nan) for name in values}
-        if population == "fresh":
+        if population != "served":
             bounds = {name: interval(real, shares) for name, interval in INTERVALS.items()}
             bounds["mode_coverage"] = (coverage.low, coverage.high)
             bounds["off_manifold"] = (float(shares.low[-1]), float(shares.high[-1]))
-        ci = "exact" if population == "fresh" else "none"
-        found = {name: Gauge(value, *bounds[name], n, ci) for name, value in values.items()}
+        ci = {"fresh": "exact", "recent": "pointwise", "served": "none"}[population]
+        floors = self._floor(n)
+        found = {name: Gauge(value, *bounds[name], n, ci, floors.get(name, math.nan)) for name, value in values.items()}
         reference = self.bundle.reference
         distance, clipped = frechet(reference.feature_mean, reference.feature_cov, sketch.mean, sketch.covariance)
         self.frechet_clipped += clipped
-        found["frechet"] = Gauge(distance, math.nan, math.nan, n, "none")
+        found["frechet"] = Gauge(distance, math.nan, math.nan, n, "none", floors["frechet"])
+        if isinstance(sketch, Sketch) and population == "fresh":
+            mmd = self._embedding.mmd(sketch.embedded_sum, n, delta=GAUGE_DELTA)
+            found["mmd"] = Gauge(*mmd, n, "exact" if self._embedding.count else "none", floors["mmd"])
+            found |= self._points()
         return found
+
+    def _points(self) -> dict[str, Gauge]:
+        """The gauges from the newest points themselves. They are quadratic in these, so they are read again only once a block, or
+        where there are twice as many samples."""
+        read, found = self._point_gauges
+        if not read <= self.monitored < min(2 * read, read + BLOCK):
+            points = self._newest.points
+            floors = self._floor(len(points))
+            found = {name: Gauge(v, math.nan, math.nan, len(points), "none", floors[name]) for name, v in self._cloud.gauges(points).items()}
+            self._point_gauges = (self.monitored, found)
+        return found
+
+    def _floor(self, n: int) -> dict[str, float]:
+        """What n samples of the real data itself would read, n rounded down to a power of two. Shares: the mean over FLOOR_DRAWS
+        draws of n real cells; the rest: other real points, NaN where the bundle has not nearly as many."""
+        n = 1 << (n.bit_length() - 1)
+        if n not in self._floors:
+            draws = np.random.default_rng(n).multinomial(n, self._real / self._real.sum(), FLOOR_DRAWS)
+            read = [self._divergences(draw) for draw in draws]
+            floors = {name: float(np.mean([r[name] for r in read])) for name in DIVERGENCES}
+            points, real = self._spare[:n].astype(np.float64), self.bundle.reference
+            floors |= dict.fromkeys(("frechet", "mmd", *POINT_GAUGES), math.nan)
+            if len(points) >= 0.9 * n:
+                floors["frechet"] = frechet(real.feature_mean, real.feature_cov, points.mean(axis=0), np.cov(points.T, bias=True).reshape(real.feature_cov.shape))[0]
+                floors["mmd"] = self._embedding.mmd(self._embedding(points).sum(axis=0, dtype=np.float64), n, delta=GAUGE_DELTA)[0]
+                floors |= self._cloud.gauges(points[:NEWEST])
+            self._floors[n] = floors
+        return self._floors[n]
 
     def modes(self) -> list[dict[str, Any]]:
         """The K modes, then the off-manifold cell: real, certified and freshly served shares, bounds of the latter, status."""

@@ -24,7 +24,7 @@ from numpy import ndarray
 
 from monitoring import picture
 from monitoring.incidents import Incidents
-from monitoring.monitor import Gauge, Monitor
+from monitoring.monitor import POPULATIONS, Gauge, Monitor
 from monitoring.states import StateError, States
 from serving.records import Heartbeat, Record
 from training.bundle import Bundle, Card, open_bundle
@@ -449,7 +449,7 @@ class Watch:
         assert alias is not None
         version = model.aliases[alias]
         watched = self._watched[name, version]
-        gauges = {population: watched.monitor.gauges(population) for population in ("fresh", "served")}
+        gauges = {population: watched.monitor.gauges(population) for population in POPULATIONS}
         stale = at - max(watched.last_sample_at or 0.0, model.shown_since) > STALE_AFTER
         if point:
             js = gauges["fresh"]["js"]

@@ -30,8 +30,17 @@ const GAUGES = {
   mode_coverage: ["Mode coverage", "modes certainly still served"],
   off_manifold: ["Off-manifold", "samples unlike any real data"],
   frechet: ["Fréchet distance", "of the features' means and covariances"],
+  mmd: ["MMD", "random-feature kernel, sees any change of the features"],
+  kid: ["KID", "polynomial kernel, unbiased; may be negative"],
+  sliced_wasserstein: ["Sliced Wasserstein", "how far the features must move, on average"],
+  precision: ["Precision", "samples within reach of real data"],
+  recall: ["Recall", "real data within reach of samples"],
+  density: ["Density", "real neighbourhoods a sample lies in; 1 is right"],
+  coverage: ["Coverage", "real data with a sample nearby; 1 is right"],
+  intrinsic_dimension: ["Intrinsic dimension", "directions in which samples vary"],
 };
-const RATIOS = ["mode_coverage", "off_manifold", "tv"];
+const MORE = ["mmd", "kid", "sliced_wasserstein", "precision", "recall", "density", "coverage", "intrinsic_dimension"]; // shown when asked for
+const RATIOS = ["mode_coverage", "off_manifold", "tv", "precision", "recall"];
 const INTERVALS = {
   exact: "The interval is exact: it holds in finite samples, at every moment of its block at once.",
   asymptotic: "The interval holds at every moment at once, for large numbers of samples.",
@@ -350,16 +359,20 @@ const describe = cell => `${cell.name}: served ${percent(cell.served)}${cell.low
 // ---- gauges, incidents, samples
 
 function drawGauges(snapshot) {
-  const { fresh, served } = snapshot.gauges, body = $("#gauges tbody"), names = Object.keys(GAUGES).filter(name => fresh[name]);
+  const { fresh, recent, served } = snapshot.gauges, body = $("#gauges tbody"), names = Object.keys(GAUGES).filter(name => fresh[name]);
   if (body.children.length !== names.length) body.replaceChildren(...names.map(name => element("tr", { id: `gauge-${name}` },
-    element("td", {}, GAUGES[name][0], element("small", {}, GAUGES[name][1])), element("td"),
+    element("td", {}, GAUGES[name][0], element("small", {}, GAUGES[name][1])),
+    element("td", {}, element("span"), element("small", { title: "What as many samples of the real data itself would read" })),
     element("td", { class: "soft" }, element("span"), element("small", {}, element("abbr", { title: "" }))),
-    ...Array.from({ length: 3 }, () => element("td", { class: "wide soft" })))));
+    ...Array.from({ length: 4 }, () => element("td", { class: "wide soft" })))));
   for (const name of names) {
     const gauge = fresh[name], limits = snapshot.tolerance[name] ?? {}, show = RATIOS.includes(name) ? percent : number;
-    const row = $(`#gauge-${name}`), [, value, interval, certified, tolerated, asServed] = row.children, ci = $("abbr", row);
-    row.className = gauge.value != null && limits.threshold != null && gauge.value > limits.threshold ? "over" : "";
-    say(value, show(gauge.value));
+    const row = $(`#gauge-${name}`), [, value, interval, now, certified, tolerated, asServed] = row.children, ci = $("abbr", row);
+    row.className = (gauge.value != null && limits.threshold != null && gauge.value > limits.threshold ? "over" : "") + (MORE.includes(name) ? " more" : "");
+    say(value.firstChild, show(gauge.value));
+    say(value.lastChild, gauge.floor == null ? "" : `noise ${show(gauge.floor)}`);
+    say(now, show(recent[name]?.value));
+    now.title = recent[name]?.low == null ? "" : `${show(recent[name].low)} to ${recent[name].high == null ? "∞" : show(recent[name].high)}, ${recent[name].ci}`;
     say(interval.firstChild, gauge.low == null && gauge.high == null ? "–" : `${show(gauge.low)} to ${gauge.high == null ? "∞" : show(gauge.high)}`);
     say(ci, gauge.ci === "none" ? "no interval" : gauge.ci);
     ci.title = gauge.value == null ? "No fresh sample has been seen yet." : INTERVALS[gauge.ci];
@@ -370,6 +383,12 @@ function drawGauges(snapshot) {
   const n = population => count(snapshot.gauges[population].js.n);
   say($("#gauges .hint"), `${n("fresh")} fresh samples, ${n("served")} as served`);
 }
+
+$("#gauges button").onclick = ({ target }) => {
+  const all = $("#gauges table").classList.toggle("all");
+  target.setAttribute("aria-expanded", all);
+  target.textContent = all ? "Fewer gauges" : "More gauges";
+};
 
 async function refreshIncidents() {
   const key = JSON.stringify(Object.values(state.models).map(model => [model.version, model.snapshot.verdict.id, model.snapshot.verdict.modes, model.marks.length]));

@@ -96,7 +96,7 @@ def test_replay_names_each_fault(registry: Registry, tmp_path: Path, fault: str,
     if fault != "nothing":
         assert report["first_alarm"] < 3000
     assert json.loads(json.dumps(report, allow_nan=False)) == report
-    assert set(report["gauges"]["js"]) == {"value", "low", "high", "n", "ci"} and "independent" in report["assumes"]
+    assert set(report["gauges"]["js"]) == {"value", "low", "high", "n", "ci", "floor"} and "independent" in report["assumes"]
 
 
 def test_replay_finds_the_very_sample(registry: Registry, tmp_path: Path) -> None:

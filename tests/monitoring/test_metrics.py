@@ -24,6 +24,8 @@ CONTRACT = {  # name -> label names
     "ganwatch_divergence": {"model", "population", "estimator"},
     "ganwatch_divergence_low": {"model", "population", "estimator"},
     "ganwatch_divergence_high": {"model", "population", "estimator"},
+    "ganwatch_divergence_floor": {"model", "population", "estimator"},
+    "ganwatch_neighbours": {"model", "population", "estimator"},
     "ganwatch_divergence_certified": {"model", "estimator"},
     "ganwatch_divergence_threshold": {"model", "estimator"},
     "ganwatch_mode_coverage_ratio": {"model", "population"},

@@ -8,7 +8,10 @@ import math
 import numpy as np
 import pytest
 
-from monitoring.monitor import AUDIT_PATIENCE, FAMILIES, GAUGES, VERDICTS, WARM_UP, Monitor
+from monitoring.divergences import DIVERGENCES
+from monitoring.monitor import ALL_GAUGES, AUDIT_PATIENCE, FAMILIES, GAUGES, VERDICTS, WARM_UP, Monitor
+from monitoring.points import POINT_GAUGES
+from monitoring.sketches import HALF_LIFE, NEWEST
 
 
 def watch(bundle, samples, *, step=64, arl=2.6e9, fresh=True) -> Monitor:
@@ -173,10 +176,47 @@ def test_gauges_tell_lost_modes_from_fakes(make_bundle, draw):
     assert fakes["reverse_kl"].value > healthy["reverse_kl"].high and fakes["mode_coverage"] == healthy["mode_coverage"]
     assert fakes["off_manifold"].low > healthy["off_manifold"].high
     for found in gauges.values():
-        assert tuple(found) == GAUGES
+        assert tuple(found) == ALL_GAUGES
         for name, gauge in found.items():
-            assert gauge.n == 4096 and gauge.ci == ("none" if name == "frechet" else "exact")
-            assert name == "frechet" or gauge.low <= gauge.value <= gauge.high
+            exact = name in (*DIVERGENCES, "mode_coverage", "off_manifold", "mmd")
+            assert gauge.n == (NEWEST if name in POINT_GAUGES else 4096) and gauge.ci == ("exact" if exact else "none")
+            assert not exact or gauge.low <= gauge.value <= gauge.high
+    assert lost["coverage"].value < healthy["coverage"].value - 0.1 < healthy["coverage"].floor
+    assert lost["recall"].value < healthy["recall"].value and fakes["precision"].value < healthy["precision"].value
+    assert 3 * healthy["mmd"].value < lost["mmd"].value < lost["mmd"].high < 1
+    for name in ("sliced_wasserstein", "kid"):
+        assert lost[name].value > 2 * max(healthy[name].floor, 0)
+    assert healthy["intrinsic_dimension"].value == pytest.approx(2, abs=0.3)
+
+
+def test_what_is_recent_forgets(make_bundle, draw):
+    """A fault an hour ago is out of the decayed gauges soon, and its interval is that of any one moment."""
+    healthy, lossy = make_bundle(), make_bundle(lost=(3, 8))
+    monitor = watch(healthy, np.concatenate([draw(lossy, 3000), draw(healthy, 1000)]))
+    recent, fresh = monitor.gauges("recent"), monitor.gauges("fresh")
+    assert tuple(recent) == GAUGES and recent["js"].ci == "pointwise" and recent["frechet"].ci == "none"
+    assert recent["js"].value < 0.6 * fresh["js"].value and recent["js"].low <= recent["js"].value <= recent["js"].high
+    assert 1000 < recent["js"].n < 2 / math.log(2) * HALF_LIFE + 1
+
+
+def test_a_floor_is_what_real_data_reads(make_bundle, draw):
+    bundle = make_bundle()
+    monitor, real = watch(bundle, draw(bundle, 3000)), bundle.reference.cell_share
+    gauges = monitor.gauges("fresh")
+    for name, factor in (("chi_squared", 1.0), ("reverse_kl", 0.5), ("js", 0.125)):
+        assert gauges[name].floor == pytest.approx(factor * (len(real) - 1) / 2048, rel=0.3)  # chi-squared with K degrees of freedom
+    assert 0 < gauges["sliced_wasserstein"].floor < 2 * gauges["sliced_wasserstein"].value
+    assert math.isnan(gauges["frechet"].floor)  # the bundle has 1,000 real points to spare, not 2,048
+
+
+def test_without_real_points_their_gauges_say_so(make_bundle, draw, monkeypatch):
+    bundle = make_bundle()
+    for name in ("train_points", "held_out_points"):
+        monkeypatch.setitem(bundle.reference.__dict__, name, bundle.reference.held_out_points[:0])
+    gauges = watch(bundle, draw(bundle, 2000)).gauges("fresh")
+    for name in ("mmd", *POINT_GAUGES):
+        assert gauges[name].ci == "none" and math.isnan(gauges[name].value)
+    assert math.isfinite(gauges["frechet"].value)
 
 
 def test_snapshot_is_json_and_complete(make_bundle, draw):
@@ -204,7 +244,7 @@ def test_the_budget_is_split_between_versions(make_bundle):
     for wrong in ({"arl": 0.5}, {"arl": math.nan}, {"arl": math.inf}, {"share": 0.0}, {"share": 1.5}):
         with pytest.raises(ValueError, match="must"):
             Monitor(bundle, **wrong)
-    with pytest.raises(ValueError, match="fresh, served"):
+    with pytest.raises(ValueError, match="fresh, recent, served"):
         Monitor(bundle).gauges("stale")
 
 
