@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-fast clean
+.PHONY: demo test test-fast bench-monitoring clean
 
 $(READY): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"ganwatch needs Python 3.11 or newer; {sys.executable} is {v.major}.{v.minor}. Name another one: make PYTHON=python3.12")'
@@ -21,6 +21,11 @@ test: $(READY)
 
 test-fast: $(READY)
 	@$(BIN)/python -m pytest -m "not slow and not e2e"
+
+# Hours on two cores, resumable; `make bench-monitoring QUICK=--quick` takes minutes. river joins in where its own venv has it.
+bench-monitoring: $(READY)
+	@test -x .ganwatch/bench-venv/bin/python || { $(PYTHON) -m venv .ganwatch/bench-venv && .ganwatch/bench-venv/bin/pip install --quiet river==0.23.0 typing_extensions || rm -rf .ganwatch/bench-venv; }
+	@$(BIN)/python tests/benchmarks/bench_monitoring.py $(QUICK)
 
 clean:
 	rm -rf .venv .ganwatch

@@ -25,7 +25,7 @@ from numpy import ndarray
 
 from training.bundle import Certificate
 
-RATES = {1 / 10: 0.75, 1 / 50: 0.25}
+RATES = {1 / 10: 0.8, 1 / 50: 0.2}
 """At which m forgets -> the bet's part of the weight. v is rate / (2 - rate), the variance of m under the certified law."""
 
 
@@ -84,9 +84,8 @@ class Moments:
         y = self._certificate.white(features) - self._certificate.white_mean
         means = self._kept[:, : n + 1, None] * self._mean[:, None] + self._weight[:, : n + 1, :n] @ y  # before each, and now
         self._mean, m = means[:, -1], means[:, :-1]
-        along = np.einsum("rnp,np->rn", m, y)
-        squares = np.einsum("rnp,rnp->rn", m, m)
-        numerator = (1 + along / 2) ** 2 + self._variance / 4 * np.einsum("np,np->n", y, y)
+        along, squares = (m * y).sum(axis=2), (m * m).sum(axis=2)
+        numerator = (1 + along / 2) ** 2 + self._variance / 4 * (y * y).sum(axis=1)
         e, s, size = self._bounds
         return (numerator / (1 + e * np.sqrt(squares) + (s * squares + self._variance * size) / 4)).T
 

@@ -31,26 +31,26 @@ from monitoring.bulk import RATES, Moments
 from monitoring.coverage import RHO
 from training.bundle import DUPLICATE_BLOCK, Certificate, Reference
 
-FAMILIES = {"modes": 0.27, "tails": 0.19, "bulk": 0.47, "duplicates": 0.02, "quality": 0.05}
+FAMILIES = {"modes": 0.26, "tails": 0.20, "bulk": 0.50, "duplicates": 0.01, "quality": 0.03}
 """Family -> its share of the false-alarm budget. A family that has no bet leaves its share unused, which is valid too."""
 
 KINDS = {
     "drop": ("modes", 0.24),
-    "inflate": ("modes", 0.02),
+    "inflate": ("modes", 0.01),
     "shares": ("modes", 0.01),
-    "upper": ("tails", 0.16),
-    "lower": ("tails", 0.03),
-    "wider": ("bulk", 0.03),
-    "narrower": ("bulk", 0.11),
-    "moved": ("bulk", 0.33),
-    "duplicates": ("duplicates", 0.02),
-    "quality": ("quality", 0.05),
+    "upper": ("tails", 0.18),
+    "lower": ("tails", 0.02),
+    "wider": ("bulk", 0.02),
+    "narrower": ("bulk", 0.14),
+    "moved": ("bulk", 0.34),
+    "duplicates": ("duplicates", 0.01),
+    "quality": ("quality", 0.03),
 }
 """What a bet accuses the model of -> its family and its weight; a kind's bets share the weight, equally but for those that `moved`."""
 
 TAIL_BETS = (0.01, 0.1, 0.6)  # theta; used where above the bound
 TAIL_FROM = 1 / 16  # shallower levels are the bulk's
-TILTS = (0.25, 0.5, 1.0, 2.0)  # of a score's normal quantile: the shift, in standard deviations, that a bet is best for
+TILTS = (0.3, 0.8, 2.0)  # of a score's normal quantile: the shift, in standard deviations, that a bet is best for
 DROP_BETS = (0.0, 0.35)  # theta / m: what is left of a mode
 INFLATE_BETS = (1.5, 3.0)  # theta / m
 QUALITY_BETS = (0.0, 0.25, 0.5)  # theta / m: what is left of the least share that null B allows
@@ -149,22 +149,23 @@ class Shares:
         self._rate = np.array(SHARE_RATES)
         past = np.arange(CHUNK)[:, None] - np.arange(CHUNK) - 1
         self._kept = (1 - self._rate) ** np.arange(CHUNK + 1)[:, None]  # [age, rate]
-        self._weight = np.where(past >= 0, self._kept[np.maximum(past, 0)].transpose(2, 0, 1), 0.0)  # [rate, now, before]
+        weight = np.where(past >= 0, self._kept[np.maximum(past, 0)].transpose(2, 0, 1), 0.0)
+        self._weight = np.ascontiguousarray(weight)  # [rate, now, before]
         self._counts = np.zeros((len(self._rate), certificate.cell_count.size))
         self._total = np.zeros(len(self._rate))
 
     def payoffs(self, cells: Int64[ndarray, "n"]) -> Float64[ndarray, "n b"]:
         """For at most CHUNK samples, which then belong to the past."""
         n = len(cells)
-        kept = self._kept[:n]
-        same = cells[:, None] == cells
-        weight = self._weight[:, :n, :n]
-        counts = kept * self._counts[:, cells].T + np.einsum("rnm,nm->nr", weight, same)
-        totals = kept * self._total + weight.sum(axis=2).T
-        payoffs = (self._prior[cells, None] / self._rate + counts) / (1 / self._rate + totals) / self._bound[cells, None]
+        kept, full = self._kept[:n], 1 / self._rate
+        counts, totals = kept * self._counts[:, cells].T, kept * self._total
+        if n > 1:
+            counts += (self._weight[:, :n, :n] * (cells[:, None] == cells)).sum(axis=2).T
+            totals += (1 - kept) * full
+        payoffs = (self._prior[cells, None] * full + counts) / ((full + totals) * self._bound[cells, None])
         self._counts *= self._kept[n][:, None]
-        np.add.at(self._counts, (slice(None), cells), self._kept[n - 1 :: -1][:n].T)
-        self._total = self._total * self._kept[n] + self._kept[:n].sum(axis=0)
+        np.add.at(self._counts, (slice(None), cells), kept[::-1].T)
+        self._total = self._total * self._kept[n] + kept.sum(axis=0)
         return payoffs
 
     def state(self) -> dict[str, Any]:
@@ -222,6 +223,18 @@ class Cells:
         np.minimum(self.r, _CAP, out=self.r)
         return most
 
+    def path(self, cells: Int64[ndarray, "n"]) -> Float64[ndarray, "n k b"]:
+        """The same, returning every R after every sample."""
+        path = np.repeat(self.miss[None], len(cells), axis=0)
+        hits = np.flatnonzero(cells < len(self.r))
+        path[hits, cells[hits]] = self.hit[cells[hits]]
+        r = self.r
+        for row in path:  # L on entry, R on exit
+            row *= 1 + r
+            r = np.minimum(row, _CAP, out=row)
+        self.r = r.copy()
+        return path
+
 
 class Modes:
     """The bets on single cells: drop, inflate, and null B's quality. Groups: drop:<mode> for each mode, inflate, quality.
@@ -257,12 +270,12 @@ class Modes:
         return np.append(drops, (inflate, np.vdot(r[1], self._weights[1])))
 
     def path(self, cells: Int64[ndarray, "n"]) -> Float64[ndarray, "n g"]:
-        """Sample by sample; returns the evidence of each group after each of them."""
-        found = np.empty((len(cells), len(self.groups)))
-        for i in range(len(cells)):
-            self.step(cells[i : i + 1])
-            found[i] = self.grouped(self.r)
-        return found
+        """The same, returning the evidence of each group after each sample."""
+        seen = cells < len(self._shares.r)
+        shares = np.concatenate([self._shares.r[None], self._shares.path(cells[seen])])[np.cumsum(seen)] * self._weights[0]
+        quality = (self._quality.path(cells) * self._weights[1]).sum(axis=(1, 2))
+        drops, inflate = shares[:, :, : self._drops].sum(axis=2), shares[:, :, self._drops :].sum(axis=(1, 2))
+        return np.column_stack([drops, inflate, quality])
 
     @property
     def r(self) -> tuple[Float64[ndarray, "k b"], Float64[ndarray, "k1 c"]]:
@@ -454,7 +467,8 @@ class EDetector:
             np.minimum(row, _CAP, out=row)
             r = row
         self._r = r.copy()
-        few = np.column_stack([path @ self._weights, self._duplicates.update(samples)])
+        few = np.empty((len(path), len(self._few)))
+        few[:, :-1], few[:, -1] = path @ self._weights, self._duplicates.update(samples)
         self._few = few[-1]
         return few
 

@@ -27,10 +27,10 @@ def watch(bundle, samples, *, step=64, arl=2.6e9, fresh=True) -> Monitor:
         ({"lost": (3, 8)}, "mode_dropping", ("3", "8"), 236),
         ({"fakes": 0.05}, "off_manifold", (), 109),
         ({"fakes": 0.5}, "off_manifold", (), 7),
-        ({"width": 0.8}, "within_mode_collapse", (), 294),
-        ({"width": 1.2}, "off_manifold", (), 548),
+        ({"width": 0.8}, "within_mode_collapse", (), 295),
+        ({"width": 1.2}, "off_manifold", (), 543),
         ({"grain": 1.0}, "latent_fault", (), 33),
-        ({"lost": (3, 8), "honest": True}, "quality_outside_tolerance", (), 948),
+        ({"lost": (3, 8), "honest": True}, "quality_outside_tolerance", (), 969),
     ],
 )
 def test_each_failure_is_named(make_bundle, draw, fault, verdict, modes, first_alarm):
