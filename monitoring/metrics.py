@@ -51,6 +51,7 @@ class _ViewCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         view, dropped, probes = self._read()
+        yield _counter("ganwatch_clock_jumps_total", "How often the monitor's clock was set back", [({}, view.clock_jumps)])
         yield _gauge("ganwatch_monitor_up", "1 while the monitor's process answers", [({}, 1)])
         yield _gauge("ganwatch_arl_target_samples", "Monitored samples to a false alarm, on average, at least", [({}, view.arl)])
         yield from _estimates(view)
@@ -153,6 +154,8 @@ def _versions(view: View) -> Iterator[Metric]:
     for name, what, words in (("checked", "checked", "and compared"), ("mismatch", "mismatched", "that came back different")):
         counts = [({"model": model}, view.replays[model, what]) for model in view.models]
         yield _counter(f"ganwatch_replay_{name}_total", f"Certified samples asked of the server again {words}", counts)
+    actions = [({"model": model, "alias": alias}, count) for (model, alias), count in view.actions.items()]
+    yield _counter("ganwatch_actions_total", "Aliases that the monitor changed for an alarm", actions)
     restores = [({"model": model, "outcome": outcome}, count) for (model, outcome), count in view.restores.items()]
     yield _counter("ganwatch_state_restores_total", "Versions that came under watch, by what became of their saved state", restores)
 

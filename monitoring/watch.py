@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from monitoring import picture
+from monitoring import acting, picture
 from monitoring.incidents import Incidents
 from monitoring.monitor import POPULATIONS, Gauge, Monitor
 from monitoring.states import StateError, States
@@ -171,6 +171,8 @@ class View:
     load_failures: Mapping[str, int]  # model -> bundles that could not be loaded
     restores: Mapping[tuple[str, str], int]  # (model, one of RESTORES) -> versions that came under watch
     replays: Mapping[tuple[str, str], int]  # (model, "checked" or "mismatched") -> golden samples
+    actions: Mapping[tuple[str, str], int]  # (model, alias) -> changes made for an alarm
+    clock_jumps: int  # how often the clock was set back
     unknown_model: int  # records of models that the registry does not hold
     serving: Mapping[str, float | int]  # the replicas' counters, summed
     replicas: int
@@ -225,10 +227,13 @@ class Watch:
     `arl`: samples to a false alarm, on average, for all versions of a model together; each alias gets its SHARES of it.
     `states`: where Monitors outlive the process, None for nowhere. An alarm is written there before it is recorded, and an
     acknowledgement after: whenever the process dies, a latched alarm is either there or was acknowledged.
+    `policy`: what an alarm may change by itself, None for nothing.
     """
 
-    def __init__(self, registry: Registry, incidents: Incidents, *, arl: float, states: States | None = None) -> None:
-        self.registry, self.incidents, self.arl, self.states = registry, incidents, arl, states
+    def __init__(
+        self, registry: Registry, incidents: Incidents, *, arl: float, states: States | None = None, policy: acting.Policy | None = None
+    ) -> None:
+        self.registry, self.incidents, self.arl, self.states, self.policy = registry, incidents, arl, states, policy
         self.replicas = Replicas()
         self.changed = True  # something happened that a reader should see before the second is over
         self._models: dict[str, Model] = {}
@@ -240,12 +245,16 @@ class Watch:
         self._alarms: Counter[tuple[str, str]] = Counter()
         self._load_failures: Counter[str] = Counter()
         self._restores: Counter[tuple[str, str]] = Counter()
+        self._held: dict[tuple[str, str], str] = {}  # (model, alias) -> why an alarm did not change it
+        self._actions: Counter[tuple[str, str]] = Counter()
+        self._latest, self._clock_jumps = -math.inf, 0
         self._replays: Counter[tuple[str, str]] = Counter()
         self._notices: deque[tuple[float, str]] = deque(maxlen=8)
         self._unknown_model = 0
 
     def follow(self, at: float) -> None:
         """Bring the Monitors into line with the registry's aliases. A bundle that fails to load leaves the version before it watched."""
+        self._tell_time(at)
         present = self.registry.models()
         self._unreadable.clear()
         for name in set(self._models) - set(present):
@@ -342,6 +351,44 @@ class Watch:
             self.states.save(name, version, watched.monitor.state() | {"last_sample_at": watched.last_sample_at})
             watched.saved = watched.eaten
 
+    def act(self, at: float) -> None:
+        """Let the policy change the aliases whose version is alarmed. `follow` then sees the change like anybody's."""
+        self._held.clear()
+        if self.policy is None:
+            return
+        for name, model in self._models.items():
+            alarmed = {v for v in model.aliases.values() if self._watched[name, v].monitor.first_alarm is not None}
+            wanted = self.registry.aliases(name) if alarmed else {}
+            for alias in acting.ALIASES:
+                version = model.aliases.get(alias)
+                if version not in alarmed or wanted.get(alias) != version:  # else `follow` has not caught up
+                    continue
+                verdict = self._watched[name, version].monitor.verdict
+                why = f"{version} is {' '.join([verdict.id, *verdict.modes])}"
+                try:
+                    change = self.policy.act(name, alias, why=why, alarmed=alarmed | self.incidents.unsettled(name), at=at)
+                except RegistryError as error:
+                    self._held[name, alias] = str(error)
+                else:
+                    self.incidents.act(name, version, f"{alias} -> {change.version or 'none'}")
+                    self._actions[name, alias] += 1
+                    self.changed = True
+
+    def _tell_time(self, at: float) -> None:
+        """Where the clock was set back, nothing may lie in the future: it would look fresh until the clock has caught up."""
+        if at < self._latest - 1.0:
+            self._clock_jumps += 1
+            self.replicas.last = OrderedDict((replica, (min(heard, at), counters)) for replica, (heard, counters) in self.replicas.last.items())
+            self.replicas.heard_at = min(self.replicas.heard_at or at, at)
+            for watched in self._watched.values():
+                watched.last_sample_at = None if watched.last_sample_at is None else min(watched.last_sample_at, at)
+            for model in self._models.values():
+                model.shown_since = min(model.shown_since, at)
+                model.fresh.clear()
+                model.rows = deque((row for row in model.rows if row[0] < at), maxlen=HISTORY)
+            self._notices = deque(((min(noticed, at), words) for noticed, words in self._notices), maxlen=8)
+        self._latest = at
+
     def hear(self, heartbeat: Heartbeat, at: float) -> None:
         """Take in what a replica counted and served; `at` is when it arrived."""
         self.replicas.hear(heartbeat.replica, heartbeat.counters, at)
@@ -422,9 +469,11 @@ class Watch:
 
     def publish(self, at: float, *, point: bool = True) -> View:
         """The view as of now, in milliseconds; with `point`, the histories grow by one."""
+        self._tell_time(at)
         self.changed = False
         at = round(at, 3)
         errors = [*self._unreadable.values(), *(words for _, words in self._failed.values())]
+        errors += self._held.values()
         errors += [words for noticed, words in self._notices if at - noticed < NOTICE]
         return View(
             at=at,
@@ -436,6 +485,8 @@ class Watch:
             load_failures={**dict.fromkeys(self._models, 0), **self._load_failures},
             restores={(name, outcome): self._restores[name, outcome] for name in self._models for outcome in RESTORES},
             replays={(name, what): self._replays[name, what] for name in self._models for what in ("checked", "mismatched")},
+            actions={(name, alias): self._actions[name, alias] for name in self._models for alias in acting.ALIASES},
+            clock_jumps=self._clock_jumps,
             unknown_model=self._unknown_model,
             serving=self.replicas.totals(at),
             replicas=self.replicas.speaking(at),

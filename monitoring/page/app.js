@@ -107,6 +107,7 @@ function connected(yes) {
 
 // The first event carries the whole history, every later one only its new points.
 function take(next) {
+  if (state && next.now < state.now - 1) histories = {}; // the clock was set back
   for (const [name, model] of Object.entries(next.models)) {
     const kept = histories[name] ||= { t: [], js: [], js_low: [], js_high: [], log10_e: [] };
     const from = model.history.t.findIndex(t => !kept.t.length || t > kept.t.at(-1));
@@ -407,6 +408,7 @@ function incident(record) {
   what.innerHTML = shape(open ? "alarm" : "good");
   what.append(title(record.verdict, record.modes));
   const end = open ? "still open" : `${{ acknowledged: "acknowledged", "version change": "ended by a change of version" }[record.closed_by]} ${clock(record.closed_at)}`;
+  if (record.evidence.action) what.append(element("span", { class: "chip" }, `acted: ${record.evidence.action}`));
   item.append(what, element("div", { class: "when" }, `${record.version} · ${date} ${clock(record.opened_at)} · at sample ${count(record.first_alarm)} · ${end}`));
   if (open) {
     const button = element("button", {}, "Acknowledge");

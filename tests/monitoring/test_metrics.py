@@ -51,6 +51,8 @@ CONTRACT = {  # name -> label names
     "ganwatch_model_info": {"model", "version", "alias", "onnx_sha256", "reference_sha256"},
     "ganwatch_model_loaded_timestamp_seconds": {"model"},
     "ganwatch_model_load_failures_total": {"model"},
+    "ganwatch_actions_total": {"model", "alias"},
+    "ganwatch_clock_jumps_total": set(),
     "ganwatch_replay_checked_total": {"model"},
     "ganwatch_replay_mismatch_total": {"model"},
     "ganwatch_state_restores_total": {"model", "outcome"},
