@@ -192,9 +192,9 @@ class Certificate:
 
     @property
     def bounds(self) -> int:
-        """How many bounds share delta: both sides of every tail on both sides, both sides of every cell, the duplicates, two
-        of the whitened moments."""
-        return 4 * self.upper_hits.size + 2 * self.cell_count.size + 1 + 2
+        """How many bounds share delta: both sides of every tail on both sides, both sides of every mode's part of the on-manifold
+        samples, the upper side of every cell's share, the duplicates, two of the whitened moments. The count is never too low."""
+        return 4 * self.upper_hits.size + 3 * self.cell_count.size + 1 + 2
 
     def upper(self, hits: Int64[ndarray, "..."] | int, count: int) -> Float64[ndarray, "..."]:
         return clopper_pearson(hits, count, self.delta / self.bounds)[1]

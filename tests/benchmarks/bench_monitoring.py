@@ -14,9 +14,10 @@ that they are published with, 1,000 samples. That is what each can use, and it f
 with both. Streams with an alarm in samples 101 .. 300 are left out, for every method alike. `oracle` is the CUSUM that knows
 both laws. Rows are kept as they are made, under DIR: a run that was broken off goes on where it stood.
 
-What takes time in ours (cProfile, d = 64, K = 1,000, two scores): numpy's call overhead. A sample takes about 50 calls at batch 1,
-of which the whitening, the table of scores and the R of 5,000 bets on modes take a quarter each; at batch 64 the loop
-R <- (1 + R) L over the bets of scores and features is half, and the modes are done in one closed form a chunk.
+What takes time in ours (profiled at d = 64, K = 1,000, two scores): at batch 1, the overhead of about 120 numpy calls; `moved` takes
+a quarter, of which half is the whitening, `shares`, duplicates and the 5,000 bets on modes a tenth each. At batch 64, a quarter
+each: the loop R <- (1 + R) L over the 200 bets of the scores, the closed form of the modes, `moved`, and the rest together. The
+monitor joins the records of a version before it looks, so batch 64 is what it meets. Below 28 us at batch 1 needs compiled code.
 """
 
 from __future__ import annotations
@@ -295,6 +296,7 @@ def main() -> None:
     parser.add_argument("--only", default="delays,lengths,modes,cost")
     parser.add_argument("--spaces", default=None, help="comma separated, of " + ", ".join(SPACES))
     parser.add_argument("--methods", default=None, help="comma separated, of ours, oracle, mewma-certified, adwin, " + ", ".join(RIVALS))
+    parser.add_argument("--chunks", type=int, default=None, help="references to average over; 8, or 2 with --quick")
     chosen = parser.parse_args()
     out, count = chosen.out / ("quick" if chosen.quick else "full"), 200_000 if chosen.quick else 1_000_000
     out.mkdir(parents=True, exist_ok=True)
@@ -307,7 +309,7 @@ def main() -> None:
     print(f"ours: mode strict, whole default mixture, N_cert = {count:,}; rivals: reference of 1,000 samples unless they say otherwise")
     report: dict = {"mode": "strict", "N_cert": count}
     if "delays" in wanted:
-        report["delays"] = delays(names, 2 if chosen.quick else 8, 25 if chosen.quick else 50, count, methods, out)
+        report["delays"] = delays(names, chosen.chunks or (2 if chosen.quick else 8), 25 if chosen.quick else 50, count, methods, out)
         print(table(report["delays"]))
         plot(report["delays"], out / "delays.svg")
     if "lengths" in wanted:
