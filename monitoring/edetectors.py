@@ -34,6 +34,9 @@ from training.bundle import DUPLICATE_BLOCK, Certificate, Reference
 FAMILIES = {"modes": 0.26, "tails": 0.20, "bulk": 0.50, "duplicates": 0.01, "quality": 0.03}
 """Family -> its share of the false-alarm budget. A family that has no bet leaves its share unused, which is valid too."""
 
+NULLS = {family: "B" if family == "quality" else "A" for family in FAMILIES}
+"""Family -> the hypothesis that it tests."""
+
 KINDS = {
     "drop": ("modes", 0.24),
     "inflate": ("modes", 0.01),

@@ -22,7 +22,7 @@ from numpy import ndarray
 from monitoring.coverage import mode_coverage, mode_status
 from monitoring.diagnosis import VERDICTS, Verdict, detectable, diagnose
 from monitoring.divergences import DIVERGENCES, INTERVALS, ShareSet, frechet, smoothed
-from monitoring.edetectors import FAMILIES, EDetector
+from monitoring.edetectors import FAMILIES, NULLS, EDetector
 from monitoring.features import Eye
 from monitoring.points import POINT_GAUGES, Cloud, Embedding
 from monitoring.sketches import BLOCK, NEWEST, Blocks, Decayed, Newest, Sketch
@@ -316,6 +316,7 @@ class Monitor:
                 "evidence": self.evidence(),
                 "log10_threshold": self.log10_threshold,
                 "arl": self.arl,
+                "budget": {"version": self.arl / threshold, "families": {f: {"null": NULLS[f], "weight": w} for f, w in FAMILIES.items()}},
                 "gauges": gauges,
                 "tolerance": self.tolerance,
                 "modes": self.modes(),

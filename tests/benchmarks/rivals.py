@@ -57,11 +57,12 @@ def newma(reference: ndarray, x: ndarray, *, fast: float, slow: float, features:
     """
     rng = np.random.default_rng(0)
     frequencies = rng.standard_normal((x.shape[2], features)) * np.sqrt(2 / _median(reference))
-    z, slower, found = None, None, np.empty(x.shape[:2])
+    psi = lambda y: np.concatenate([np.cos(y @ frequencies), np.sin(y @ frequencies)], axis=1) / np.sqrt(features)  # noqa: E731
+    z = slower = psi(reference[:1000]).mean(axis=0)  # from a single sample, it would alarm at its own start for hundreds more
+    found = np.empty(x.shape[:2])
     for t, y in enumerate(x):
-        phase = y @ frequencies
-        psi = np.concatenate([np.cos(phase), np.sin(phase)], axis=1) / np.sqrt(features)
-        z, slower = (psi, psi) if z is None else (z + fast * (psi - z), slower + slow * (psi - slower))
+        now = psi(y)
+        z, slower = z + fast * (now - z), slower + slow * (now - slower)
         found[t] = np.linalg.norm(z - slower, axis=1)
     return found
 

@@ -226,7 +226,7 @@ def test_snapshot_is_json_and_complete(make_bundle, draw):
         assert json.loads(json.dumps(snapshot, allow_nan=False)) == json.loads(json.dumps(snapshot))
     assert set(snapshot) == {
         *("model", "version", "verdict", "monitored", "served", "rejected", "evidence", "log10_threshold", "arl"),
-        *("gauges", "tolerance", "modes", "replay", "detectable"),
+        *("budget", "gauges", "tolerance", "modes", "replay", "detectable"),
     }
     assert set(snapshot["verdict"]) == {"id", "words", "advice", "modes", "null", "since_sample", "since"}
     assert snapshot["verdict"]["modes"] == ["3", "8"] and snapshot["gauges"]["fresh"]["forward_kl"]["high"] is None
@@ -240,7 +240,11 @@ def test_snapshot_is_json_and_complete(make_bundle, draw):
 
 def test_the_budget_is_split_between_versions(make_bundle):
     bundle = make_bundle()
-    assert Monitor(bundle, arl=1e6, share=0.5).log10_threshold == pytest.approx(math.log10(2e6))
+    half = Monitor(bundle, arl=1e6, share=0.5)
+    assert half.log10_threshold == pytest.approx(math.log10(2e6))
+    budget = half.snapshot()["budget"]
+    assert budget["version"] == 0.5 and sum(f["weight"] for f in budget["families"].values()) == pytest.approx(1)
+    assert {name for name, f in budget["families"].items() if f["null"] == "B"} == {"quality"}
     for wrong in ({"arl": 0.5}, {"arl": math.nan}, {"arl": math.inf}, {"share": 0.0}, {"share": 1.5}):
         with pytest.raises(ValueError, match="must"):
             Monitor(bundle, **wrong)
