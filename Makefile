@@ -8,7 +8,7 @@ ifneq ($(shell uname -sm),Linux x86_64)
 $(warning ganwatch runs on x86-64 Linux: HAProxy and onnxruntime-gpu come as wheels for nothing else; this is $(shell uname -sm))
 endif
 
-.PHONY: demo test test-fast tritonclient bench-serving clean
+.PHONY: demo test test-fast tritonclient bench-serving bench-monitoring clean
 
 $(READY): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"ganwatch needs Python 3.11 or newer; {sys.executable} is {v.major}.{v.minor}. Name another one: make PYTHON=python3.12")'
@@ -39,6 +39,11 @@ test-fast: $(READY)
 # Where the figures of the README come from; BENCH=--quick shows in a few minutes that everything runs.
 bench-serving: $(READY)
 	@$(BIN)/python -m tests.benchmarks.bench_serving $(BENCH)
+
+# Hours on two cores, resumable. river joins in where its own venv has it.
+bench-monitoring: $(READY)
+	@test -x .ganwatch/bench-venv/bin/python || { $(PYTHON) -m venv .ganwatch/bench-venv && .ganwatch/bench-venv/bin/pip install --quiet river==0.23.0 typing_extensions || rm -rf .ganwatch/bench-venv; }
+	@$(BIN)/python tests/benchmarks/bench_monitoring.py $(BENCH)
 
 clean:
 	rm -rf .venv .ganwatch

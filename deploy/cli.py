@@ -303,7 +303,7 @@ def replay(
 
     Args:
         bundle: directory of the bundle whose certificate is the null hypothesis.
-        samples: .npy file of samples in served form, in the order in which they were served.
+        samples: .npy or .parquet file of samples in served form, in the order in which they were served.
         arl: average number of samples to a false alarm.
     """
     from deploy.replay import replay as run_monitor

@@ -3,43 +3,41 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
 from deploy.stack import StackError
 from monitoring.monitor import Monitor
-from training.bundle import open_bundle
+from training.bundle import Card, open_bundle
 
 BATCH = 4096
 
 
 def replay(bundle: Path, samples: Path, arl: float) -> dict[str, Any]:
-    """Feed `samples`, a .npy file [n, *sample_shape] in served form, to a fresh monitor of `bundle`.
+    """Feed `samples` [n, *sample_shape] in served form, a .npy or .parquet file, to a fresh monitor of `bundle`.
 
     Raises BundleError, and StackError where the stream is not what the bundle serves.
     """
     if not 1 <= arl <= 1e100:
         raise StackError(f"--arl is {arl}; it is a number of samples, from 1 to 1e100")
     opened = open_bundle(bundle)
-    try:
-        stream = np.load(samples, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise StackError(f"--samples is {samples}, and there is no such file") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise StackError(f"--samples is {samples}, which numpy cannot read as .npy: {error}") from None
+    if not samples.is_file():
+        raise StackError(f"--samples is {samples}, and there is no such file")
     card = opened.card
-    if not isinstance(stream, np.ndarray) or stream.shape[1:] != card.sample_shape or stream.dtype != card.sample_dtype:
-        found = f"{stream.dtype} {list(stream.shape)}" if isinstance(stream, np.ndarray) else "an archive of several arrays"
-        raise StackError(f"{samples} holds {found}; this bundle serves {card.sample_dtype} [n, {', '.join(map(str, card.sample_shape))}]")
+    count, batches = (_parquet if samples.suffix == ".parquet" else _npy)(samples, card)
     monitor = Monitor(opened, arl=arl)
     progress = Console(stderr=True)
-    for start in track(range(0, len(stream), BATCH), description="replaying", transient=True, console=progress, disable=not progress.is_terminal):
-        monitor.update(np.ascontiguousarray(stream[start : start + BATCH]), fresh=True, at=float(start))
+    steps = -(-count // BATCH)
+    for batch in track(batches, description="replaying", total=steps, transient=True, console=progress, disable=not progress.is_terminal):
+        monitor.update(batch, fresh=True, at=float(monitor.served))
     verdict = monitor.verdict
     return {
         "first_alarm": monitor.first_alarm,
@@ -47,13 +45,68 @@ def replay(bundle: Path, samples: Path, arl: float) -> dict[str, Any]:
         "words": verdict.words,
         "modes": list(verdict.modes),
         "gauges": {name: {k: _finite(v) for k, v in asdict(gauge).items()} for name, gauge in monitor.gauges("fresh").items()},
-        "samples": len(stream),
+        "samples": count,
         "rejected": monitor.rejected,
         "arl": arl,
         "assumes": "the samples are independent draws of one law, in the order given, as you state; the guarantee rests on it",
         "model": card.model,
         "version": card.version,
     }
+
+
+def _npy(path: Path, card: Card) -> tuple[int, Iterator[np.ndarray]]:
+    """How many samples there are, and these, BATCH at a time."""
+    try:
+        stream = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise StackError(f"--samples is {path}, which numpy cannot read as .npy: {error}") from None
+    if not isinstance(stream, np.ndarray) or stream.shape[1:] != card.sample_shape or stream.dtype != card.sample_dtype:
+        found = f"{stream.dtype} {list(stream.shape)}" if isinstance(stream, np.ndarray) else "an archive of several arrays"
+        raise _unfit(path, found, card)
+    return len(stream), (np.ascontiguousarray(stream[i : i + BATCH]) for i in range(0, len(stream), BATCH))
+
+
+def _parquet(path: Path, card: Card) -> tuple[int, Iterator[np.ndarray]]:
+    """The same of a table: one column of lists, nested or flat, each a sample; or as many columns of numbers as a vector has."""
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise StackError(f"--samples is {path}, which cannot be read as parquet: {error}") from None
+    schema, size = file.schema_arrow, math.prod(card.sample_shape)
+    fitting = [(field.name, depth) for field in schema for depth, kind in [_depth(field.type)] if kind == card.sample_dtype]
+    lists, numbers = [name for name, depth in fitting if depth], [name for name, depth in fitting if not depth]
+    if len(lists) != 1 and not (len(card.sample_shape) == 1 and len(numbers) == size):
+        raise _unfit(path, f"the columns {', '.join(f'{field.name}: {field.type}' for field in schema)}", card)
+
+    def batches() -> Iterator[np.ndarray]:
+        for batch in file.iter_batches(BATCH, columns=lists if len(lists) == 1 else numbers):
+            if len(lists) == 1:
+                values = batch.column(0)
+                while _depth(values.type)[0]:
+                    values = values.flatten()
+                flat = values.to_numpy(zero_copy_only=False)
+            else:
+                flat = np.stack([column.to_numpy(zero_copy_only=False) for column in batch.columns], axis=1).ravel()
+            if len(flat) != len(batch) * size or flat.dtype != card.sample_dtype:  # a null makes it float or shorter
+                raise _unfit(path, f"rows of other than {size} values", card)
+            yield flat.reshape(len(batch), *card.sample_shape)
+
+    return file.metadata.num_rows, batches()
+
+
+def _depth(kind: pa.DataType) -> tuple[int, str]:
+    """How many lists are around a column's values, and numpy's name for the type of these; empty where it has none."""
+    depth = 0
+    while isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType):
+        kind, depth = kind.value_type, depth + 1
+    try:
+        return depth, str(np.dtype(kind.to_pandas_dtype()))
+    except (NotImplementedError, TypeError):
+        return depth, ""
+
+
+def _unfit(path: Path, found: str, card: Card) -> StackError:
+    return StackError(f"{path} holds {found}; this bundle serves {card.sample_dtype} [n, {', '.join(map(str, card.sample_shape))}]")
 
 
 def _finite(value: Any) -> Any:

@@ -70,6 +70,11 @@ VERDICTS: dict[str, Verdict] = {
             "Compare the served shares with the certified ones, then roll back or certify anew.",
             null="A",
         ),
+        Verdict(
+            "wrong_model",
+            "Certified samples come back different when they are asked for again: other weights or another runtime serve than were certified.",
+            "Compare model.onnx, onnxruntime, device and precision of the server with the card; roll back if the version is new.",
+        ),
     )
 }
 
@@ -78,8 +83,12 @@ EXPLANATIONS = {
     "drop": "mode_dropping",
     "upper": "off_manifold",
     "lower": "within_mode_collapse",
+    "wider": "off_manifold",
+    "narrower": "within_mode_collapse",
     "quality": "quality_outside_tolerance",
     "inflate": "drift",
+    "shares": "drift",
+    "moved": "drift",
 }
 """Kind of evidence -> the failure that it names. The first one found explains the rest: what repeats has odd tails too, a mode
 that is gone inflates the others, and a model that left its certificate is judged by that before it is judged by the real

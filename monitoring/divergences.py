@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64, Int64, Num
 from numpy import ndarray
 from scipy.optimize import brentq, minimize_scalar
-from scipy.special import gammaln, rel_entr, xlogy
+from scipy.special import chdtri, gammaln, rel_entr, xlogy
 
 Shares = Float64[ndarray, "k1"]
 
@@ -92,6 +92,14 @@ class ShareSet:
         log_beta = [_log_beta(alpha + counts) - _log_beta(alpha) for alpha in priors]
         beta = -np.log(delta) + xlogy(counts, centre).sum() - (np.logaddexp.reduce(log_beta) - np.log(len(priors)))
         return cls(centre, float(beta / total))
+
+    @classmethod
+    def pointwise(cls, counts: Float64[ndarray, "k1"], *, count: float, delta: float) -> ShareSet:
+        """Holds the true q at any one moment with probability 1 - delta, about, for many samples: 2 N KL(q_hat || q) is then
+        chi-squared with K degrees of freedom (Wilks, Ann. Math. Stat. 1938). `counts` may be weights that are worth `count`
+        equal ones; an effective count makes that an approximation too.
+        """
+        return cls(counts / counts.sum(), float(chdtri(len(counts) - 1, delta) / (2 * count)))
 
     @cached_property
     def low(self) -> Shares:
@@ -238,6 +246,6 @@ INTERVALS: dict[str, Callable[[Shares, ShareSet], tuple[float, float]]] = {
 }
 
 
-def smoothed(counts: Int64[ndarray, "k1"]) -> Shares:
+def smoothed(counts: Num[ndarray, "k1"]) -> Shares:
     """Shares with half a sample added to each cell, for where a plain share of zero would make a divergence infinite."""
     return (counts + 0.5) / (counts.sum() + len(counts) / 2)

@@ -72,6 +72,20 @@ class Incidents:
                 )
         return not updated
 
+    def act(self, model: str, version: str, action: str) -> None:
+        """Keep with the open incident of this version what was done about it."""
+        with self._lock:
+            self._database.execute(
+                "UPDATE incident SET evidence = json_set(evidence, '$.action', ?) WHERE model = ? AND version = ? AND closed_at IS NULL",
+                (action, model, version),
+            )
+
+    def unsettled(self, model: str) -> set[str]:
+        """Versions with an incident that nobody has acknowledged, whether or not they are still served."""
+        with self._lock:
+            rows = self._database.execute("SELECT DISTINCT version FROM incident WHERE model = ? AND acknowledged_at IS NULL", (model,)).fetchall()
+        return {row["version"] for row in rows}
+
     def acknowledge(self, model: str, *, at: float) -> list[dict[str, Any]]:
         """Close the open incidents of a model because somebody has seen them. Returns them as closed."""
         with self._lock:

@@ -20,7 +20,8 @@ from monitoring.monitor import VERDICTS
 from monitoring.watch import Shown, View, parse_counter
 from serving.records import ORIGINS
 
-ESTIMATORS = ("forward_kl", "reverse_kl", "js", "chi_squared", "tv", "frechet")
+ESTIMATORS = ("forward_kl", "reverse_kl", "js", "chi_squared", "tv", "frechet", "mmd", "kid", "sliced_wasserstein")
+NEIGHBOURS = ("precision", "recall", "density", "coverage", "intrinsic_dimension")
 RATIOS = {
     "mode_coverage": "modes of the real data that the model still serves",
     "off_manifold": "samples that look like nothing in the real data",
@@ -53,6 +54,7 @@ class _ViewCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         view, dropped, probes = self._read()
+        yield _counter("ganwatch_clock_jumps_total", "How often the monitor's clock was set back", [({}, view.clock_jumps)])
         yield _gauge("ganwatch_monitor_up", "1 while the monitor's process answers", [({}, 1)])
         yield _gauge("ganwatch_arl_target_samples", "Monitored samples to a false alarm, on average, at least", [({}, view.arl)])
         yield from _estimates(view)
@@ -78,6 +80,10 @@ def _estimates(view: View) -> Iterator[Metric]:
         for ratio, meaning in RATIOS.items():
             samples = [({"model": m, "population": p}, pick(g[ratio])) for m, p, g in gauges if ratio in g]
             yield _gauge(f"ganwatch_{ratio}_ratio{suffix}", f"Share of {meaning}{words}", samples)
+    floors = [({"model": m, "population": p, "estimator": e}, g[e].floor) for m, p, g in gauges for e in ESTIMATORS if e in g]
+    yield _gauge("ganwatch_divergence_floor", "What as many samples of the real data itself would read", floors)
+    found = [({"model": m, "population": p, "estimator": e}, g[e].value) for m, p, g in gauges for e in NEIGHBOURS if e in g]
+    yield _gauge("ganwatch_neighbours", "Fidelity and diversity by nearest neighbours, without an interval", found)
     for bound, words in (("certified", "as certified"), ("threshold", "above which the quality is out of tolerance")):
         samples = [
             ({"model": model, "estimator": estimator}, limits[bound])
@@ -164,6 +170,13 @@ def _versions(view: View) -> Iterator[Metric]:
     )
     failures = [({"model": model}, count) for model, count in view.load_failures.items()]
     yield _counter("ganwatch_model_load_failures_total", "Bundles that the monitor could not load", failures)
+    for name, what, words in (("checked", "checked", "and compared"), ("mismatch", "mismatched", "that came back different")):
+        counts = [({"model": model}, view.replays[model, what]) for model in view.models]
+        yield _counter(f"ganwatch_replay_{name}_total", f"Certified samples asked of the server again {words}", counts)
+    actions = [({"model": model, "alias": alias}, count) for (model, alias), count in view.actions.items()]
+    yield _counter("ganwatch_actions_total", "Aliases that the monitor changed for an alarm", actions)
+    restores = [({"model": model, "outcome": outcome}, count) for (model, outcome), count in view.restores.items()]
+    yield _counter("ganwatch_state_restores_total", "Versions that came under watch, by what became of their saved state", restores)
 
 
 def _serving(view: View) -> Iterator[Metric]:

@@ -10,7 +10,9 @@ Pure: no clock (the caller says when), no network, no file but the bundle's. See
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -20,15 +22,24 @@ from numpy import ndarray
 from monitoring.coverage import mode_coverage, mode_status
 from monitoring.diagnosis import VERDICTS, Verdict, detectable, diagnose
 from monitoring.divergences import DIVERGENCES, INTERVALS, ShareSet, frechet, smoothed
-from monitoring.edetectors import FAMILIES, EDetector
+from monitoring.edetectors import FAMILIES, NULLS, EDetector
 from monitoring.features import Eye
-from monitoring.sketches import Blocks
+from monitoring.points import POINT_GAUGES, Cloud, Embedding
+from monitoring.sketches import BLOCK, NEWEST, Blocks, Decayed, Newest, Sketch
 from training.bundle import Bundle
 
-POPULATIONS = ("fresh", "served")
+POPULATIONS = ("fresh", "recent", "served")
+"""fresh: the block of fresh samples now being filled; recent: fresh samples, the older the less they weigh; served: the block
+of whatever clients got."""
 GAUGES = (*DIVERGENCES, "mode_coverage", "off_manifold", "frechet")
+ALL_GAUGES = (*GAUGES, "mmd", *POINT_GAUGES)  # the latter of the fresh population only, and only where the bundle has real points
+REAL_POINTS = 1024  # real points that served ones are compared with
+AUDIT_PATIENCE = 4096  # fresh samples for which a failed replay audit waits for the samples to say which failure it is
 WARM_UP = 512  # fresh samples before silence is called health
+FLOOR_DRAWS = 64
 GAUGE_DELTA = 0.05  # chance that an interval fails at any sample of a block
+_COUNTS = ("monitored", "served", "frechet_clipped", "replay_checked", "replay_mismatched")  # what a Monitor counts over its whole life
+_MARKS = ("alarmed_at", "_since", "_suspected", "_wrong")  # when something happened to it
 PRIOR_SAMPLES = 1024  # how strongly one of the two priors of the intervals believes in the certificate
 
 TOLERANCES = {"forward_kl": 0.1, "reverse_kl": 0.08, "js": 0.02, "chi_squared": 0.08, "tv": 0.08, "frechet": 0.05}
@@ -40,13 +51,15 @@ noise of a full block does not. Alarms do not depend on them."""
 @dataclass(frozen=True)
 class Gauge:
     """An estimate from n samples. exact: [low, high] holds at every sample of a block at once, with probability >= 1 -
-    GAUGE_DELTA; none: nobody has derived an interval, low and high are NaN."""
+    GAUGE_DELTA; pointwise: at any one moment, for many samples; none: nobody has derived an interval, low and high are NaN.
+    floor: what as many samples of the real data itself would read, about; NaN where nobody knows."""
 
     value: float
     low: float
     high: float
     n: int
     ci: Literal["exact", "asymptotic", "pointwise", "none"]
+    floor: float = math.nan
 
 
 class Monitor:
@@ -67,7 +80,14 @@ class Monitor:
         self._eye = Eye(bundle)
         self._detector = EDetector(certificate, reference, bundle.card.modes, threshold=arl / share)
         cells, features = len(bundle.card.modes) + 1, len(reference.feature_mean)
-        self._blocks = {population: Blocks(cells, features) for population in POPULATIONS}
+        rng = np.random.default_rng(0)  # which of the real points: the same ones in every process
+        real, self._spare = rng.permutation(reference.held_out_points)[:REAL_POINTS], rng.permutation(reference.train_points)[:BLOCK]
+        self._cloud, self._embedding = Cloud(real), Embedding(real)
+        self._blocks = {population: Blocks(cells, features, self._embedding.size) for population in ("fresh", "served")}
+        self._recent, self._newest = Decayed(cells, features), Newest(features)
+        self._gauges: dict[str, tuple[int, dict[str, Gauge]]] = {}  # as last read, and at how many samples
+        self._floors: dict[int, dict[str, float]] = {}
+        self._point_gauges: tuple[int, dict[str, Gauge]] = (0, {})  # and at how many monitored samples they were read
         self._real = reference.cell_share
         if not (self._real > 0).all():  # a cell without real data has some share all the same
             self._real = smoothed(np.rint(self._real * reference.count).astype(np.int64))
@@ -78,12 +98,20 @@ class Monitor:
         self.rejected = {"nan": 0, "shape": 0, "dtype": 0}
         self.frechet_clipped = 0  # eigenvalues below zero that rounding cannot explain, over all Frechet gauges read
         self._since = 0  # monitored samples at the last restart of the detectors
+        self.replay_checked = self.replay_mismatched = 0  # golden samples asked for again, and those that came back different
+        self._suspected: int | None = None  # monitored samples when the replay audit failed, None while it last passed
+        self._wrong: int | None = None  # number of the fresh sample with which that became the verdict
         self.alarmed_at: float | None = None
         self.verdict = VERDICTS["warming_up"]
 
     @property
     def first_alarm(self) -> int | None:
-        return self._detector.crossed
+        return _earliest(self._detector.crossed, self._wrong)
+
+    @property
+    def suspect(self) -> bool:
+        """Whether certified samples came back different in the last replay audit."""
+        return self._suspected is not None
 
     @property
     def log10_threshold(self) -> float:
@@ -97,19 +125,87 @@ class Monitor:
         if not len(seen.cells):
             return
         self.served += len(seen.cells)
-        self._blocks["served"].add(seen.cells, seen.features)
+        embedded = self._embedding(seen.features)
+        self._blocks["served"].add(seen.cells, seen.features, embedded)
         if fresh:
-            self._blocks["fresh"].add(seen.cells, seen.features)
-            self._detector.update(seen.scores, seen.cells, seen.samples, index=self.monitored)
+            self._blocks["fresh"].add(seen.cells, seen.features, embedded)
+            self._recent.add(seen.cells, seen.features)
+            self._newest.add(seen.features)
+            self._detector.update(seen.scores, seen.features, seen.cells, seen.samples, index=self.monitored)
             self.monitored += len(seen.cells)
-            if self.first_alarm is not None and self.alarmed_at is None:
-                self.alarmed_at = at
-            self._judge()
+            self._judge(at)
+
+    def audit(self, *, checked: int, mismatched: int) -> None:
+        """Take in a replay of the certificate's golden samples: how many were compared, how many came back different.
+
+        One that differs proves that something else serves than was certified. It says nothing of what that something does, so
+        the verdict is left to the samples for AUDIT_PATIENCE of them, which find any gross failure sooner and name it; only
+        where they stay silent is it `wrong_model`, and should they speak later, theirs is the sharper word.
+        """
+        self.replay_checked += checked
+        self.replay_mismatched += mismatched
+        if not mismatched:
+            self._suspected = None
+        elif self._suspected is None:
+            self._suspected = self.monitored
+
+    def state(self) -> dict[str, Any]:
+        """All that the past has left here, under plain names: arrays, and values that JSON can say."""
+        flat: dict[str, Any] = {name: getattr(self, name) for name in (*_COUNTS, *_MARKS)} | {"rejected": dict(self.rejected)}
+        parts = {name: owner.state() for name, owner in self._parts().items()}
+        flat |= {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+        return {name: value.copy() if isinstance(value, ndarray) else value for name, value in flat.items()} | {"identity": self.identity()}
+
+    def _parts(self) -> dict[str, Any]:
+        """Whatever has a state of its own."""
+        return {"detector": self._detector, **self._blocks, "recent": self._recent, "newest": self._newest}
+
+    def identity(self) -> dict[str, Any]:
+        """What a state must have in common with this monitor to mean anything to it."""
+        files = hashlib.sha256(repr(sorted(self.bundle.card.files.items())).encode()).hexdigest()
+        return {"bundle": files[:16], "arl": self.arl, "threshold": self._detector.threshold, "bets": self._detector.layout[:16]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where the monitor stood whose `state` this is, without a false alarm and with any latched one.
+
+        Raises ValueError where it watched another bundle, at another arl or share, or with other bets.
+        """
+        ours, theirs = self.identity(), state.get("identity", {})
+        if differing := [f"{name} is {theirs.get(name)!r}, here it is {ours[name]!r}" for name in ours if theirs.get(name) != ours[name]]:
+            raise ValueError(f"the state is of another monitor: {'; '.join(differing)}")
+        for name in (*_COUNTS, *_MARKS):
+            setattr(self, name, state[name])
+        self.rejected = dict(state["rejected"])
+        for part, owner in self._parts().items():
+            owner.restore({name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")})
+        self._judge()
+
+    def merge(self, other: Monitor, *, at: float) -> None:
+        """Take over what another monitor of the same version saw in other samples, none of which this one has seen.
+
+        An alarm of either stays; the evidence adds up, so that there is an alarm as soon as the sum calls for one: then `at` is
+        its time. first_alarm counts the samples of the shard that raised it, or of both where the sum did. Raises ValueError
+        where the two do not watch the same bundle with the same bets and threshold.
+        """
+        if self.identity() != other.identity():
+            raise ValueError("the monitors are of different bundles, thresholds or bets: only shards of one version can be merged")
+        for name in _COUNTS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.rejected = {reason: count + other.rejected[reason] for reason, count in self.rejected.items()}
+        self._since += other._since
+        theirs = other._parts()
+        for name, owner in self._parts().items():
+            if name != "detector":
+                owner.merge(theirs[name])
+        self._detector.merge(other._detector, index=self.monitored - 1)
+        self._suspected, self._wrong = (_earliest(a, b) for a, b in ((self._suspected, other._suspected), (self._wrong, other._wrong)))
+        self.alarmed_at = _earliest(self.alarmed_at, other.alarmed_at)
+        self._judge(at)
 
     def acknowledge(self) -> None:
         """Unlatch: the detectors forget everything and start again; counts and gauges go on."""
         self._detector.restart()
-        self.alarmed_at = None
+        self.alarmed_at = self._suspected = self._wrong = None
         self._since = self.monitored
         self._judge()
 
@@ -118,32 +214,73 @@ class Monitor:
         return {family: math.log10(e) if e > 0 else -math.inf for family, e in self._detector.family_evidence().items()}
 
     def gauges(self, population: str) -> dict[str, Gauge]:
-        """The estimates against the real data, from the block now being filled. NaN before the first sample.
+        """The estimates of a population against the real data. NaN before the first sample.
 
         What else is served is no independent draw (a seed may be asked for twice), so "served" has no intervals.
         """
-        if population not in self._blocks:
+        if population not in POPULATIONS:
             raise ValueError(f"population is {population!r}; it must be one of {', '.join(POPULATIONS)}")
-        sketch = self._blocks[population].view
+        if self._gauges.get(population, (None,))[0] != self.served:
+            self._gauges[population] = (self.served, self._estimate(population))
+        return self._gauges[population][1]
+
+    def _estimate(self, population: str) -> dict[str, Gauge]:
+        sketch: Sketch | Decayed = self._recent if population == "recent" else self._blocks[population].view
         n, real = sketch.count, self._real
         if n == 0:
-            return {name: Gauge(math.nan, math.nan, math.nan, 0, "none") for name in GAUGES}
-        shares = ShareSet.observed(sketch.cells, priors=self._priors, delta=GAUGE_DELTA)
+            return {name: Gauge(math.nan, math.nan, math.nan, 0, "none") for name in (ALL_GAUGES if population == "fresh" else GAUGES)}
+        if isinstance(sketch, Decayed):
+            shares = ShareSet.pointwise(sketch.cells, count=sketch.effective, delta=GAUGE_DELTA)
+        else:
+            shares = ShareSet.observed(sketch.cells, priors=self._priors, delta=GAUGE_DELTA)
         values = self._divergences(sketch.cells)
         coverage = mode_coverage(real, shares)
         values |= {"mode_coverage": coverage.value, "off_manifold": float(shares.centre[-1])}
         bounds = {name: (math.nan, math.nan) for name in values}
-        if population == "fresh":
+        if population != "served":
             bounds = {name: interval(real, shares) for name, interval in INTERVALS.items()}
             bounds["mode_coverage"] = (coverage.low, coverage.high)
             bounds["off_manifold"] = (float(shares.low[-1]), float(shares.high[-1]))
-        ci = "exact" if population == "fresh" else "none"
-        found = {name: Gauge(value, *bounds[name], n, ci) for name, value in values.items()}
+        ci = {"fresh": "exact", "recent": "pointwise", "served": "none"}[population]
+        floors = self._floor(n)
+        found = {name: Gauge(value, *bounds[name], n, ci, floors.get(name, math.nan)) for name, value in values.items()}
         reference = self.bundle.reference
         distance, clipped = frechet(reference.feature_mean, reference.feature_cov, sketch.mean, sketch.covariance)
         self.frechet_clipped += clipped
-        found["frechet"] = Gauge(distance, math.nan, math.nan, n, "none")
+        found["frechet"] = Gauge(distance, math.nan, math.nan, n, "none", floors["frechet"])
+        if isinstance(sketch, Sketch) and population == "fresh":
+            mmd = self._embedding.mmd(sketch.embedded_sum, n, delta=GAUGE_DELTA)
+            found["mmd"] = Gauge(*mmd, n, "exact" if self._embedding.count else "none", floors["mmd"])
+            found |= self._points()
         return found
+
+    def _points(self) -> dict[str, Gauge]:
+        """The gauges from the newest points themselves. They are quadratic in these, so they are read again only once a block, or
+        where there are twice as many samples."""
+        read, found = self._point_gauges
+        if not read <= self.monitored < min(2 * read, read + BLOCK):
+            points = self._newest.points
+            floors = self._floor(len(points))
+            found = {name: Gauge(v, math.nan, math.nan, len(points), "none", floors[name]) for name, v in self._cloud.gauges(points).items()}
+            self._point_gauges = (self.monitored, found)
+        return found
+
+    def _floor(self, n: int) -> dict[str, float]:
+        """What n samples of the real data itself would read, n rounded down to a power of two. Shares: the mean over FLOOR_DRAWS
+        draws of n real cells; the rest: other real points, NaN where the bundle has not nearly as many."""
+        n = 1 << (n.bit_length() - 1)
+        if n not in self._floors:
+            draws = np.random.default_rng(n).multinomial(n, self._real / self._real.sum(), FLOOR_DRAWS)
+            read = [self._divergences(draw) for draw in draws]
+            floors = {name: float(np.mean([r[name] for r in read])) for name in DIVERGENCES}
+            points, real = self._spare[:n].astype(np.float64), self.bundle.reference
+            floors |= dict.fromkeys(("frechet", "mmd", *POINT_GAUGES), math.nan)
+            if len(points) >= 0.9 * n:
+                floors["frechet"] = frechet(real.feature_mean, real.feature_cov, points.mean(axis=0), np.cov(points.T, bias=True).reshape(real.feature_cov.shape))[0]
+                floors["mmd"] = self._embedding.mmd(self._embedding(points).sum(axis=0, dtype=np.float64), n, delta=GAUGE_DELTA)[0]
+                floors |= self._cloud.gauges(points[:NEWEST])
+            self._floors[n] = floors
+        return self._floors[n]
 
     def modes(self) -> list[dict[str, Any]]:
         """The K modes, then the off-manifold cell: real, certified and freshly served shares, bounds of the latter, status."""
@@ -179,17 +316,26 @@ class Monitor:
                 "evidence": self.evidence(),
                 "log10_threshold": self.log10_threshold,
                 "arl": self.arl,
+                "budget": {"version": self.arl / threshold, "families": {f: {"null": NULLS[f], "weight": w} for f, w in FAMILIES.items()}},
                 "gauges": gauges,
                 "tolerance": self.tolerance,
                 "modes": self.modes(),
+                "replay": {"checked": self.replay_checked, "mismatched": self.replay_mismatched, "suspect": self.suspect},
                 "detectable": detectable(self.bundle.certificate, card.modes, monitored=seen, threshold=threshold),
             }
         )
 
-    def _judge(self) -> None:
-        if self.first_alarm is not None:
+    def _judge(self, at: float | None = None) -> None:
+        """The verdict as of now; `at` is the time of an alarm that is raised by it."""
+        if self._detector.crossed is None and self._wrong is None and self._suspected is not None:
+            self._wrong = self._suspected + AUDIT_PATIENCE - 1 if self.monitored - self._suspected >= AUDIT_PATIENCE else None
+        if self.first_alarm is not None and self.alarmed_at is None:
+            self.alarmed_at = at
+        if self._detector.crossed is not None:
             groups = [g for g, named in zip(self._detector.groups, self._detector.named, strict=True) if named]
             self.verdict = diagnose(groups, self.bundle.card.modes)
+        elif self._wrong is not None:
+            self.verdict = VERDICTS["wrong_model"]
         else:
             self.verdict = VERDICTS["warming_up" if self.monitored < WARM_UP else "healthy"]
 
@@ -205,6 +351,10 @@ class Monitor:
         plain, finite = counts / counts.sum(), smoothed(counts)
         values = {name: divergence(self._real, plain) for name, divergence in DIVERGENCES.items()}
         return {name: v if math.isfinite(v) else DIVERGENCES[name](self._real, finite) for name, v in values.items()}
+
+
+def _earliest(*times: Any) -> Any:
+    return min((t for t in times if t is not None), default=None)
 
 
 def _jsonable(value: Any) -> Any:

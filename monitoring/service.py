@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import io
 import json
 import logging
 import math
+import re
 import signal
 import socket
 import sys
@@ -28,9 +30,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import psutil
 import tyro
 import uvicorn
+from numpy import ndarray
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -39,11 +43,14 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from monitoring import picture
+from monitoring.acting import Policy
 from monitoring.incidents import Incidents
 from monitoring.metrics import Exporter
 from monitoring.probes import Prober
+from monitoring.states import States
 from monitoring.watch import View, Watch, parse_counter
-from serving.records import ORIGINS, Heartbeat
+from serving.records import ORIGINS, Heartbeat, Origin, Record
+from training.bundle import Bundle
 from training.registry import Registry, ganwatch_home
 
 PAGE = Path(__file__).parent / "page"
@@ -71,9 +78,13 @@ class Options:
     serving_url: str = "http://127.0.0.1:8000"
     """Where probes ask for samples."""
     probe_rate: int = 50
-    """Fresh samples a second and model below which probes make up for the rest; 0 sends none."""
+    """Fresh samples a second and model below which probes make up for the rest; 0 sends none, and no replay audit either."""
     home: Path | None = None
-    """Where the record of alarms lies; None: GANWATCH_HOME, or .ganwatch under the working directory."""
+    """Where the record of alarms and the Monitors' states lie; None: GANWATCH_HOME, or .ganwatch under the working directory."""
+    act: bool = False
+    """Change aliases for alarms: an alarm of the canary removes it, one of production rolls back to the last sound version."""
+    cool_down: float = 600.0
+    """Seconds after such a change in which no other is made to the same alias."""
     inbox: int = 65_536
     """Samples that may wait for the Monitors; what comes beyond is dropped and counted."""
 
@@ -84,34 +95,52 @@ class Options:
             raise ValueError(f"port is {self.port}; it must lie in 0 to 65535")
         if self.inbox < 1:
             raise ValueError(f"inbox is {self.inbox}; it must hold 1 sample or more")
+        if not 0 <= self.cool_down < math.inf:
+            raise ValueError(f"cool_down is {self.cool_down}; it must be a finite number of seconds, 0 or more")
         if self.probe_rate < 0:
             raise ValueError(f"probe_rate is {self.probe_rate}; it must be 0 or more samples a second")
         if urlsplit(self.serving_url).scheme not in ("http", "https"):
             raise ValueError(f"serving_url is {self.serving_url!r}; it must be an http:// or https:// URL")
 
 
+@dataclass(frozen=True)
+class Audited:
+    """A replay audit of `bundle`: golden samples compared, and those that came back different."""
+
+    bundle: Bundle
+    compared: int
+    different: int
+
+
+Item = Heartbeat | Record | Audited | tuple[str, Future[Any]]
+
+
 class Inbox:
-    """What waits for the Monitors' thread: heartbeats, bounded in samples, and acknowledgements."""
+    """What waits for the Monitors' thread: heartbeats and observed records, bounded in samples; audits and acknowledgements."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.dropped = 0  # records
-        self._waiting: deque[Heartbeat | tuple[str, Future[Any]]] = deque()
+        self._waiting: deque[Item] = deque()
         self._samples = 0
         self._news = threading.Condition()
 
-    def put(self, item: Heartbeat | tuple[str, Future[Any]]) -> None:
-        """Never waits. A heartbeat that does not fit is dropped whole: its counters are totals and come again with the next."""
+    def put(self, item: Item) -> bool:
+        """Never waits. A heartbeat that does not fit is dropped whole: its counters are totals and come again with the next.
+
+        Returns whether the item was taken.
+        """
         weight = _weight(item)
         with self._news:
-            if isinstance(item, Heartbeat) and self._samples + weight > self.limit:
-                self.dropped += len(item.records)
-                return
+            if self._samples + weight > self.limit:
+                self.dropped += len(_records(item))
+                return False
             self._samples += weight
             self._waiting.append(item)
             self._news.notify()
+        return True
 
-    def take(self, timeout: float) -> list[Heartbeat | tuple[str, Future[Any]]]:
+    def take(self, timeout: float) -> list[Item]:
         """What waits, oldest first, up to about TAKE samples; nothing after `timeout` seconds."""
         items, taken = [], 0
         with self._news:
@@ -124,8 +153,13 @@ class Inbox:
         return items
 
 
-def _weight(item: Heartbeat | tuple[str, Future[Any]]) -> int:
-    return max(1, sum(len(record.samples) for record in item.records)) if isinstance(item, Heartbeat) else 0
+def _records(item: Item) -> tuple[Record, ...]:
+    return item.records if isinstance(item, Heartbeat) else (item,) if isinstance(item, Record) else ()
+
+
+def _weight(item: Item) -> int:
+    """Samples, or 1 for a heartbeat without any: that takes room, too."""
+    return sum(len(record.samples) for record in _records(item)) or int(isinstance(item, Heartbeat))
 
 
 class Service:
@@ -135,9 +169,11 @@ class Service:
         home = options.home or ganwatch_home()
         self.options = options
         self.incidents = Incidents(home / "incidents.db")
-        self.watch = Watch(Registry(options.registry or home / "registry"), self.incidents, arl=options.arl)
+        registry = Registry(options.registry or home / "registry")
+        policy = Policy(registry, options.cool_down) if options.act else None
+        self.watch = Watch(registry, self.incidents, arl=options.arl, states=States(home / "monitor"), policy=policy)
         self.inbox = Inbox(options.inbox)
-        self.prober = Prober(options.serving_url, options.probe_rate, self._fresh_rates)
+        self.prober = Prober(options.serving_url, options.probe_rate, self._fresh_rates, self._bundles, self._audited)
         self.exporter = Exporter(lambda: (self.view, {"queue_full": self.inbox.dropped}, dict(self.prober.outcomes)))
         self.trouble: str | None = None
         self.stopping = threading.Event()
@@ -145,6 +181,7 @@ class Service:
         now = time.time()
         self._step(self.watch.follow, now)
         self.view: View = self.watch.publish(now)
+        self.viewed = time.monotonic()
 
     def start(self) -> None:
         self._thread.start()
@@ -161,7 +198,7 @@ class Service:
     def state(self, view: View, since: float = -math.inf) -> dict[str, Any]:
         """The JSON of /api/state: the view, with what troubles the process itself."""
         state = view.state(since)
-        state["errors"] += [*self.prober.trouble.values(), *([self.trouble] if self.trouble else [])]
+        state["errors"] += [*self.prober.trouble.values(), *self.prober.audit_trouble.values(), *([self.trouble] if self.trouble else [])]
         return state
 
     def acknowledge(self, model: str) -> Future[list[dict[str, Any]]]:
@@ -173,35 +210,47 @@ class Service:
     def _fresh_rates(self) -> Mapping[str, float]:
         return {name: shown.fresh_rate for name, shown in self.view.models.items() if shown.alias == "production"}
 
+    def _bundles(self) -> list[Bundle]:
+        return [bundle for shown in self.view.models.values() for bundle in shown.bundles.values()]
+
+    def _audited(self, bundle: Bundle, compared: int, different: int) -> None:
+        self.inbox.put(Audited(bundle, compared, different))
+
     def _work(self) -> None:
-        followed = published = time.time()
+        followed = published = time.monotonic()  # periods must not depend on a clock that people set
         while not self.stopping.is_set():
             items = self.inbox.take(timeout=0.1)
-            now = time.time()
-            if now - followed >= FOLLOW_PERIOD:
-                followed = now
+            now, elapsed = time.time(), time.monotonic()
+            if elapsed - followed >= FOLLOW_PERIOD:
+                followed = elapsed
                 self._step(self.watch.follow, now)
-            heartbeats = [item for item in items if isinstance(item, Heartbeat)]
-            for heartbeat in heartbeats:
+            for heartbeat in (item for item in items if isinstance(item, Heartbeat)):
                 self._step(self.watch.hear, heartbeat, now)
-            if heartbeats:
-                self._step(self.watch.eat, [record for heartbeat in heartbeats for record in heartbeat.records], now)
-            answers = [item for item in items if not isinstance(item, Heartbeat)]
+            if records := [record for item in items for record in _records(item)]:
+                self._step(self.watch.eat, records, now)
+            self._step(self.watch.act, now)
+            for audited in (item for item in items if isinstance(item, Audited)):
+                self._step(self.watch.audited, audited.bundle, audited.compared, audited.different)
+            answers = [item for item in items if isinstance(item, tuple)]
             closed: list[tuple[Future[Any], Any]] = []
             for model, answer in answers:
                 try:
                     closed.append((answer, self.watch.acknowledge(model, now)))
                 except Exception as error:  # the caller's answer, not the end of the watch
                     answer.set_exception(error)
-            if self.watch.changed or now - published >= PUBLISH_PERIOD:
-                point = now - published >= PUBLISH_PERIOD
-                published = now if point else published
+            if self.watch.changed or elapsed - published >= PUBLISH_PERIOD:
+                point = elapsed - published >= PUBLISH_PERIOD
+                published = elapsed if point else published
                 self._step(self._publish, now, point)
+                if point:
+                    self._step(self.watch.save)
             for answer, incidents in closed:  # the view says so already when the caller hears of it
                 answer.set_result(incidents)
+        self._step(self.watch.save)
 
     def _publish(self, now: float, point: bool) -> None:
         self.view = self.watch.publish(now, point=point)
+        self.viewed = time.monotonic()
 
     def _step(self, step: Any, *arguments: Any) -> None:
         """One step of the Monitors' thread. An error of ours is shown and logged, and does not end the watch."""
@@ -232,7 +281,7 @@ def build(options: Options) -> Starlette:
         return Response(body, headers={"Content-Type": content_type})
 
     async def healthz(request: Request) -> Response:
-        late = time.time() - service.view.at
+        late = time.monotonic() - service.viewed
         alive = late < 10 * PUBLISH_PERIOD
         return JSONResponse({"ok": alive, "seconds_since_last_view": round(late, 3)}, 200 if alive else 503)
 
@@ -275,6 +324,30 @@ def build(options: Options) -> Starlette:
         service.inbox.put(heartbeat)
         return Response(status_code=204)
 
+    async def observe(request: Request) -> Response:
+        model = request.path_params["model"]
+        if (shown := service.view.models.get(model)) is None:
+            return _error(404, "unknown_model", f"no watched model {model!r}", "model", model, f"one of {sorted(service.view.models)}")
+        reference = request.query_params.get("version", shown.alias)
+        card = next((card for alias, card in shown.cards.items() if reference in (alias, card.version)), None)
+        if card is None:
+            return _error(404, "unknown_version", f"{reference!r} of {model} is not watched", "version", reference, f"one of {sorted(shown.cards)}, or a version")
+        iid = request.query_params.get("iid", request.headers.get("X-Ganwatch-Iid", "false"))
+        if iid not in ("true", "false"):
+            return _error(422, "bad_field", f"iid is {iid!r}", "iid", iid, "true where the samples are independent draws of the model's law, else false")
+        body = await _body(request, BODY_LIMIT)
+        try:
+            samples = _observed(body, request.headers)
+        except ValueError as error:
+            return _error(422, "bad_samples", str(error), "body", None, f"npy, or raw with X-Ganwatch-Shape; {card.sample_dtype} [n, {', '.join(map(str, card.sample_shape))}]")
+        if samples.dtype != card.sample_dtype or samples.shape[1:] != card.sample_shape:
+            found, wanted = (f"{dtype} [{', '.join(map(str, shape))}]" for dtype, shape in ((samples.dtype, samples.shape), (card.sample_dtype, ("n", *card.sample_shape))))
+            return _error(422, "bad_samples", f"the body holds {found}", "body", found, wanted)
+        origin: Origin = "server_seed" if iid == "true" else "client_z"  # only the former may be evidence for an alarm
+        if not service.inbox.put(Record(model, card.version, origin, 0, 0, samples, time.time())):
+            return _error(503, "busy", f"{len(samples)} samples found no room beside those that wait", None, len(samples), "fewer at a time, or later")
+        return JSONResponse({"model": model, "version": card.version, "received": len(samples), "judged": iid == "true"}, 202)
+
     async def acknowledge(request: Request) -> Response:
         body = await _body(request, 4096)
         try:
@@ -299,6 +372,7 @@ def build(options: Options) -> Starlette:
         Route("/api/incidents", incidents),
         Route("/api/records", records, methods=["POST"]),
         Route("/api/ack", acknowledge, methods=["POST"]),
+        Route("/v1/observe/{model}", observe, methods=["POST"]),
         Mount("/page", StaticFiles(directory=PAGE)),
     ]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error})
@@ -335,6 +409,27 @@ async def _body(request: Request, limit: int) -> bytes:
         if len(body) > limit:
             raise too_long
     return bytes(body)
+
+
+def _observed(body: bytes, headers: Mapping[str, str]) -> ndarray:
+    """The samples in the body of an observation: npy, or raw little-endian values with X-Ganwatch-Shape and X-Ganwatch-Dtype."""
+    if (shape := headers.get("X-Ganwatch-Shape")) is None:
+        try:
+            samples = np.load(io.BytesIO(body), allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(f"the body is no npy: {error}") from error
+        if not isinstance(samples, ndarray) or samples.ndim < 2:
+            raise ValueError("the body is no single array [n, ...]")
+        return samples
+    dtype = headers.get("X-Ganwatch-Dtype", "uint8")
+    if dtype not in ("uint8", "float32"):
+        raise ValueError(f"X-Ganwatch-Dtype is {dtype!r}; it must be uint8 or float32")
+    if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})+", shape):
+        raise ValueError(f"X-Ganwatch-Shape is {shape!r}; it must be like 64,28,28,1")
+    sides = [int(side) for side in shape.split(",")]
+    if math.prod(sides) * np.dtype(dtype).itemsize != len(body):
+        raise ValueError(f"the body has {len(body)} bytes; X-Ganwatch-Shape {shape} of {dtype} takes {math.prod(sides) * np.dtype(dtype).itemsize}")
+    return np.frombuffer(body, np.dtype(dtype).newbyteorder("<")).reshape(sides)
 
 
 def _decode(body: bytes) -> Heartbeat:

@@ -1,17 +1,23 @@
-"""Mergeable statistics of a stream in constant memory: cell counts and the moments of the features.
+"""Mergeable statistics of a stream in constant memory, on two clocks.
 
-A sketch knows no order and no time; `Blocks` cuts a stream into tumbling blocks of `BLOCK` samples.
+A sketch knows no order and no time; `Blocks` cuts a stream into tumbling blocks of `BLOCK` samples, `Decayed` lets what is past
+weigh ever less, `Newest` keeps the newest features themselves.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float, Float32, Float64, Int64
 from numpy import ndarray
 
 BLOCK = 4096  # samples
+HALF_LIFE = 1024  # samples after which a sample weighs half as much
+NEWEST = 512  # features kept as they are
 READABLE = 512  # a block with fewer samples is read together with the one before it
 
 
@@ -22,19 +28,23 @@ class Sketch:
     cells: Int64[ndarray, "k1"]  # samples per mode, off-manifold last
     feature_sum: Float64[ndarray, "p"]
     feature_outer: Float64[ndarray, "p p"]  # sum of x x^T
+    embedded_sum: Float64[ndarray, "e"]  # sum of what a kernel makes of the features
 
     @classmethod
-    def empty(cls, cells: int, features: int) -> Sketch:
-        return cls(np.zeros(cells, np.int64), np.zeros(features), np.zeros((features, features)))
+    def empty(cls, cells: int, features: int, embedded: int) -> Sketch:
+        return cls(np.zeros(cells, np.int64), np.zeros(features), np.zeros((features, features)), np.zeros(embedded))
 
     @classmethod
-    def of(cls, cells: Int64[ndarray, "n"], features: Float[ndarray, "n p"], *, size: int) -> Sketch:
+    def of(cls, cells: Int64[ndarray, "n"], features: Float[ndarray, "n p"], embedded: Float[ndarray, "n e"], *, size: int) -> Sketch:
         """The sketch of n samples, `size` = K + 1 cells."""
         x = features.astype(np.float64)
-        return cls(np.bincount(cells, minlength=size), x.sum(axis=0), x.T @ x)
+        return cls(np.bincount(cells, minlength=size), x.sum(axis=0), x.T @ x, embedded.sum(axis=0, dtype=np.float64))
 
     def __add__(self, other: Sketch) -> Sketch:
-        return Sketch(self.cells + other.cells, self.feature_sum + other.feature_sum, self.feature_outer + other.feature_outer)
+        return Sketch(*(ours + theirs for ours, theirs in zip(self.state().values(), other.state().values(), strict=True)))
+
+    def state(self) -> dict[str, ndarray]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @property
     def count(self) -> int:
@@ -53,20 +63,102 @@ class Sketch:
 class Blocks:
     """The block now being filled and the one closed before it."""
 
-    def __init__(self, cells: int, features: int) -> None:
-        self._empty = Sketch.empty(cells, features)
+    def __init__(self, cells: int, features: int, embedded: int = 0) -> None:
+        self._empty = Sketch.empty(cells, features, embedded)
         self._closed = self._open = self._empty
 
-    def add(self, cells: Int64[ndarray, "n"], features: Float[ndarray, "n p"]) -> None:
+    def add(self, cells: Int64[ndarray, "n"], features: Float[ndarray, "n p"], embedded: Float[ndarray, "n e"]) -> None:
         while len(cells):
             room = BLOCK - self._open.count
-            self._open += Sketch.of(cells[:room], features[:room], size=len(self._empty.cells))
-            cells, features = cells[room:], features[room:]
+            self._open += Sketch.of(cells[:room], features[:room], embedded[:room], size=len(self._empty.cells))
+            cells, features, embedded = cells[room:], features[room:], embedded[room:]
             if self._open.count == BLOCK:
                 self._closed, self._open = self._open, self._empty
+
+    def merge(self, other: Blocks) -> None:
+        """Take over what another stream of the same law left: its open block joins ours, which may thereby close."""
+        self._closed, self._open = self._closed + other._closed, self._open + other._open
+        if self._open.count >= BLOCK:
+            self._closed, self._open = self._open, self._empty
+
+    def state(self) -> dict[str, ndarray]:
+        return {f"{name}_{k}": v for name, sketch in (("closed", self._closed), ("open", self._open)) for k, v in sketch.state().items()}
+
+    def restore(self, state: Mapping[str, ndarray]) -> None:
+        self._closed, self._open = (Sketch(*(state[f"{name}_{k}"] for k in self._empty.state())) for name in ("closed", "open"))
 
     @property
     def view(self) -> Sketch:
         """The open block, or while that is short the closed one with it: in both cases a stream read since its first sample,
         so bounds that hold at every sample of a stream hold here."""
         return self._open if self._open.count >= READABLE else self._closed + self._open
+
+
+class Decayed:
+    """Weighted statistics: each sample weighs 2^(-age / HALF_LIFE), its age being the samples that came after it."""
+
+    def __init__(self, cells: int, features: int) -> None:
+        self.cells = np.zeros(cells)
+        self.feature_sum, self.feature_outer = np.zeros(features), np.zeros((features, features))
+        self._squares = 0.0  # sum of squared weights
+
+    def add(self, cells: Int64[ndarray, "n"], features: Float[ndarray, "n p"]) -> None:
+        weight = 0.5 ** (np.arange(len(cells) - 1, -1, -1) / HALF_LIFE)
+        past, x = 0.5 ** (len(cells) / HALF_LIFE), features.astype(np.float64)
+        self.cells = past * self.cells + np.bincount(cells, weight, minlength=len(self.cells))
+        self.feature_sum = past * self.feature_sum + weight @ x
+        self.feature_outer = past * self.feature_outer + (x * weight[:, None]).T @ x
+        self._squares = past**2 * self._squares + float(weight @ weight)
+
+    def merge(self, other: Decayed) -> None:
+        """Both streams, the samples of each as old as they are in it."""
+        self.cells, self.feature_sum = self.cells + other.cells, self.feature_sum + other.feature_sum
+        self.feature_outer, self._squares = self.feature_outer + other.feature_outer, self._squares + other._squares
+
+    def state(self) -> dict[str, Any]:
+        return {"cells": self.cells, "feature_sum": self.feature_sum, "feature_outer": self.feature_outer, "squares": self._squares}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.cells, self.feature_sum, self.feature_outer, self._squares = (state[name] for name in self.state())
+
+    @property
+    def effective(self) -> float:
+        """How many equally weighted samples have as small a variance (Kish, Survey Sampling 1965)."""
+        return float(self.cells.sum() ** 2 / self._squares) if self._squares else 0.0
+
+    @property
+    def count(self) -> int:
+        return math.ceil(self.effective)
+
+    @property
+    def mean(self) -> Float64[ndarray, "p"]:
+        return self.feature_sum / self.cells.sum()
+
+    @property
+    def covariance(self) -> Float64[ndarray, "p p"]:
+        return self.feature_outer / self.cells.sum() - np.outer(self.mean, self.mean)
+
+
+class Newest:
+    """The newest NEWEST features, oldest first."""
+
+    def __init__(self, features: int) -> None:
+        self.points: Float32[ndarray, "n p"] = np.empty((0, features), np.float32)
+
+    def add(self, features: Float32[ndarray, "n p"]) -> None:
+        self.points = np.concatenate([self.points, features])[-NEWEST:]
+
+    def merge(self, other: Newest) -> None:
+        """Of each stream its newest, as many as its part of both."""
+        total = len(self.points) + len(other.points)
+        if total > NEWEST:
+            ours = NEWEST * len(self.points) // total
+            self.points = np.concatenate([self.points[len(self.points) - ours :], other.points[len(other.points) - (NEWEST - ours) :]])
+        else:
+            self.points = np.concatenate([self.points, other.points])
+
+    def state(self) -> dict[str, ndarray]:
+        return {"points": self.points}
+
+    def restore(self, state: Mapping[str, ndarray]) -> None:
+        self.points = state["points"]

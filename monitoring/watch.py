@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from monitoring import picture
+from monitoring import acting, picture
 from monitoring.incidents import Incidents
-from monitoring.monitor import Gauge, Monitor
+from monitoring.monitor import POPULATIONS, Gauge, Monitor
+from monitoring.states import StateError, States
 from serving.records import Heartbeat, Record
 from training.bundle import Bundle, Card, open_bundle
 from training.registry import AliasChange, Registry, RegistryError
@@ -36,6 +37,8 @@ RATE_WINDOW = 2.0  # seconds over which the rate of fresh samples is taken
 CHUNK = 4096  # samples a Monitor eats at once, so that no single record holds up the rest
 RETIRED = 8  # versions no alias names any more whose Monitor is kept, for a rollback
 REPLICAS = 256  # silent replicas whose counters are kept apart, in case they speak again
+RESTORES = ("restored", "absent", "refused")  # what became of the saved state of a version that comes under watch
+NOTICE = 60.0  # seconds for which a state that could not be restored is said
 COLUMNS = ("t", "js", "js_low", "js_high", "log10_e")
 
 _COUNTER = re.compile(r'([a-z_][a-z0-9_]*)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)*)\})?')
@@ -98,6 +101,11 @@ class Watched:
     last_sample_at: float | None = None
     recorded: tuple[str, tuple[str, ...]] | None = None  # verdict and modes of the open incident, as last written down
     newest: deque[ndarray] = field(default_factory=deque)  # newest served samples, a few arrays, newest last
+    saved: int = 0  # samples that the state on the disk knows of, looked at or rejected
+
+    @property
+    def eaten(self) -> int:
+        return self.monitor.served + sum(self.monitor.rejected.values())
 
     def show(self, samples: ndarray) -> None:
         """Keep the newest samples for the picture, copies, so that a request of 65,536 is not held for the sake of 64."""
@@ -130,7 +138,7 @@ class Shown:
 
     alias: str
     version: str
-    cards: Mapping[str, Card]  # alias -> card of the version it names
+    bundles: Mapping[str, Bundle]  # alias -> the version it names
     share: float
     loaded_at: float
     last_sample_at: float | None
@@ -142,6 +150,10 @@ class Shown:
     rows: tuple[tuple[float | None, ...], ...]  # COLUMNS, oldest first
     fresh_rate: float  # samples a second that clients drew with the server's seeds
     picture: tuple[ndarray, ...]
+
+    @property
+    def cards(self) -> dict[str, Card]:
+        return {alias: bundle.card for alias, bundle in self.bundles.items()}
 
     def samples(self) -> ndarray | None:
         """The newest served samples, newest first."""
@@ -159,6 +171,10 @@ class View:
     rejected: Mapping[tuple[str, str], int]  # (model, reason) -> samples
     alarms: Mapping[tuple[str, str], int]  # (model, verdict) -> alarms raised
     load_failures: Mapping[str, int]  # model -> bundles that could not be loaded
+    restores: Mapping[tuple[str, str], int]  # (model, one of RESTORES) -> versions that came under watch
+    replays: Mapping[tuple[str, str], int]  # (model, "checked" or "mismatched") -> golden samples
+    actions: Mapping[tuple[str, str], int]  # (model, alias) -> changes made for an alarm
+    clock_jumps: int  # how often the clock was set back
     unknown_model: int  # records of models that the registry does not hold
     serving: Mapping[str, float | int]  # the replicas' counters, summed
     replicas: int
@@ -168,12 +184,20 @@ class View:
 
     def state(self, since: float = -math.inf) -> dict[str, Any]:
         """The JSON of /api/state. `since` (Unix seconds) leaves out the older points of the histories."""
-        dropped = sum(value for name, value in self.serving.items() if name.startswith("tap_dropped_samples_total"))
+        dropped, skipped = (
+            sum(value for name, value in self.serving.items() if name.startswith(f"tap_{what}_samples_total")) for what in ("dropped", "skipped")
+        )
         return {
             "now": self.at,
             "arl": self.arl,
             "models": {name: self._model(shown, since) for name, shown in self.models.items()},
-            "tap": {"replicas": self.replicas, "last_heartbeat_at": self.heard_at, "dropped": dropped, "received": self.received},
+            "tap": {
+                "replicas": self.replicas,
+                "last_heartbeat_at": self.heard_at,
+                "dropped": dropped,  # lost, since the monitor did not answer
+                "skipped": skipped,  # never meant to be shown: beyond the tap's budget
+                "received": self.received,
+            },
             "errors": list(self.errors),
         }
 
@@ -203,10 +227,15 @@ class Watch:
     """The registry's aliased versions, each under its Monitor.
 
     `arl`: samples to a false alarm, on average, for all versions of a model together; each alias gets its SHARES of it.
+    `states`: where Monitors outlive the process, None for nowhere. An alarm is written there before it is recorded, and an
+    acknowledgement after: whenever the process dies, a latched alarm is either there or was acknowledged.
+    `policy`: what an alarm may change by itself, None for nothing.
     """
 
-    def __init__(self, registry: Registry, incidents: Incidents, *, arl: float) -> None:
-        self.registry, self.incidents, self.arl = registry, incidents, arl
+    def __init__(
+        self, registry: Registry, incidents: Incidents, *, arl: float, states: States | None = None, policy: acting.Policy | None = None
+    ) -> None:
+        self.registry, self.incidents, self.arl, self.states, self.policy = registry, incidents, arl, states, policy
         self.replicas = Replicas()
         self.changed = True  # something happened that a reader should see before the second is over
         self._models: dict[str, Model] = {}
@@ -217,10 +246,17 @@ class Watch:
         self._rejected: Counter[tuple[str, str]] = Counter()
         self._alarms: Counter[tuple[str, str]] = Counter()
         self._load_failures: Counter[str] = Counter()
+        self._restores: Counter[tuple[str, str]] = Counter()
+        self._held: dict[tuple[str, str], str] = {}  # (model, alias) -> why an alarm did not change it
+        self._actions: Counter[tuple[str, str]] = Counter()
+        self._latest, self._clock_jumps = -math.inf, 0
+        self._replays: Counter[tuple[str, str]] = Counter()
+        self._notices: deque[tuple[float, str]] = deque(maxlen=8)
         self._unknown_model = 0
 
     def follow(self, at: float) -> None:
         """Bring the Monitors into line with the aliases. A bundle that fails to load leaves the version before it watched."""
+        self._tell_time(at)
         present = self.registry.models()
         self._unreadable.clear()
         for name in set(self._models) - set(present):
@@ -255,7 +291,7 @@ class Watch:
         aliased = {(n, v) for n, m in self._models.items() for v in m.aliases.values()}
         retired = [key for key in self._watched if key not in aliased]
         for key in retired:
-            self._unlatch(self._watched[key])
+            self._unlatch(*key)
         for key in retired[:-RETIRED]:
             del self._watched[key]
         for version in set(settled.values()):
@@ -274,7 +310,10 @@ class Watch:
         try:
             bundle = open_bundle(path)
             # Another share is another threshold: evidence gathered under the old one is not carried over.
+            known = key in self._watched
             self._watched[key] = Watched(bundle, Monitor(bundle, arl=self.arl, share=share), share)
+            if not known:
+                self._restore(name, version, at)
         except Exception as error:  # whatever is wrong with one bundle, the others stay watched
             self._failed[key] = (look, f"{name} {version} is not watched, its bundle could not be loaded: {error}")
             self._load_failures[name] += 1
@@ -282,6 +321,75 @@ class Watch:
             return False
         self._failed.pop(key, None)
         return True
+
+    def _restore(self, name: str, version: str, at: float) -> None:
+        """Let a version that comes under watch go on where the state on the disk left it, or say why it starts anew."""
+        if self.states is None:
+            return
+        watched, outcome = self._watched[name, version], "restored"
+        try:
+            state = self.states.load(name, version)
+            if state is None:
+                outcome = "absent"
+            else:
+                watched.monitor.restore(state)
+                watched.last_sample_at, watched.saved = state["last_sample_at"], watched.eaten
+        except (StateError, ValueError, KeyError) as error:
+            outcome = "refused"
+            watched.monitor = Monitor(watched.bundle, arl=self.arl, share=watched.share)  # nothing half restored
+            self._notices.append((at, f"{name} {version} is watched from the start again, its saved state was not taken: {error}"))
+        self._restores[name, outcome] += 1
+        self._raise_alarm(name, version, at)
+
+    def save(self) -> None:
+        """Write down every Monitor that has seen samples since it was written last. Raises OSError where the disk refuses."""
+        for name, version in {(n, v) for n, m in self._models.items() for v in m.aliases.values()}:
+            if self._watched[name, version].eaten != self._watched[name, version].saved:
+                self._save(name, version)
+
+    def _save(self, name: str, version: str) -> None:
+        if self.states is not None:
+            watched = self._watched[name, version]
+            self.states.save(name, version, watched.monitor.state() | {"last_sample_at": watched.last_sample_at})
+            watched.saved = watched.eaten
+
+    def act(self, at: float) -> None:
+        """Let the policy change the aliases whose version is alarmed. `follow` then sees the change like anybody's."""
+        self._held.clear()
+        if self.policy is None:
+            return
+        for name, model in self._models.items():
+            alarmed = {v for v in model.aliases.values() if self._watched[name, v].monitor.first_alarm is not None}
+            wanted = self.registry.aliases(name) if alarmed else {}
+            for alias in acting.ALIASES:
+                version = model.aliases.get(alias)
+                if version not in alarmed or wanted.get(alias) != version:  # else `follow` has not caught up
+                    continue
+                verdict = self._watched[name, version].monitor.verdict
+                why = f"{version} is {' '.join([verdict.id, *verdict.modes])}"
+                try:
+                    change = self.policy.act(name, alias, why=why, alarmed=alarmed | self.incidents.unsettled(name), at=at)
+                except RegistryError as error:
+                    self._held[name, alias] = str(error)
+                else:
+                    self.incidents.act(name, version, f"{alias} -> {change.version or 'none'}")
+                    self._actions[name, alias] += 1
+                    self.changed = True
+
+    def _tell_time(self, at: float) -> None:
+        """Where the clock was set back, nothing may lie in the future: it would look fresh until the clock has caught up."""
+        if at < self._latest - 1.0:
+            self._clock_jumps += 1
+            self.replicas.last = OrderedDict((replica, (min(heard, at), counters)) for replica, (heard, counters) in self.replicas.last.items())
+            self.replicas.heard_at = min(self.replicas.heard_at or at, at)
+            for watched in self._watched.values():
+                watched.last_sample_at = None if watched.last_sample_at is None else min(watched.last_sample_at, at)
+            for model in self._models.values():
+                model.shown_since = min(model.shown_since, at)
+                model.fresh.clear()
+                model.rows = deque((row for row in model.rows if row[0] < at), maxlen=HISTORY)
+            self._notices = deque(((min(noticed, at), words) for noticed, words in self._notices), maxlen=8)
+        self._latest = at
 
     def hear(self, heartbeat: Heartbeat, at: float) -> None:
         """Take in what a replica counted and served; `at` is when it arrived."""
@@ -307,14 +415,26 @@ class Watch:
             for start in range(0, len(samples), CHUNK):
                 self._update(name, version, samples[start : start + CHUNK], fresh, at)
 
+    def audited(self, bundle: Bundle, compared: int, different: int) -> None:
+        """Take in a replay audit of a version's golden samples, unless that very bundle is watched no longer."""
+        name, version = bundle.card.model, bundle.card.version
+        watched = self._watched.get((name, version))
+        if watched is None or watched.bundle.card != bundle.card:
+            return
+        watched.monitor.audit(checked=compared, mismatched=different)
+        self._replays[name, "checked"] += compared
+        self._replays[name, "mismatched"] += different
+        self.changed |= different > 0
+
     def _update(self, name: str, version: str, samples: ndarray, fresh: bool, at: float) -> None:
         watched = self._watched[name, version]
-        rejected = dict(watched.monitor.rejected)
+        served, rejected = watched.monitor.served, dict(watched.monitor.rejected)
         watched.monitor.update(samples, fresh=fresh, at=at)
         for reason, count in watched.monitor.rejected.items():
             self._rejected[name, reason] += count - rejected.get(reason, 0)
-        watched.last_sample_at = at
-        watched.show(samples)
+        if watched.monitor.served > served:  # samples of which none could be looked at leave the estimates as old as they are
+            watched.last_sample_at = at
+            watched.show(samples)
         self._raise_alarm(name, version, at)
 
     def _raise_alarm(self, name: str, version: str, at: float) -> None:
@@ -323,8 +443,9 @@ class Watch:
         monitor, verdict = watched.monitor, watched.monitor.verdict
         if monitor.first_alarm is None or watched.recorded == (verdict.id, verdict.modes):
             return
+        self._save(name, version)
         snapshot = monitor.snapshot()
-        evidence = {key: snapshot[key] for key in ("evidence", "log10_threshold", "arl", "gauges", "modes")}
+        evidence = {key: snapshot[key] for key in ("evidence", "log10_threshold", "arl", "gauges", "modes", "replay")}
         opened = self.incidents.record(
             name,
             version,
@@ -339,24 +460,30 @@ class Watch:
         self._alarms[name, verdict.id] += opened
         self.changed = True
 
-    @staticmethod
-    def _unlatch(watched: Watched) -> None:
+    def _unlatch(self, name: str, version: str) -> None:
+        watched = self._watched[name, version]
         watched.recorded = None
         if watched.monitor.first_alarm is not None:
             watched.monitor.acknowledge()
+            self._save(name, version)
 
     def acknowledge(self, name: str, at: float) -> list[dict[str, Any]]:
-        """Unlatch the alarms of a model. Returns the incidents that this closed. Raises KeyError for a model not watched."""
-        for version in set(self._models[name].aliases.values()):
-            self._unlatch(self._watched[name, version])
+        """Unlatch the alarms of a model's versions. Returns the incidents that this closed. Raises KeyError for a model not watched."""
+        versions = set(self._models[name].aliases.values())
+        closed = self.incidents.acknowledge(name, at=at)
+        for version in versions:
+            self._unlatch(name, version)
         self.changed = True
-        return self.incidents.acknowledge(name, at=at)
+        return closed
 
     def publish(self, at: float, *, point: bool = True) -> View:
         """The view as of now, in milliseconds; with `point`, the histories grow by one."""
+        self._tell_time(at)
         self.changed = False
         at = round(at, 3)
         errors = [*self._unreadable.values(), *(words for _, words in self._failed.values())]
+        errors += self._held.values()
+        errors += [words for noticed, words in self._notices if at - noticed < NOTICE]
         return View(
             at=at,
             arl=self.arl,
@@ -365,6 +492,10 @@ class Watch:
             rejected=dict(self._rejected),
             alarms=dict(self._alarms),
             load_failures={**dict.fromkeys(self._models, 0), **self._load_failures},
+            restores={(name, outcome): self._restores[name, outcome] for name in self._models for outcome in RESTORES},
+            replays={(name, what): self._replays[name, what] for name in self._models for what in ("checked", "mismatched")},
+            actions={(name, alias): self._actions[name, alias] for name in self._models for alias in acting.ALIASES},
+            clock_jumps=self._clock_jumps,
             unknown_model=self._unknown_model,
             serving=self.replicas.totals(at),
             replicas=self.replicas.speaking(at),
@@ -378,7 +509,7 @@ class Watch:
         assert alias is not None
         version = model.aliases[alias]
         watched = self._watched[name, version]
-        gauges = {population: watched.monitor.gauges(population) for population in ("fresh", "served")}
+        gauges = {population: watched.monitor.gauges(population) for population in POPULATIONS}
         stale = at - max(watched.last_sample_at or 0.0, model.shown_since) > STALE_AFTER
         if point:
             js = gauges["fresh"]["js"]
@@ -389,7 +520,7 @@ class Watch:
         return Shown(
             alias=alias,
             version=version,
-            cards={a: self._watched[name, v].bundle.card for a, v in model.aliases.items()},
+            bundles={a: self._watched[name, v].bundle for a, v in model.aliases.items()},
             share=watched.share,
             loaded_at=model.shown_since,
             last_sample_at=watched.last_sample_at,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -202,11 +202,22 @@ class Certificate:
     golden_seed: Int64[ndarray, "g"]
     golden_offset: Int64[ndarray, "g"]
     golden_sample: ndarray  # [g, *sample_shape]
+    # What `white` does was set on other samples than the `count` over which its moments were taken. Empty: not certified.
+    white_centre: Float64[ndarray, "c"] = field(default_factory=lambda: np.zeros(0))
+    white_map: Float64[ndarray, "c w"] = field(default_factory=lambda: np.zeros((0, 0)))
+    white_radius: float = 0.0
+    white_mean: Float64[ndarray, "w"] = field(default_factory=lambda: np.zeros(0))  # of y = white(x)
+    white_moment: Float64[ndarray, "w w"] = field(default_factory=lambda: np.zeros((0, 0)))  # mean of y y^T
+
+    def white(self, features: Float[ndarray, "n p"]) -> Float64[ndarray, "n w"]:
+        """Features whitened and clipped: no row is longer than white_radius."""
+        return whiten(features, self.white_centre, self.white_map, self.white_radius)
 
     @property
     def bounds(self) -> int:
-        """How many bounds share delta: every tail on both sides, both sides of every cell, the duplicates."""
-        return 2 * self.upper_hits.size + 2 * self.cell_count.size + 1
+        """How many bounds share delta: both sides of every tail on both sides, both sides of every mode's part of the on-manifold
+        samples, the upper side of every cell's share, the duplicates, two of the whitened moments. The count is never too low."""
+        return 4 * self.upper_hits.size + 3 * self.cell_count.size + 1 + 2
 
     def upper(self, hits: Int64[ndarray, "..."] | int, count: int) -> Float64[ndarray, "..."]:
         return clopper_pearson(hits, count, self.delta / self.bounds)[1]
@@ -222,6 +233,27 @@ def clopper_pearson(hits: Any, count: int, delta: float) -> tuple[Float64[ndarra
         low = np.where(hits > 0, beta.ppf(delta, np.maximum(hits, 1), count - hits + 1), 0.0)
         high = np.where(hits < count, beta.ppf(1 - delta, hits + 1, np.maximum(count - hits, 1)), 1.0)
     return low, high
+
+
+def whitening(features: Float[ndarray, "n p"]) -> tuple[Float64[ndarray, "p"], Float64[ndarray, "p w"], float]:
+    """Centre, map and radius such that (x - centre) @ map has unit covariance here, and one sample in a thousand is longer.
+
+    Directions in which the features hardly vary are left out, so w <= p.
+    """
+    x = features.astype(np.float64)
+    centre = x.mean(axis=0)
+    x -= centre
+    values, vectors = np.linalg.eigh(x.T @ x / len(x))
+    kept = values > max(1e-9 * values[-1], 1e-300)
+    scale = vectors[:, kept] / np.sqrt(values[kept])
+    radius = np.quantile(np.linalg.norm(x @ scale, axis=1), 0.999, method="higher") if kept.any() else 0.0
+    return centre, scale, float(radius)
+
+
+def whiten(x: Float[ndarray, "n p"], centre: Float64[ndarray, "p"], scale: Float64[ndarray, "p w"], radius: float) -> Float64[ndarray, "n w"]:
+    y = (x - centre) @ scale
+    length = np.sqrt(np.einsum("nw,nw->n", y, y))
+    return y * (radius / np.maximum(length, radius))[:, None] if radius > 0 else y
 
 
 @dataclass(frozen=True)
@@ -306,7 +338,8 @@ def write_arrays(path: Path, arrays: Reference | Certificate) -> None:
 def _read_arrays(kind: type, path: Path) -> Any:
     try:
         with np.load(path, allow_pickle=False) as data:
-            values = {f.name: data[f.name] for f in fields(kind)}
+            optional = {f.name for f in fields(kind) if f.default_factory is not MISSING or f.default is not MISSING}
+            values = {f.name: data[f.name] for f in fields(kind) if f.name in data or f.name not in optional}
     except (OSError, KeyError, ValueError) as error:
         raise BundleError(f"{path}: {error}") from None
     return kind(**{name: value.item() if value.ndim == 0 else value for name, value in values.items()})

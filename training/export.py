@@ -32,6 +32,8 @@ from training.bundle import (
     Reference,
     SignGaussian,
     sample_classes,
+    whiten,
+    whitening,
     write_arrays,
     write_card,
 )
@@ -153,12 +155,14 @@ def certify(
     """Count the generator's own law on fresh samples of a seed drawn for this purpose.
 
     Up to `most` samples are drawn, or as many as `seconds` allow, but CERTIFY_AT_LEAST in any case (or `most`, if smaller). The
-    first fifth sets the tail thresholds and is then forgotten; everything is counted on the rest. When drawing stops never
-    depends on what was drawn. `progress` hears (drawn so far, most).
+    first fifth sets the tail thresholds and the whitening and is then forgotten; everything is counted on the rest. When drawing
+    stops never depends on what was drawn. `progress` hears (drawn so far, most).
     """
     seed, least = secrets.randbits(53), min(most, CERTIFY_AT_LEAST)
     chunks = _chunks(source, seed, 0, least=least // 5, most=most // 5, seconds=seconds / 5)
-    scores = np.concatenate([source.see(samples)[1] for samples in chunks]).astype(np.float64)
+    seen = [source.see(samples)[:2] for samples in chunks]
+    features, scores = (np.concatenate(column).astype(np.float64) for column in zip(*seen, strict=True))
+    white = whitening(features)
     first = len(scores)
     progress(first, most)
     upper = np.quantile(scores, 1 - LEVELS, axis=0, method="higher").T
@@ -169,6 +173,7 @@ def certify(
     count = blocks = hits = 0
     mean: Any = 0.0
     square: Any = 0.0
+    white_sum, white_square = np.zeros(white[1].shape[1]), np.zeros((white[1].shape[1],) * 2)
     for samples in _chunks(source, seed, first, least=least - least // 5, most=4 * first, seconds=seconds * 4 / 5):
         features, chunk_scores, mode = source.see(samples)
         count += len(samples)
@@ -180,6 +185,8 @@ def certify(
         blocks, hits = blocks + chunk_blocks, hits + chunk_hits
         features = features.astype(np.float64)
         mean, square = mean + features.sum(axis=0), square + features.T @ features
+        y = whiten(features, *white)
+        white_sum, white_square = white_sum + y.sum(axis=0), white_square + y.T @ y
         progress(first + count, most)
     mean = mean / count
     golden = np.array([[secrets.randbits(53), secrets.randbits(53)] for _ in range(GOLDEN)], np.int64)
@@ -200,6 +207,11 @@ def certify(
         golden_seed=golden[:, 0],
         golden_offset=golden[:, 1],
         golden_sample=np.concatenate([source.samples(seed=s, offset=o, count=1) for s, o in golden.tolist()]),
+        white_centre=white[0],
+        white_map=white[1],
+        white_radius=white[2],
+        white_mean=white_sum / count,
+        white_moment=white_square / count,
     )
 
 

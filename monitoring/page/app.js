@@ -13,6 +13,7 @@ const TITLES = {
   latent_fault: "Samples repeat: latent fault",
   quality_outside_tolerance: "Quality outside tolerance",
   drift: "Drift",
+  wrong_model: "Not the certified model",
 };
 const SHAPES = { // told apart without colour
   good: '<circle cx="24" cy="24" r="20" fill="none" stroke="currentColor" stroke-width="4"/><path d="m15 25 6.500 6.500L33.500 18" fill="none" stroke="currentColor" stroke-width="4.500" stroke-linecap="round" stroke-linejoin="round"/>',
@@ -29,8 +30,17 @@ const GAUGES = {
   mode_coverage: ["Mode coverage", "modes that come at a quarter of their real share or more"],
   off_manifold: ["Off-manifold", "samples unlike any real data"],
   frechet: ["Fréchet distance", "of the features' means and covariances"],
+  mmd: ["MMD", "random-feature kernel, sees any change of the features"],
+  kid: ["KID", "polynomial kernel, unbiased; may be negative"],
+  sliced_wasserstein: ["Sliced Wasserstein", "how far the features must move, on average"],
+  precision: ["Precision", "samples within reach of real data"],
+  recall: ["Recall", "real data within reach of samples"],
+  density: ["Density", "real neighbourhoods a sample lies in; 1 is right"],
+  coverage: ["Coverage", "real data with a sample nearby; 1 is right"],
+  intrinsic_dimension: ["Intrinsic dimension", "directions in which samples vary"],
 };
-const RATIOS = ["mode_coverage", "off_manifold", "tv"];
+const MORE = ["mmd", "kid", "sliced_wasserstein", "precision", "recall", "density", "coverage", "intrinsic_dimension"]; // shown when asked for
+const RATIOS = ["mode_coverage", "off_manifold", "tv", "precision", "recall"];
 const INTERVALS = {
   exact: "The interval is exact: it holds in finite samples, at every moment of its block at once.",
   asymptotic: "The interval holds at every moment at once, for large numbers of samples.",
@@ -55,6 +65,8 @@ const title = (id, modes) => {
   if (id === "mode_dropping" && named) return `${modes.length === 1 ? "Mode" : "Modes"} ${named} ${modes.length === 1 ? "is" : "are"} being dropped`;
   return (TITLES[id] || id.replaceAll("_", " ")) + (named ? `: ${named}` : "");
 };
+const replayed = ({ checked, mismatched, suspect }) => !checked ? "" : suspect ? `certified samples come back different: ${count(mismatched)} of ${count(checked)}`
+  : `certified samples come back as certified, ${count(checked)} compared` + (mismatched ? `; ${count(mismatched)} once differed` : "");
 const code = words => words.split("`").map((part, i) => i % 2 ? element("code", {}, part) : part);
 const tone = model => {
   const id = model.snapshot.verdict.id;
@@ -95,6 +107,7 @@ function connected(yes) {
 
 // The first event carries the whole history, every later one only its new points.
 function take(next) {
+  if (state && next.now < state.now - 1) histories = {}; // the clock was set back
   for (const [name, model] of Object.entries(next.models)) {
     const kept = histories[name] ||= { t: [], js: [], js_low: [], js_high: [], log10_e: [] };
     const from = model.history.t.findIndex(t => !kept.t.length || t > kept.t.at(-1));
@@ -113,9 +126,9 @@ function draw() {
   const list = $("#errors");
   list.hidden = !state.errors.length;
   list.replaceChildren(...state.errors.map(words => element("li", {}, words)));
-  const { replicas, last_heartbeat_at: heard, received, dropped } = state.tap;
+  const { replicas, last_heartbeat_at: heard, received, dropped, skipped } = state.tap;
   $("#traffic").textContent = heard == null ? "no replica has reported yet"
-    : `${count(replicas)} ${replicas === 1 ? "replica" : "replicas"} · heard ${ago(state.now - heard)} · ${count(received)} samples received` + (dropped ? ` · ${count(dropped)} left out by the tap` : "");
+    : `${count(replicas)} ${replicas === 1 ? "replica" : "replicas"} · heard ${ago(state.now - heard)} · ${count(received)} samples received` + (dropped ? ` · ${count(dropped)} lost by the tap` : "") + (skipped ? ` · ${count(skipped)} beyond the tap's budget` : "");
   drawTabs(names);
   $("#watch").hidden = chosen === null;
   $("#empty").hidden = chosen !== null;
@@ -173,6 +186,8 @@ function drawVerdict(model) {
     ["Version", [`${model.version} `, element("span", { class: "chip" }, model.alias), card.fault ? " " : null, card.fault ? element("span", { class: "chip fault" }, `injected: ${card.fault}`) : null]],
     ["Monitored", [`${count(monitored)} fresh samples`]],
     ["Sensitivity", [detectable]],
+    ["Replay audit", [replayed(model.snapshot.replay)]],
+    ["Rejected", [Object.entries(model.snapshot.rejected).filter(([, n]) => n).map(([reason, n]) => `${count(n)} samples: ${reason}`).join(", ")]],
     ["False alarms", [`at most one in ${big.format(arl)} fresh samples, on average`]],
     ...model.other_versions.map(other => [other.alias, [`${other.version}: ${title(other.verdict.id, other.verdict.modes)}`]]),
   ];
@@ -347,16 +362,20 @@ const describe = cell => `${cell.name}: served ${percent(cell.served)}${cell.low
 // ---- gauges, incidents, samples
 
 function drawGauges(snapshot) {
-  const { fresh, served } = snapshot.gauges, body = $("#gauges tbody"), names = Object.keys(GAUGES).filter(name => fresh[name]);
+  const { fresh, recent, served } = snapshot.gauges, body = $("#gauges tbody"), names = Object.keys(GAUGES).filter(name => fresh[name]);
   if (body.children.length !== names.length) body.replaceChildren(...names.map(name => element("tr", { id: `gauge-${name}` },
-    element("td", {}, GAUGES[name][0], element("small", {}, GAUGES[name][1])), element("td"),
+    element("td", {}, GAUGES[name][0], element("small", {}, GAUGES[name][1])),
+    element("td", {}, element("span"), element("small", { title: "What as many samples of the real data itself would read" })),
     element("td", { class: "soft" }, element("span"), element("small", {}, element("abbr", { title: "" }))),
-    ...Array.from({ length: 3 }, () => element("td", { class: "wide soft" })))));
+    ...Array.from({ length: 4 }, () => element("td", { class: "wide soft" })))));
   for (const name of names) {
     const gauge = fresh[name], limits = snapshot.tolerance[name] ?? {}, show = RATIOS.includes(name) ? percent : number;
-    const row = $(`#gauge-${name}`), [, value, interval, certified, tolerated, asServed] = row.children, ci = $("abbr", row);
-    row.className = gauge.value != null && limits.threshold != null && gauge.value > limits.threshold ? "over" : "";
-    say(value, show(gauge.value));
+    const row = $(`#gauge-${name}`), [, value, interval, now, certified, tolerated, asServed] = row.children, ci = $("abbr", row);
+    row.className = (gauge.value != null && limits.threshold != null && gauge.value > limits.threshold ? "over" : "") + (MORE.includes(name) ? " more" : "");
+    say(value.firstChild, show(gauge.value));
+    say(value.lastChild, gauge.floor == null ? "" : `noise ${show(gauge.floor)}`);
+    say(now, show(recent[name]?.value));
+    now.title = recent[name]?.low == null ? "" : `${show(recent[name].low)} to ${recent[name].high == null ? "∞" : show(recent[name].high)}, ${recent[name].ci}`;
     say(interval.firstChild, gauge.low == null && gauge.high == null ? "–" : `${show(gauge.low)} to ${gauge.high == null ? "∞" : show(gauge.high)}`);
     say(ci, gauge.ci === "none" ? "no interval" : gauge.ci);
     ci.title = gauge.value == null ? "No fresh sample has been seen yet." : INTERVALS[gauge.ci];
@@ -367,6 +386,12 @@ function drawGauges(snapshot) {
   const n = population => count(snapshot.gauges[population].js.n);
   say($("#gauges .hint"), `${n("fresh")} fresh samples, ${n("served")} as served`);
 }
+
+$("#gauges button").onclick = ({ target }) => {
+  const all = $("#gauges table").classList.toggle("all");
+  target.setAttribute("aria-expanded", all);
+  target.textContent = all ? "Fewer gauges" : "More gauges";
+};
 
 async function refreshIncidents() {
   const key = JSON.stringify(Object.values(state.models).map(model => [model.version, model.snapshot.verdict.id, model.snapshot.verdict.modes, model.marks.length]));
@@ -385,6 +410,7 @@ function incident(record) {
   what.innerHTML = shape(open ? "alarm" : "good");
   what.append(title(record.verdict, record.modes));
   const end = open ? "still open" : `${{ acknowledged: "acknowledged", "version change": "ended by a change of version" }[record.closed_by]} ${clock(record.closed_at)}`;
+  if (record.evidence.action) what.append(element("span", { class: "chip" }, `acted: ${record.evidence.action}`));
   item.append(what, element("div", { class: "when" }, `${record.version} · ${date} ${clock(record.opened_at)} · at sample ${count(record.first_alarm)} · ${end}`));
   if (open) {
     const button = element("button", {}, "Acknowledge");

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from deploy.inject import DROPPED_AT_MOST, FAULTS, NOISE_SHARE, InjectError, inject
@@ -96,7 +98,39 @@ def test_replay_names_each_fault(registry: Registry, tmp_path: Path, fault: str,
     if fault != "nothing":
         assert report["first_alarm"] < 3000
     assert json.loads(json.dumps(report, allow_nan=False)) == report
-    assert set(report["gauges"]["js"]) == {"value", "low", "high", "n", "ci"} and "independent" in report["assumes"]
+    assert set(report["gauges"]["js"]) == {"value", "low", "high", "n", "ci", "floor"} and "independent" in report["assumes"]
+
+
+def table(kind: str, stream: np.ndarray) -> pa.Table:
+    if kind == "columns":
+        return pa.table({"x": stream[:, 0], "y": stream[:, 1], "id": np.arange(len(stream))})
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(stream.ravel()), 2)
+    return pa.table({"id": np.arange(len(stream)), "sample": flat if kind == "fixed" else pa.array([[list(row)] for row in stream], pa.list_(pa.list_(pa.float32())))})
+
+
+@pytest.mark.parametrize("kind", ["columns", "fixed", "nested"])
+def test_a_table_is_the_same_stream(registry: Registry, tmp_path: Path, kind: str) -> None:
+    broken = inject(registry, "grid", "drop-modes", labels=("3", "8"))
+    stream = draw(broken, 6000)
+    np.save(tmp_path / "stream.npy", stream)
+    pq.write_table(table(kind, stream), tmp_path / "stream.parquet")
+    assert replay(broken.path, tmp_path / "stream.parquet", 1e4) == replay(broken.path, tmp_path / "stream.npy", 1e4)
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [({"x": np.zeros(3)}, "the columns x: double"), ({"x": np.zeros(3, np.float32)}, "this bundle serves float32"), (None, "cannot be read as parquet"),
+     ({"s": pa.array([[1.0, 2.0], None, [1.0, 2.0]], pa.list_(pa.float32()))}, "other than 2 values"),
+     ({"s": pa.array([[1.0, 2.0], [1.0], [1.0, 2.0]], pa.list_(pa.float32()))}, "other than 2 values")],
+)  # fmt: skip
+def test_replay_refuses_a_table_that_is_no_stream(registry: Registry, tmp_path: Path, columns: dict | None, words: str) -> None:
+    path = tmp_path / "stream.parquet"
+    if columns is None:
+        path.write_bytes(b"PAR1")
+    else:
+        pq.write_table(pa.table(columns), path)
+    with pytest.raises(StackError, match=words):
+        replay(registry.path("grid"), path, 1e4)
 
 
 def test_replay_finds_the_very_sample(registry: Registry, tmp_path: Path) -> None:

@@ -29,9 +29,11 @@ ALERTS = [
     "GanLatentFault",
     "GanQualityOutsideTolerance",
     "GanDrift",
+    "GanWrongModel",
     "GanMonitorStale",
     "GanMonitorAbsent",
     "GanSamplesDropped",
+    "GanSamplesRejected",
     "GanServingLoadFailed",
 ]
 

@@ -27,6 +27,8 @@ from training.bundle import (
     Reference,
     SignGaussian,
     open_bundle,
+    whiten,
+    whitening,
     write_arrays,
     write_card,
 )
@@ -159,10 +161,12 @@ def _reference() -> Reference:
 def _certificate(lost: tuple[int, ...], fakes: float, width: float, grain: float, count: int) -> Certificate:
     model = _session(generator(lost, fakes, width, grain).SerializeToString())
     first, golden_seed = 1_000_001, 1_000_003
-    _, scores, _ = _look(model.run(None, {"z": LATENT.sample(seed=first, count=2**18)})[0])
+    features, scores, _ = _look(model.run(None, {"z": LATENT.sample(seed=first, count=2**18)})[0])
+    white = whitening(features)
     upper, lower = (np.quantile(scores, q, axis=0).T.astype(np.float64) for q in (1 - LEVELS, LEVELS))
     samples = model.run(None, {"z": LATENT.sample(seed=first + 1, count=count)})[0]
     features, scores, mode = _look(samples)
+    y = whiten(features, *white)
     blocks = samples[: count // DUPLICATE_BLOCK * DUPLICATE_BLOCK].reshape(-1, DUPLICATE_BLOCK, 2).view(np.int64)[..., 0]
     blocks = np.sort(blocks, axis=1)
     return Certificate(
@@ -181,6 +185,11 @@ def _certificate(lost: tuple[int, ...], fakes: float, width: float, grain: float
         golden_seed=np.full(16, golden_seed),
         golden_offset=np.arange(16),
         golden_sample=model.run(None, {"z": LATENT.sample(seed=golden_seed, count=16)})[0],
+        white_centre=white[0],
+        white_map=white[1],
+        white_radius=white[2],
+        white_mean=y.mean(0),
+        white_moment=y.T @ y / count,
     )
 
 

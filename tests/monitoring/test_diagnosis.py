@@ -35,7 +35,7 @@ def test_the_words_name_the_modes():
 
 def test_every_kind_of_evidence_has_an_explanation():
     assert set(EXPLANATIONS) == set(KINDS)
-    assert set(EXPLANATIONS.values()) | {"healthy", "warming_up"} == set(VERDICTS)
+    assert set(EXPLANATIONS.values()) | {"healthy", "warming_up", "wrong_model"} == set(VERDICTS)
 
 
 def test_delay_of_loss(make_bundle):

@@ -135,3 +135,17 @@ def test_the_set_holds_at_every_sample_at_once():
 def test_no_samples_no_set():
     with pytest.raises(ValueError, match="wait for the first"):
         ShareSet.observed(np.zeros(4, np.int64), priors=JEFFREYS, delta=0.05)
+
+
+@pytest.mark.parametrize("half_life", [None, 400.0])
+def test_the_pointwise_set_holds_at_one_moment(half_life):
+    """Over many streams of one law: equal weights, and weights that decay and are worth fewer."""
+    rng, n, misses = np.random.default_rng(8), 2000, 0
+    q = np.array([0.3, 0.2, 0.2, 0.15, 0.1, 0.05])
+    weight = np.ones(n) if half_life is None else 0.5 ** (np.arange(n) / half_life)
+    effective = weight.sum() ** 2 / (weight**2).sum()
+    for _ in range(400):
+        counts = np.bincount(rng.choice(6, n, p=q), weight, minlength=6)
+        shares = ShareSet.pointwise(counts, count=effective, delta=0.05)
+        misses += rel_entr(shares.centre, q).sum() > shares.radius
+    assert 5 <= misses <= 36  # 20 expected; four standard deviations

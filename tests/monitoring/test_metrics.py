@@ -24,6 +24,8 @@ CONTRACT = {  # name -> label names
     "ganwatch_divergence": {"model", "population", "estimator"},
     "ganwatch_divergence_low": {"model", "population", "estimator"},
     "ganwatch_divergence_high": {"model", "population", "estimator"},
+    "ganwatch_divergence_floor": {"model", "population", "estimator"},
+    "ganwatch_neighbours": {"model", "population", "estimator"},
     "ganwatch_divergence_certified": {"model", "estimator"},
     "ganwatch_divergence_threshold": {"model", "estimator"},
     "ganwatch_mode_coverage_ratio": {"model", "population"},
@@ -49,6 +51,11 @@ CONTRACT = {  # name -> label names
     "ganwatch_model_info": {"model", "version", "alias", "onnx_sha256", "reference_sha256"},
     "ganwatch_model_loaded_timestamp_seconds": {"model"},
     "ganwatch_model_load_failures_total": {"model"},
+    "ganwatch_actions_total": {"model", "alias"},
+    "ganwatch_clock_jumps_total": set(),
+    "ganwatch_replay_checked_total": {"model"},
+    "ganwatch_replay_mismatch_total": {"model"},
+    "ganwatch_state_restores_total": {"model", "outcome"},
     "ganwatch_serving_heartbeat_timestamp_seconds": set(),
     "ganwatch_serving_replicas": set(),
     "ganwatch_serving_requests_total": {"model", "status"},
@@ -151,7 +158,7 @@ def test_the_values_are_those_of_the_monitor(watch: Watch) -> None:
 def test_every_verdict_is_there_before_it_is_needed(watch: Watch) -> None:
     scraped = Scraped(watch, START)
     active = {s.labels["verdict"]: s.value for s in scraped.samples if s.name == "ganwatch_alarm_active"}
-    assert active == {verdict: float(verdict == "mode_dropping") for verdict in ALARMS} and len(active) == 6
+    assert active == {verdict: float(verdict == "mode_dropping") for verdict in ALARMS} and len(active) == 7
     assert (
         scraped("ganwatch_alarms_total", verdict="mode_dropping") == 1 and scraped("ganwatch_alarms_total", verdict="drift") == 0
     )

@@ -232,7 +232,7 @@ def test_every_sample_posted_at_once_by_many_replicas_arrives(world: World, run:
 
 
 class Serving(ThreadingHTTPServer):
-    """Answers sample requests with `status`, and remembers them."""
+    """Answers sample requests with `status` and no body, and remembers the probes among them."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Answer)
@@ -244,8 +244,9 @@ class _Answer(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         assert isinstance(self.server, Serving)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append((self.path, self.headers["X-Ganwatch-Probe"], body))
-        self.server.asked.set()
+        if "seed" not in body:  # else it is the replay audit, which has tests of its own
+            self.server.requests.append((self.path, self.headers["X-Ganwatch-Probe"], body))
+            self.server.asked.set()
         self.send_response(self.server.status)
         self.send_header("Content-Length", "0")
         self.end_headers()

@@ -1,4 +1,5 @@
-"""Sketches merge to the sketch of the whole; blocks show between READABLE and BLOCK + READABLE samples, whatever the split."""
+"""Sketches merge to the sketch of the whole; blocks show between READABLE and BLOCK + READABLE samples, what decays weighs as it
+should; whatever the split."""
 
 from __future__ import annotations
 
@@ -7,41 +8,44 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from monitoring.sketches import BLOCK, READABLE, Blocks, Sketch
+from monitoring.sketches import BLOCK, HALF_LIFE, NEWEST, READABLE, Blocks, Decayed, Newest, Sketch
 
 RNG = np.random.default_rng(3)
 CELLS, FEATURES = RNG.integers(0, 4, 3 * BLOCK), RNG.standard_normal((3 * BLOCK, 3)).astype(np.float32)
+EMBEDDED = RNG.standard_normal((3 * BLOCK, 2)).astype(np.float32)
 
 
 def same(a: Sketch, b: Sketch) -> bool:
-    moments = (a.feature_sum, b.feature_sum), (a.feature_outer, b.feature_outer)
+    moments = (a.feature_sum, b.feature_sum), (a.feature_outer, b.feature_outer), (a.embedded_sum, b.embedded_sum)
     return np.array_equal(a.cells, b.cells) and all(np.allclose(one, other) for one, other in moments)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 500), max_size=5))
 def test_the_sum_of_parts_is_the_whole(cuts):
     edges = [0, *sorted(cuts), 500]
-    parts = [Sketch.of(CELLS[a:b], FEATURES[a:b], size=4) for a, b in zip(edges, edges[1:], strict=False)]
-    assert same(sum(parts, Sketch.empty(4, 3)), Sketch.of(CELLS[:500], FEATURES[:500], size=4))
-    assert same(sum(reversed(parts), Sketch.empty(4, 3)), Sketch.of(CELLS[:500], FEATURES[:500], size=4))
+    parts = [Sketch.of(CELLS[a:b], FEATURES[a:b], EMBEDDED[a:b], size=4) for a, b in zip(edges, edges[1:], strict=False)]
+    assert same(sum(parts, Sketch.empty(4, 3, 2)), Sketch.of(CELLS[:500], FEATURES[:500], EMBEDDED[:500], size=4))
+    assert same(sum(reversed(parts), Sketch.empty(4, 3, 2)), Sketch.of(CELLS[:500], FEATURES[:500], EMBEDDED[:500], size=4))
 
 
 def test_moments():
-    sketch = Sketch.of(CELLS, FEATURES, size=4)
+    sketch = Sketch.of(CELLS, FEATURES, EMBEDDED, size=4)
     assert sketch.count == len(CELLS)
     np.testing.assert_allclose(sketch.mean, FEATURES.mean(axis=0, dtype=np.float64))
     np.testing.assert_allclose(sketch.covariance, np.cov(FEATURES.T.astype(np.float64), bias=True), atol=1e-12)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, BLOCK + 100), min_size=1, max_size=6))
 def test_blocks_do_not_depend_on_the_split(sizes):
-    one, many = Blocks(4, 3), Blocks(4, 3)
+    one, many = Blocks(4, 3, 2), Blocks(4, 3, 2)
     total = min(sum(sizes), len(CELLS))
-    one.add(CELLS[:total], FEATURES[:total])
+    one.add(CELLS[:total], FEATURES[:total], EMBEDDED[:total])
     done = 0
     for size in sizes:
-        many.add(CELLS[done : min(done + size, total)], FEATURES[done : min(done + size, total)])
+        part = slice(done, min(done + size, total))
+        many.add(CELLS[part], FEATURES[part], EMBEDDED[part])
         done += size
     assert same(one.view, many.view)
 
@@ -59,7 +63,43 @@ def test_blocks_do_not_depend_on_the_split(sizes):
     ],
 )
 def test_what_a_block_shows(seen, shown):
-    blocks = Blocks(4, 3)
-    blocks.add(CELLS[:seen], FEATURES[:seen])
+    blocks = Blocks(4, 3, 2)
+    blocks.add(CELLS[:seen], FEATURES[:seen], EMBEDDED[:seen])
     assert blocks.view.count == shown
-    assert same(blocks.view, Sketch.of(CELLS[seen - shown : seen], FEATURES[seen - shown : seen], size=4))
+    assert same(blocks.view, Sketch.of(*(x[seen - shown : seen] for x in (CELLS, FEATURES, EMBEDDED)), size=4))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 700), max_size=5))
+def test_what_decays_weighs_as_it_should_whatever_the_split(cuts):
+    edges, decayed = [0, *sorted(cuts), 700], Decayed(4, 3)
+    for a, b in zip(edges, edges[1:], strict=False):
+        decayed.add(CELLS[a:b], FEATURES[a:b])
+    weight = 0.5 ** (np.arange(699, -1, -1) / HALF_LIFE)
+    np.testing.assert_allclose(decayed.cells, np.bincount(CELLS[:700], weight, minlength=4))
+    np.testing.assert_allclose(decayed.mean, np.average(FEATURES[:700], axis=0, weights=weight), atol=1e-6)
+    np.testing.assert_allclose(decayed.covariance, np.cov(FEATURES[:700].T.astype(np.float64), aweights=weight, bias=True), atol=1e-6)
+    assert decayed.effective == pytest.approx(weight.sum() ** 2 / (weight**2).sum())
+
+
+def test_in_the_long_run_a_decayed_stream_is_worth_three_half_lives():
+    decayed = Decayed(4, 3)
+    decayed.add(CELLS, FEATURES)
+    assert decayed.effective == pytest.approx(2 / np.log(2) * HALF_LIFE, rel=0.01)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 900), max_size=5), st.integers(0, 2000), st.integers(0, 2000))
+def test_the_newest_are_kept(sizes, ours, theirs):
+    newest, done = Newest(3), 0
+    for size in sizes:
+        newest.add(FEATURES[done : done + size])
+        done += size
+    assert np.array_equal(newest.points, FEATURES[max(0, done - NEWEST) : done])
+    one, other = Newest(3), Newest(3)
+    one.add(FEATURES[:ours])
+    other.add(FEATURES[5000 : 5000 + theirs])
+    one.merge(other)
+    kept = {row.tobytes() for row in one.points}
+    assert len(kept) == min(NEWEST, min(ours, NEWEST) + min(theirs, NEWEST))
+    assert not theirs or FEATURES[5000 + theirs - 1].tobytes() in kept or min(theirs, NEWEST) * 2 < ours

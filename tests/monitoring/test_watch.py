@@ -266,5 +266,66 @@ def test_total_evidence_is_that_of_the_sum() -> None:
 
 
 def test_heartbeats_tell_what_the_tap_left_out(scene: Scene) -> None:
-    scene.watch.hear(Heartbeat("a", START, (), {'tap_dropped_samples_total{model="grid"}': 4.0}), START)
-    assert scene.state()["tap"] == {"replicas": 1, "last_heartbeat_at": START, "dropped": 4.0, "received": 0}
+    counters = {'tap_dropped_samples_total{model="grid"}': 4.0, 'tap_skipped_samples_total{model="grid"}': 900.0}
+    scene.watch.hear(Heartbeat("a", START, (), counters), START)
+    assert scene.state()["tap"] == {"replicas": 1, "last_heartbeat_at": START, "dropped": 4.0, "skipped": 900.0, "received": 0}
+
+
+def test_a_clock_that_is_set_back_hides_no_silence(scene: Scene) -> None:
+    scene.alias("production", "v1")
+    scene.serve("v1", 600)
+    scene.watch.hear(Heartbeat("a", scene.now, (), {}), scene.now)
+    before = scene.state()["models"]["grid"]
+    scene.now -= 3600.0
+    scene.watch.follow(scene.now)
+    after = scene.watch.publish(scene.now)
+    assert after.clock_jumps == 1 and after.models["grid"].last_sample_at == after.heard_at == scene.now
+    assert [row[0] for row in after.models["grid"].rows] == [scene.now] and before["history"]["t"] > [scene.now]
+    assert after.models["grid"].fresh_rate == 0  # or no probe would be sent for an hour
+    scene.now += STALE_AFTER + 1
+    silent = scene.watch.publish(scene.now)
+    assert silent.models["grid"].stale and silent.replicas == 0 and silent.clock_jumps == 1
+    scene.serve("v1", 100)
+    state = scene.state()
+    assert verdict(state) == "healthy" and state["models"]["grid"]["snapshot"]["monitored"] == 700
+
+
+def test_a_silent_hour_leaves_verdict_and_evidence_as_they_were(scene: Scene) -> None:
+    scene.alias("production", "v1")
+    scene.serve("v1", 2000)
+    before = scene.state()["models"]["grid"]
+    for _ in range(60):
+        scene.now += 60.0
+        scene.watch.follow(scene.now)
+        state = scene.state()["models"]["grid"]
+    assert state["stale"] and state["snapshot"] == before["snapshot"] and state["history"]["js"][-60:] == [None] * 60
+    scene.serve("v1", 2000)
+    state = scene.state()["models"]["grid"]
+    assert not state["stale"] and state["snapshot"]["monitored"] == 4000 and state["snapshot"]["verdict"]["id"] == "healthy"
+
+
+def test_a_stream_of_nan_is_counted_and_never_called_fresh_news(scene: Scene) -> None:
+    scene.alias("production", "v1")
+    scene.serve("v1", 600)
+    for _ in range(15):
+        scene.now += 1.0
+        scene.watch.eat([Record("grid", "v1", "server_seed", 1, 0, np.full((50, 2), np.nan, np.float32), scene.now)], scene.now)
+    view = scene.watch.publish(scene.now)
+    shown = view.models["grid"]
+    assert shown.snapshot["rejected"]["nan"] == view.rejected["grid", "nan"] == 750
+    assert shown.stale and shown.last_sample_at == START and shown.snapshot["monitored"] == 600 and shown.snapshot["verdict"]["id"] == "healthy"
+
+
+def test_constant_samples_are_a_latent_fault(scene: Scene) -> None:
+    scene.alias("production", "v1")
+    sample = scene.draw(scene.bundles["v1"], 1, seed=1)
+    scene.watch.eat([Record("grid", "v1", "server_seed", 1, 0, np.repeat(sample, 3000, axis=0), scene.now)], scene.now)
+    assert verdict(scene.state()) == "latent_fault"
+
+
+def test_a_burst_is_judged_whole(scene: Scene) -> None:
+    scene.alias("production", "v1")
+    records = [Record("grid", "v1", "server_seed", s, 0, scene.draw(scene.bundles["v1"], 20_000, seed=s), scene.now) for s in (1, 2)]
+    scene.watch.eat(records, scene.now)
+    snapshot = scene.watch.publish(scene.now).models["grid"].snapshot
+    assert snapshot["monitored"] == 40_000 and snapshot["verdict"]["id"] == "healthy"

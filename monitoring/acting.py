@@ -1,0 +1,50 @@
+"""What an alarm may do by itself, where the operator allows it: take the canary away, roll production back. Off by default.
+
+Never twice within the cool-down, never to a version that is alarmed itself, or was when it was last served and nobody has
+acknowledged it, or that the gate refused. Whatever is done is an ordinary change of an alias, its reason says why; so the
+cool-down outlives the process, too. It does not judge: it reads verdicts and incidents.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime
+
+from training.registry import AliasChange, BundleError, Registry, RegistryError
+
+ACTED = "acted on an alarm: "  # how the reason of every change begins that was made here
+ALIASES = ("canary", "production")  # in this order; a shadow answers nobody, so it may stay
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`cool_down`: seconds after a change made here in which no other is made to the same alias."""
+
+    registry: Registry
+    cool_down: float = 600.0
+
+    def act(self, model: str, alias: str, *, why: str, alarmed: Collection[str], at: float | None = None) -> AliasChange:
+        """Change `alias`, whose version is alarmed; `alarmed`: versions not to go to; `at`: Unix seconds, now by default.
+
+        Raises RegistryError in words where nothing can or may be done.
+        """
+        history = [change for change in self.registry.history(model) if change.alias == alias]
+        at = time.time() if at is None else at
+        for change in history:
+            passed = at - datetime.fromisoformat(change.at).timestamp()
+            if change.reason.startswith(ACTED) and passed < self.cool_down:
+                raise RegistryError(f"{alias} of {model} is alarmed and stays as it is: it was changed for an alarm {passed:.0f} s ago, and {self.cool_down:g} s must pass")
+        if alias != "production":
+            return self.registry.set_alias(model, alias, None, reason=ACTED + why)
+        current = self.registry.resolve(model, alias)
+        for version in dict.fromkeys(change.version for change in reversed(history)):
+            if version is None or version == current or version in alarmed:
+                continue
+            try:
+                if self.registry.card(model, version).forced is None:
+                    return self.registry.set_alias(model, alias, version, reason=ACTED + why)
+            except (RegistryError, BundleError):
+                continue  # deleted or damaged since; there may be an older one
+        raise RegistryError(f"{alias} of {model} is alarmed and stays as it is: none of its earlier versions is sound; promote or train one")

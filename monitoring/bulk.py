@@ -1,0 +1,97 @@
+"""Bets on the bulk of the features: that they have moved in some direction, which the past has to tell.
+
+y: whitened, clipped features of a sample less their certified mean, |y| <= r. Were y Gaussian and its mean moved to an unknown
+theta, then given the past theta would be about N(m, v I), with m the exponentially weighted mean of the past y and v what is
+left of its variance. The likelihood ratio exp(theta y - |theta|^2 / 2) has no normaliser that a sample could certify in every
+direction; its square-root form (1 + theta y / 2)^2 does, since its mean needs two moments only. Averaged over N(m, v I):
+
+    L = ((1 + m y / 2)^2 + v |y|^2 / 4) / (1 + e |m| + (s |m|^2 + v T) / 4)
+
+with e >= |E y|, s >= the largest eigenvalue of E y y^T and T >= E |y|^2, all at once for every law that the certificate allows.
+Then E[L | past] <= 1, whatever the past made of m: the numerator's mean is 1 + m E y + (m^T E[y y^T] m + v E |y|^2) / 4.
+As |m|^2 is the statistic of a multivariate EWMA chart (Lowry et al., Technometrics 1992), this is that chart as a bet.
+
+Blind to whatever leaves mean and size of y as they were, and to shrinkage. Knows features, no scores and no cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Float64
+from numpy import ndarray
+
+from training.bundle import Certificate
+
+RATES = {1 / 10: 0.8, 1 / 50: 0.2}
+"""At which m forgets -> the bet's part of the weight. v is rate / (2 - rate), the variance of m under the certified law."""
+
+
+class MomentBounds(NamedTuple):
+    mean: float  # e
+    scale: float  # s
+    size: float  # T
+
+
+def moment_bounds(certificate: Certificate) -> MomentBounds:
+    """Bounds on the first two moments of y, wrong with probability <= 2 delta / bounds.
+
+    S = E[Y Y^T] for Y = y + certified mean, |Y| <= r: by Tropp's matrix Bernstein inequality (User-friendly tail bounds for
+    sums of random matrices, 2012, Theorem 6.1), with |Y Y^T - S| <= r^2 and variance <= r^2 |S|, the largest eigenvalue of
+    S - S_hat exceeds u = sqrt(2 r^2 |S| x / N) + 2 r^2 x / (3 N) with probability <= w exp(-x). As |S| <= |S_hat| + u, u solves
+    a quadratic equation. The mean: Bousquet's inequality (2002) for the supremum over unit vectors, |Y - E Y| <= 2 r, and
+    E |mean - E Y| <= sqrt(E |Y|^2 / N).
+    """
+    n, mean, moment = certificate.count, certificate.white_mean, certificate.white_moment
+    delta = certificate.delta / certificate.bounds
+    r, width = certificate.white_radius, len(mean)
+    x = np.log(width / delta)
+    a, b, largest = 2 * r**2 * x / n, 2 * r**2 * x / (3 * n), np.linalg.eigvalsh(moment)[-1]
+    u = (a + np.sqrt(a**2 + 4 * a * (largest + b))) / 2 + b
+    x = np.log(1 / delta)
+    expected = np.sqrt((np.trace(moment) + width * u) / n)
+    error = expected + np.sqrt(2 * x * (largest + u + 4 * r * expected) / n) + 2 * r * x / (3 * n)
+    # Centring at the certified mean: E[y y^T] = S - mean (E y)^T - (E y) mean^T - mean mean^T.
+    shift = 2 * np.linalg.norm(mean) * error
+    centred = moment - np.outer(mean, mean)
+    return MomentBounds(float(error), float(np.linalg.eigvalsh(centred)[-1] + u + shift), float(np.trace(centred) + width * u + shift))
+
+
+class Moments:
+    """The bets above, one at each rate. Without certified moments there is none."""
+
+    def __init__(self, certificate: Certificate, *, chunk: int) -> None:
+        """chunk: most samples to a call of `payoffs`."""
+        self._certificate = certificate
+        rates, self.parts = (np.array(list(part if certificate.white_mean.size else ())) for part in (RATES, RATES.values()))
+        self.kinds = ("moved",) * len(rates)
+        if not self.kinds:
+            return
+        self._bounds = moment_bounds(certificate)
+        self._variance = (rates / (2 - rates))[:, None]
+        age = np.arange(chunk + 1)[:, None] - np.arange(chunk) - 1
+        self._kept = (1 - rates[:, None]) ** np.arange(chunk + 1)  # [rate, age]
+        self._weight = np.where(age >= 0, rates[:, None, None] * self._kept[:, np.maximum(age, 0)], 0.0)  # [rate, now, before]
+        self._mean = np.zeros((len(rates), certificate.white_mean.size))
+
+    def payoffs(self, features: Float[ndarray, "n p"]) -> Float64[ndarray, "n b"]:
+        """For at most `chunk` samples, which then belong to the past."""
+        n = len(features)
+        if not self.kinds:
+            return np.empty((n, 0))
+        y = self._certificate.white(features) - self._certificate.white_mean
+        means = self._kept[:, : n + 1, None] * self._mean[:, None] + self._weight[:, : n + 1, :n] @ y  # before each, and now
+        self._mean, m = means[:, -1], means[:, :-1]
+        along, squares = (m * y).sum(axis=2), (m * m).sum(axis=2)
+        numerator = (1 + along / 2) ** 2 + self._variance / 4 * (y * y).sum(axis=1)
+        e, s, size = self._bounds
+        return (numerator / (1 + e * np.sqrt(squares) + (s * squares + self._variance * size) / 4)).T
+
+    def state(self) -> dict[str, Any]:
+        return {"mean": self._mean} if self.kinds else {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        if self.kinds:
+            self._mean = np.array(state["mean"])

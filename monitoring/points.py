@@ -1,0 +1,165 @@
+"""Gauges that need points themselves, not their counts: how a cloud of served features lies to a cloud of real ones.
+
+No intervals but the MMD's: nobody has derived one for the others. All of it in float64; quadratic in the points, so the clouds
+are kept small. It does not know where the points come from.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Float, Float64
+from numpy import ndarray
+
+NEIGHBOURS = 5  # the k of precision, recall, density and coverage
+LEAST = 64  # fewer points than this say nothing
+DIRECTIONS = 32  # of the sliced Wasserstein distance
+FREQUENCIES = 128  # of the random-feature kernel
+
+
+def squared_distances(a: Float[ndarray, "n p"], b: Float[ndarray, "m p"]) -> Float64[ndarray, "n m"]:
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return np.maximum((a**2).sum(1)[:, None] - 2 * a @ b.T + (b**2).sum(1), 0)
+
+
+def kernel_distance(a: Float[ndarray, "n p"], b: Float[ndarray, "m p"]) -> float:
+    """KID: the unbiased squared MMD of the kernel (x.y / p + 1)^3, which may be negative.
+
+    Source: Binkowski, Sutherland, Arbel and Gretton, Demystifying MMD GANs (ICLR 2018).
+    """
+
+    def mean(x: ndarray, y: ndarray, *, same: bool) -> float:
+        kernel = (x @ y.T / x.shape[1] + 1) ** 3
+        return float((kernel.sum() - np.trace(kernel)) / (len(x) * (len(x) - 1)) if same else kernel.mean())
+
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return mean(a, a, same=True) + mean(b, b, same=True) - 2 * mean(a, b, same=False)
+
+
+def sliced_wasserstein(a: Float[ndarray, "n p"], b: Float[ndarray, "m p"]) -> float:
+    """The mean over DIRECTIONS fixed random directions of W1 between the projections, integral |F - G|, in feature units.
+
+    Source: Bonneel, Rabin, Peyre and Pfister, Sliced and Radon Wasserstein Barycenters of Measures (JMIV 2015).
+    """
+    directions = np.random.default_rng(0).standard_normal((DIRECTIONS, a.shape[1]))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    total = 0.0
+    for x, y in zip(np.sort(directions @ a.T), np.sort(directions @ b.T), strict=True):
+        ends = np.sort(np.concatenate([x, y]))
+        gap = np.searchsorted(x, ends[:-1], side="right") / len(x) - np.searchsorted(y, ends[:-1], side="right") / len(y)
+        total += float(np.abs(gap) @ np.diff(ends))
+    return total / DIRECTIONS
+
+
+def intrinsic_dimension(points: Float[ndarray, "n p"]) -> float:
+    """TwoNN: where the density is flat over two neighbours, the ratio of their distances is Pareto with the dimension as its
+    exponent, and (n - 1) / sum log ratio is unbiased. Repeated points are left out; NaN where fewer than LEAST remain.
+
+    Source: Facco, d'Errico, Rodriguez and Laio, Scientific Reports 2017.
+    """
+    points = np.unique(points, axis=0)
+    if len(points) < LEAST:
+        return math.nan
+    distances = squared_distances(points, points)
+    np.fill_diagonal(distances, np.inf)
+    nearest = np.partition(distances, 1, axis=1)[:, :2]
+    total = 0.5 * np.log(nearest[:, 1] / np.maximum(nearest[:, 0], 1e-300)).sum()  # squares, hence the half
+    return float((len(points) - 1) / total) if total > 0 else math.nan
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Real points, with what every comparison needs of them."""
+
+    points: Float[ndarray, "m p"]
+
+    @cached_property
+    def radii(self) -> Float64[ndarray, "m"]:
+        return _radii(self.points)
+
+    def neighbours(self, served: Float[ndarray, "n p"]) -> dict[str, float]:
+        """precision, recall (Kynkaanniemi et al., NeurIPS 2019), density and coverage (Naeem et al., ICML 2020).
+
+        Balls reach to the NEIGHBOURS-th other point of their own cloud, squared distances, strictly inside. Coverage is divided
+        by what it is expected to be where both clouds follow one law, 1 - prod (m - 1 - i) / (n + m - 1 - i): the chance that
+        at least one of the nearest of all points is a served one; so 1 is perfect for any n and m.
+        """
+        n, m, i = len(served), len(self.points), np.arange(NEIGHBOURS)
+        distances = squared_distances(self.points, served)
+        inside = distances < self.radii[:, None]
+        expected = 1 - np.prod((m - 1 - i) / (n + m - 1 - i))
+        return {
+            "precision": float(inside.any(axis=0).mean()),
+            "recall": float((distances < _radii(served)).any(axis=1).mean()),
+            "density": float(inside.sum() / (NEIGHBOURS * n)),
+            "coverage": float(inside.any(axis=1).mean() / expected),
+        }
+
+    def gauges(self, served: Float[ndarray, "n p"]) -> dict[str, float]:
+        """All of POINT_GAUGES; NaN while either cloud has fewer than LEAST points."""
+        if min(len(served), len(self.points)) < LEAST:
+            return dict.fromkeys(POINT_GAUGES, math.nan)
+        distances = {"kid": kernel_distance(served, self.points), "sliced_wasserstein": sliced_wasserstein(served, self.points)}
+        return distances | self.neighbours(served) | {"intrinsic_dimension": intrinsic_dimension(served)}
+
+
+POINT_GAUGES = ("kid", "sliced_wasserstein", "precision", "recall", "density", "coverage", "intrinsic_dimension")
+
+
+def _radii(points: Float[ndarray, "n p"]) -> Float64[ndarray, "n"]:
+    return np.partition(squared_distances(points, points), NEIGHBOURS, axis=1)[:, NEIGHBOURS]  # 0 is the point itself
+
+
+class Embedding:
+    """Random Fourier features of a Gaussian kernel as wide as the median distance between the real points: unit vectors, so that
+    the distance of two means, the MMD of this very kernel, has exact bounds.
+
+    Sources: Rahimi and Recht, Random Features for Large-Scale Kernel Machines (NIPS 2007); bounds: `reach`.
+    """
+
+    def __init__(self, points: Float[ndarray, "m p"]) -> None:
+        self.count = len(points) if len(points) >= LEAST else 0
+        self.size = 2 * FREQUENCIES if self.count else 0
+        if self.count:
+            some = points[:512]
+            width = math.sqrt(max(float(np.median(squared_distances(some, some)[np.triu_indices(len(some), 1)])), 1e-300))
+            self._frequencies = np.random.default_rng(0).standard_normal((points.shape[1], FREQUENCIES)).astype(np.float32) / np.float32(width)
+            self.sum = self(points).sum(axis=0, dtype=np.float64)
+
+    def __call__(self, x: Float[ndarray, "n p"]) -> Float[ndarray, "n e"]:
+        """Unit vectors [n, size]; of size 0 where there were not enough real points."""
+        if not self.count:
+            return np.empty((len(x), 0), np.float32)
+        phase = x.astype(np.float32) @ self._frequencies
+        return np.concatenate([np.cos(phase), np.sin(phase)], axis=1) / np.float32(math.sqrt(FREQUENCIES))
+
+    def mmd(self, served: Float64[ndarray, "e"], n: int, *, delta: float) -> tuple[float, float, float]:
+        """The MMD from the sum of n embedded samples: value (root of the unbiased square, 0 where that is negative), low, high.
+
+        The interval holds at every n of a stream at once with probability >= 1 - delta, the real points' own error included.
+        """
+        if not self.count or n < 2:
+            return math.nan, math.nan, math.nan
+
+        def within(total: ndarray, count: int) -> float:
+            return float((total @ total - count) / (count * (count - 1)))
+
+        plain = float(np.linalg.norm(served / n - self.sum / self.count))
+        square = within(served, n) + within(self.sum, self.count) - 2 * float(served @ self.sum) / (n * self.count)
+        error = reach(n, delta / 2) + (1 + math.sqrt(2 * math.log(2 / delta))) / math.sqrt(self.count)
+        return math.sqrt(max(0.0, square)), max(0.0, plain - error), min(plain + error, 2.0)
+
+
+def reach(n: int, delta: float) -> float:
+    """How far the mean of n independent unit vectors is from its expectation, at most, at every n at once, but for `delta`.
+
+    For n >= 2^k: expectation of the distance at 2^k, at most 2^-k/2, plus McDiarmid's margin; the distance is a reverse
+    submartingale, so that the bound at 2^k holds from there on. The k share delta as 6 / (pi (k + 1))^2.
+    Source: Manole and Ramdas, Martingale Methods for Sequential Estimation of Convex Functionals (IEEE Trans. Inf. Theory 2023).
+    """
+    k = n.bit_length() - 1
+    share = delta * 6 / (math.pi * (k + 1)) ** 2
+    return (1 + math.sqrt(2 * math.log(1 / share))) / math.sqrt(2**k)

@@ -1,0 +1,63 @@
+"""States of Monitors on the disk, one file a version: what a killed process leaves for the next one to go on with.
+
+A file is an npz: a JSON header and arrays, no pickle. It is replaced in one step and is on the disk when `save` returns, so a
+reader finds the state before or the state after, whole. It does not know what a state means.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy import ndarray
+
+SCHEMA = 1
+
+
+class StateError(ValueError):
+    """A file that holds no state that this version can read. The text says which."""
+
+
+class States:
+    """The states under `directory`, named by model and version."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def save(self, model: str, version: str, state: Mapping[str, Any]) -> None:
+        """Values are arrays or what JSON can say. Raises OSError where the disk does not take them."""
+        arrays = {name: value for name, value in state.items() if isinstance(value, ndarray)}
+        values = {name: value for name, value in state.items() if name not in arrays}
+        header = json.dumps({"schema": SCHEMA, "values": values}, allow_nan=False)
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, header=np.frombuffer(header.encode(), np.uint8), **{f"array.{name}": a for name, a in arrays.items()})
+        path = self._path(model, version)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        with open(partial, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+    def load(self, model: str, version: str) -> dict[str, Any] | None:
+        """The state that was saved last, None where there never was one. Raises StateError."""
+        path = self._path(model, version)
+        try:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as data:
+                header = json.loads(data["header"].tobytes())
+                if header["schema"] != SCHEMA:
+                    raise ValueError(f"schema is {header['schema']!r}, this monitor reads {SCHEMA}")
+                return {**header["values"], **{name.removeprefix("array."): data[name] for name in data.files if name != "header"}}
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # numpy, zipfile and json each raise their own for a broken file
+            raise StateError(f"{path}: {type(error).__name__}: {error}") from error
+
+    def _path(self, model: str, version: str) -> Path:
+        return self.directory / model / f"{version}.npz"

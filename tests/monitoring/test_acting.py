@@ -1,0 +1,127 @@
+"""What an alarm changes by itself, over a real registry with real bundles and real alarms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from numpy import ndarray
+
+from monitoring.acting import ACTED, Policy
+from monitoring.incidents import Incidents
+from monitoring.watch import View, Watch
+from serving.records import Record
+from training.bundle import Bundle, load_card, write_card
+from training.registry import Registry
+
+FAULTS = {"v1": {}, "v2": {}, "v3": {"lost": (3, 8)}, "v4": {"fakes": 0.1}}
+
+
+class Scene:
+    """Healthy v1 and v2, v3 without modes 3 and 8, v4 with fakes; `promote` and `serve` as people and clients do."""
+
+    def __init__(self, root: Path, make_bundle: Callable[..., Bundle], draw: Callable[..., ndarray], *, acts: bool = True, cool_down: float = 0.0) -> None:
+        self.bundles = {version: make_bundle(root=root / "registry", version=version, **fault) for version, fault in FAULTS.items()}
+        self.registry, self.draw = Registry(root / "registry"), draw
+        policy = Policy(self.registry, cool_down) if acts else None
+        self.watch = Watch(self.registry, Incidents(root / "incidents.db"), arl=2.6e9, policy=policy)
+        self.now = datetime.now().timestamp()
+
+    def promote(self, version: str, alias: str = "production") -> None:
+        self.registry.set_alias("grid", alias, version, reason="promote")
+        self.watch.follow(self.now)
+
+    def serve(self, version: str) -> View:
+        self.now += 1
+        self.watch.eat([Record("grid", version, "server_seed", 1, 0, self.draw(self.bundles[version], 3000, seed=1), self.now)], self.now)
+        self.watch.act(self.now)
+        self.watch.follow(self.now)
+        self.watch.act(self.now)
+        return self.watch.publish(self.now)
+
+
+@pytest.fixture
+def scene(tmp_path: Path, make_bundle: Callable[..., Bundle], draw: Callable[..., ndarray]) -> Callable[..., Scene]:
+    return lambda **options: Scene(tmp_path, make_bundle, draw, **options)
+
+
+def test_an_alarmed_canary_is_taken_away_and_production_stays(scene):
+    scene = scene()
+    scene.promote("v1")
+    scene.promote("v3", "canary")
+    view = scene.serve("v3")
+    assert scene.registry.aliases("grid") == {"production": "v1"}
+    change = scene.registry.history("grid")[-1]
+    assert (change.alias, change.version, change.reason) == ("canary", None, ACTED + "v3 is mode_dropping 3 8")
+    (incident,) = scene.watch.incidents.newest()
+    assert incident["evidence"]["action"] == "canary -> none" and incident["closed_by"] == "version change" and incident["evidence"]["evidence"]["modes"] > 9
+    assert view.actions == {("grid", "canary"): 1, ("grid", "production"): 0} and view.errors == ()
+
+
+def test_an_alarmed_production_goes_back_to_the_last_sound_version(scene):
+    scene = scene()
+    for version in ("v1", "v2", "v4", "v3"):
+        scene.promote(version)
+        if version == "v4":  # alarmed while nobody had allowed anything; never acknowledged
+            policy, scene.watch.policy = scene.watch.policy, None
+            scene.serve(version)
+            scene.watch.policy = policy
+    view = scene.serve("v3")
+    assert scene.registry.aliases("grid") == {"production": "v2"} and view.models["grid"].version == "v2"
+    assert view.models["grid"].snapshot["verdict"]["id"] == "warming_up" and view.actions["grid", "production"] == 1
+    assert scene.watch.incidents.newest()[0]["evidence"]["action"] == "production -> v2"
+    assert "acted on an alarm" in view.models["grid"].marks[-1]["text"] or any(ACTED in m["text"] for m in view.models["grid"].marks)
+
+
+def test_nothing_is_done_by_default(scene):
+    scene = scene(acts=False)
+    scene.promote("v1")
+    scene.promote("v3")
+    view = scene.serve("v3")
+    assert scene.registry.aliases("grid") == {"production": "v3"} and view.models["grid"].snapshot["verdict"]["id"] == "mode_dropping"
+    assert view.errors == () and view.actions["grid", "production"] == 0
+
+
+def test_the_cool_down_holds_and_is_said(scene):
+    scene = scene(cool_down=600.0)
+    for version in ("v1", "v2", "v3"):
+        scene.promote(version)
+    assert scene.serve("v3").models["grid"].version == "v2"
+    scene.promote("v4")
+    view = scene.serve("v4")
+    assert view.models["grid"].version == "v4" and "600 s must pass" in view.errors[0]
+    scene.now += 700
+    scene.watch.act(scene.now)
+    scene.watch.follow(scene.now)
+    view = scene.watch.publish(scene.now)
+    assert view.models["grid"].version == "v2" and view.errors == () and view.actions["grid", "production"] == 2
+
+
+@pytest.mark.parametrize("why", ["first", "alarmed", "forced", "damaged"])
+def test_where_there_is_nothing_sound_to_go_to_it_says_so(scene, why):
+    scene = scene()
+    if why != "first":
+        scene.promote("v4" if why == "alarmed" else "v1")
+    if why == "alarmed":
+        scene.serve("v4")
+    path = scene.registry.root / "grid" / "v1"
+    if why == "forced":
+        write_card(path, replace(load_card(path), forced="mode 3 is dropped"))
+    if why == "damaged":
+        (path / "model.onnx").write_bytes(b"")
+    scene.promote("v3")
+    view = scene.serve("v3")
+    assert scene.registry.aliases("grid") == {"production": "v3"}
+    assert "none of its earlier versions is sound" in view.errors[0]
+
+
+def test_an_acknowledged_version_counts_as_sound_again(scene):
+    scene = scene()
+    scene.promote("v4")
+    scene.serve("v4")
+    scene.watch.acknowledge("grid", scene.now)
+    scene.promote("v3")
+    assert scene.serve("v3").models["grid"].version == "v4"

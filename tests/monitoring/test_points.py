@@ -1,0 +1,108 @@
+"""Gauges from points agree with their definitions, written out; closed forms where there are any; the MMD's interval holds."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy.spatial.distance import cdist
+from scipy.stats import wasserstein_distance
+
+from monitoring.points import (
+    DIRECTIONS,
+    LEAST,
+    NEIGHBOURS,
+    POINT_GAUGES,
+    Cloud,
+    Embedding,
+    intrinsic_dimension,
+    kernel_distance,
+    reach,
+    sliced_wasserstein,
+)
+
+RNG = np.random.default_rng(5)
+REAL, SERVED = RNG.standard_normal((150, 7)).astype(np.float32), (1.3 * RNG.standard_normal((90, 7)) + 0.2).astype(np.float32)
+
+
+def test_the_kernel_distance_is_its_definition():
+    def kernel(x, y):
+        return (float(x.astype(np.float64) @ y.astype(np.float64)) / 7 + 1) ** 3
+
+    def mean(a, b, same):
+        return np.mean([kernel(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if not (same and i == j)])
+
+    wanted = mean(SERVED, SERVED, True) + mean(REAL, REAL, True) - 2 * mean(SERVED, REAL, False)
+    assert kernel_distance(SERVED, REAL) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_the_sliced_distance_is_a_mean_of_wasserstein_distances():
+    directions = np.random.default_rng(0).standard_normal((DIRECTIONS, 7))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    wanted = np.mean([wasserstein_distance(SERVED @ d, REAL @ d) for d in directions])
+    assert sliced_wasserstein(SERVED, REAL) == pytest.approx(wanted, rel=1e-6)
+    assert sliced_wasserstein(REAL + 1, REAL) == pytest.approx(np.abs(directions.sum(axis=1)).mean(), rel=1e-6)  # a shift is itself
+
+
+def test_neighbours_are_their_definitions():
+    def radius(points):
+        return np.sort(cdist(points, points), axis=1)[:, NEIGHBOURS]
+
+    distance, real, served = cdist(REAL, SERVED), radius(REAL), radius(SERVED)
+    found = Cloud(REAL).neighbours(SERVED)
+    assert found["precision"] == np.mean([(distance[:, j] < real).any() for j in range(90)])
+    assert found["recall"] == np.mean([(distance[i] < served).any() for i in range(150)])
+    assert found["density"] == pytest.approx(sum((distance[:, j] < real).sum() for j in range(90)) / (NEIGHBOURS * 90))
+    plain = np.mean([distance[i].min() < real[i] for i in range(150)])
+    assert found["coverage"] == pytest.approx(plain / (1 - math.comb(149, NEIGHBOURS) / math.comb(149 + 90, NEIGHBOURS)))
+
+
+@pytest.mark.parametrize(("n", "m"), [(100, 400), (400, 100), (300, 300)])
+def test_coverage_is_one_where_nothing_is_wrong(n, m):
+    found = [Cloud(RNG.standard_normal((m, 3))).neighbours(RNG.standard_normal((n, 3)))["coverage"] for _ in range(30)]
+    assert np.mean(found) == pytest.approx(1, abs=4 * np.std(found) / np.sqrt(30) + 1e-3)
+
+
+def test_the_dimension_is_that_of_the_manifold():
+    flat = np.zeros((1000, 12))
+    flat[:, :3] = RNG.uniform(size=(1000, 3))
+    rotated = flat @ np.linalg.qr(RNG.standard_normal((12, 12)))[0]
+    assert intrinsic_dimension(rotated) == pytest.approx(3, abs=0.5)
+    assert intrinsic_dimension(np.repeat(rotated, 4, axis=0)) == pytest.approx(intrinsic_dimension(rotated))
+    assert math.isnan(intrinsic_dimension(np.ones((1000, 2))))
+
+
+def test_too_few_points_say_nothing():
+    for served, real in ((SERVED[: LEAST - 1], REAL), (SERVED, REAL[: LEAST - 1]), (SERVED, REAL[:0])):
+        assert all(math.isnan(value) for value in Cloud(real).gauges(served).values())
+    assert tuple(Cloud(REAL).gauges(SERVED)) == POINT_GAUGES
+    empty = Embedding(REAL[:0])
+    assert empty(SERVED).shape == (90, 0) and all(math.isnan(v) for v in empty.mmd(np.empty(0), 90, delta=0.05))
+
+
+def test_the_embedded_distance_is_an_mmd():
+    embedding = Embedding(REAL)
+    a, b = (embedding(x).astype(np.float64) for x in (SERVED, REAL))
+    np.testing.assert_allclose(np.linalg.norm(a, axis=1), 1, rtol=1e-5)
+    gram = np.mean([u @ v for i, u in enumerate(a) for j, v in enumerate(a) if i != j]) + np.mean([u @ v for i, u in enumerate(b) for j, v in enumerate(b) if i != j])
+    value, low, high = embedding.mmd(a.sum(axis=0), 90, delta=0.05)
+    assert value == pytest.approx(math.sqrt(gram - 2 * (a @ b.T).mean()), rel=1e-4)
+    assert low <= value <= high
+
+
+def test_the_interval_of_the_mmd_holds_at_every_sample():
+    """Streams of the real law itself, whose MMD is 0, and of a shifted one, whose MMD is known from many samples; looked at often."""
+    rng, misses, narrow = np.random.default_rng(3), 0, []
+    for _ in range(10):
+        real = rng.standard_normal((1000, 2))
+        embedding = Embedding(real)
+        middle = embedding(rng.standard_normal((20_000, 2))).mean(0)
+        for shift in (0.0, 0.5):
+            truth = np.linalg.norm(embedding(rng.standard_normal((20_000, 2)) + shift).mean(0) - middle) if shift else 0.0
+            path = embedding(rng.standard_normal((1024, 2)) + shift).astype(np.float64).cumsum(axis=0)
+            bounds = [embedding.mmd(path[n - 1], n, delta=0.05) for n in range(2, 1025, 7)]
+            misses += any(not low - 0.01 <= truth <= high + 0.01 for _, low, high in bounds)
+            narrow.append(bounds[-1][2] - bounds[-1][1])
+    assert misses <= 1 and np.max(narrow) < 0.75
+    assert reach(1024, 0.05) < 3 * reach(8192, 0.05) < 3 * reach(4096, 0.05)

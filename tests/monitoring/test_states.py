@@ -1,0 +1,325 @@
+"""What a Monitor was survives: through a file, through a restart, through a kill, and joined with what other shards saw."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy import ndarray
+
+from monitoring.incidents import Incidents
+from monitoring.monitor import Monitor
+from monitoring.points import POINT_GAUGES
+from monitoring.states import StateError, States
+from monitoring.watch import Watch
+from serving.records import Heartbeat, Record
+from training.bundle import Bundle
+from training.registry import Registry
+
+START = 1_800_000_000.0
+FAULTS = [{}, {"lost": (3, 8)}, {"grain": 1.0}, {"fakes": 0.05}]
+
+
+def fed(bundle: Bundle, samples: ndarray, *, step: int = 50, **options: float) -> Monitor:
+    monitor = Monitor(bundle, **options)
+    for i in range(0, len(samples), step):
+        monitor.update(samples[i : i + step], fresh=i % (3 * step) != 0, at=START + i)
+    return monitor
+
+
+def said(monitor: Monitor) -> str:
+    return json.dumps([monitor.snapshot(), monitor.evidence(), monitor.first_alarm, monitor.alarmed_at], sort_keys=True)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_restored_monitor_goes_on_as_if_nothing_had_been(make_bundle, draw, tmp_path, fault):
+    bundle = make_bundle(**fault)
+    samples = draw(bundle, 2000, seed=5)
+    straight, states = fed(bundle, samples), States(tmp_path)
+    for cut in (0, 1, 50, 150, 950):
+        states.save("grid", "v1", fed(bundle, samples[:cut]).state())
+        resumed = Monitor(bundle)
+        resumed.restore(states.load("grid", "v1"))
+        assert said(resumed) == said(fed(bundle, samples[:cut]))
+        for i in range(cut, len(samples), 50):
+            resumed.update(samples[i : i + 50], fresh=i % 150 != 0, at=START + i)
+        if cut % 50 == 0:
+            assert said(resumed) == said(straight)
+
+
+def test_a_state_is_of_one_bundle_one_arl_and_one_share(make_bundle, draw):
+    bundle, other = make_bundle(), make_bundle(lost=(3,))
+    state = fed(bundle, draw(bundle, 100)).state()
+    for monitor, words in ((Monitor(other), "bundle"), (Monitor(bundle, arl=1e6), "arl is 2600000000.0, here it is 1000000.0"), (Monitor(bundle, share=0.5), "threshold")):
+        with pytest.raises(ValueError, match=words):
+            monitor.restore(state)
+        with pytest.raises(ValueError, match="shards"):
+            Monitor(bundle).merge(monitor, at=0.0)
+
+
+def test_a_state_is_a_copy(make_bundle, draw):
+    bundle = make_bundle(lost=(3, 8))
+    monitor = fed(bundle, draw(bundle, 100))
+    state, before = monitor.state(), said(monitor)
+    monitor.update(draw(bundle, 3000, seed=2), fresh=True, at=START)
+    resumed = Monitor(bundle)
+    resumed.restore(state)
+    assert said(resumed) == before
+
+
+@given(st.dictionaries(st.from_regex(r"[a-z.]{1,9}", fullmatch=True), st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text() | st.lists(st.integers())))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+def test_what_is_saved_is_what_is_loaded(tmp_path, values):
+    states, array = States(tmp_path), np.arange(6, dtype=np.float64).reshape(2, 3)
+    states.save("m", "v1", {**values, "AN.array": array})
+    loaded = states.load("m", "v1")
+    assert np.array_equal(loaded.pop("AN.array"), array) and loaded == values
+
+
+def test_a_broken_file_is_named_and_a_missing_one_is_none(tmp_path):
+    states = States(tmp_path)
+    assert states.load("m", "v1") is None
+    states.save("m", "v1", {"a": 1})
+    path = tmp_path / "m" / "v1.npz"
+    for body in (b"", b"nonsense", path.read_bytes()[:-30]):
+        path.write_bytes(body)
+        with pytest.raises(StateError, match="v1.npz"):
+            states.load("m", "v1")
+
+
+def shards(bundle: Bundle, samples: ndarray, count: int, **options: float) -> list[Monitor]:
+    """Monitors of disjoint parts of a stream, dealt out 16 samples at a time, in step."""
+    monitors = [Monitor(bundle, **options) for _ in range(count)]
+    for i in range(0, len(samples), 16):
+        monitors[i // 16 % count].update(samples[i : i + 16], fresh=True, at=START + i)
+    return monitors
+
+
+def merged(monitors: list[Monitor]) -> Monitor:
+    for monitor in monitors[1:]:
+        monitors[0].merge(monitor, at=START)
+    return monitors[0]
+
+
+@pytest.mark.parametrize(
+    ("fault", "verdict", "modes"),
+    [({}, "healthy", ()), ({"lost": (3, 8)}, "mode_dropping", ("3", "8")), ({"fakes": 0.05}, "off_manifold", ()), ({"grain": 1.0}, "latent_fault", ())],
+)
+def test_shards_merge_to_the_verdict_of_one(make_bundle, draw, fault, verdict, modes):
+    bundle = make_bundle(**fault)
+    samples = draw(bundle, 4000, seed=5)
+    one = fed(bundle, samples[:0])
+    one.update(samples, fresh=True, at=START)
+    several = merged(shards(bundle, samples, 4))
+    assert (several.verdict.id, several.verdict.modes) == (one.verdict.id, one.verdict.modes) == (verdict, modes)
+    assert (several.first_alarm is None) == (one.first_alarm is None)
+    for population in ("fresh", "served"):  # the very same counts, whoever saw which sample; the newest points are others
+        for name, gauge in one.gauges(population).items():
+            if name in POINT_GAUGES:
+                continue
+            assert several.gauges(population)[name].value == pytest.approx(gauge.value, rel=1e-9), name
+            assert several.gauges(population)[name].n == gauge.n
+    assert several.monitored == several.served == 4000
+
+
+def test_merged_evidence_is_the_sum_and_can_raise_the_alarm_by_itself(make_bundle, draw):
+    bundle = make_bundle(lost=(3, 8))
+    parts = shards(bundle, draw(bundle, 400, seed=5), 2)
+    total = sum(10.0 ** e for part in parts for e in part.evidence().values())
+    assert all(part.first_alarm is None for part in parts)
+    arl = total * 0.99
+    low, high = (shards(bundle, draw(bundle, 400, seed=5), 2, arl=a) for a in (arl, total * 1.01))
+    assert all(part.first_alarm is None for part in low)
+    assert merged(high).first_alarm is None
+    alarmed = merged(low)
+    assert alarmed.first_alarm == 399 and alarmed.alarmed_at == START and alarmed.verdict.id == "mode_dropping"
+    assert sum(10.0 ** e for e in alarmed.evidence().values()) == pytest.approx(total)
+
+
+def test_an_alarm_of_any_shard_is_the_alarm_of_all(make_bundle, draw):
+    bundle, lossy = make_bundle(), make_bundle(lost=(3, 8))
+    sick, well = Monitor(bundle), Monitor(bundle)
+    sick.update(draw(lossy, 1000), fresh=True, at=START)
+    well.update(draw(bundle, 1000), fresh=True, at=START + 1)
+    first = sick.first_alarm
+    well.merge(sick, at=START + 2)
+    assert well.verdict.modes == ("3", "8") and well.first_alarm == first and well.alarmed_at == START
+    well.update(draw(bundle, 1000, seed=2), fresh=True, at=START + 3)
+    assert well.verdict.id == "mode_dropping"
+
+
+@pytest.mark.slow
+def test_merging_again_and_again_does_not_cry_wolf(make_bundle, draw):
+    """Shards that are merged, and whose sum goes on and is merged again: R grows by at most one a sample, so the mean run is A."""
+    bundle, runs, arl = make_bundle(), 30, 400.0
+    lengths = []
+    for run in range(runs):
+        samples = draw(bundle, 4096, seed=1000 + run)
+        total = Monitor(bundle, arl=arl)
+        for i in range(0, len(samples), 64):
+            part = Monitor(bundle, arl=arl)
+            part.update(samples[i : i + 48], fresh=True, at=START)
+            total.update(samples[i + 48 : i + 64], fresh=True, at=START)
+            total.merge(part, at=START)
+            if total.first_alarm is not None:
+                break
+        lengths.append(total.monitored)
+    assert np.mean(lengths) > arl  # a run of one bet has a standard error of some 80, and this mixture runs thrice as long
+
+
+class Scene:
+    """A registry, its incidents and states on the disk, and one Watch after the other over them."""
+
+    def __init__(self, root: Path, make_bundle: Callable[..., Bundle], draw: Callable[..., ndarray]) -> None:
+        self.bundles = {"v1": make_bundle(root=root / "registry"), "v2": make_bundle(root=root / "registry", version="v2", lost=(3, 8))}
+        self.registry, self.root, self.draw, self.now = Registry(root / "registry"), root, draw, START
+        self.registry.set_alias("grid", "production", "v1", reason="test")
+
+    def watch(self, arl: float = 2.6e9) -> Watch:
+        watch = Watch(self.registry, Incidents(self.root / "incidents.db"), arl=arl, states=States(self.root / "monitor"))
+        watch.follow(self.now)
+        return watch
+
+    def serve(self, watch: Watch, version: str, count: int, seed: int) -> None:
+        self.now += 1.0
+        watch.eat([Record("grid", version, "server_seed", seed, 0, self.draw(self.bundles[version], count, seed=seed), self.now)], self.now)
+
+
+@pytest.fixture
+def scene(tmp_path: Path, make_bundle: Callable[..., Bundle], draw: Callable[..., ndarray]) -> Scene:
+    return Scene(tmp_path, make_bundle, draw)
+
+
+def test_a_restart_takes_up_where_it_was(scene: Scene) -> None:
+    watch = scene.watch()
+    scene.serve(watch, "v1", 1000, seed=1)
+    watch.save()
+    scene.serve(watch, "v1", 7, seed=2)  # what was not saved is lost, and nothing else
+    again = scene.watch().publish(scene.now)
+    shown = again.models["grid"]
+    assert shown.snapshot["monitored"] == 1000 and shown.snapshot["verdict"]["id"] == "healthy" and shown.last_sample_at == START + 1
+    assert again.restores == {("grid", "restored"): 1, ("grid", "absent"): 0, ("grid", "refused"): 0} and again.errors == ()
+    assert watch.publish(scene.now).restores["grid", "absent"] == 1
+
+
+def test_an_alarm_is_saved_before_it_is_told_and_lives_until_it_is_acknowledged(scene: Scene) -> None:
+    scene.registry.set_alias("grid", "production", "v2", reason="test")
+    watch = scene.watch()
+    scene.serve(watch, "v2", 3000, seed=1)  # and the process dies here, before the second is over
+    again = scene.watch()
+    verdict = again.publish(scene.now).models["grid"].snapshot["verdict"]
+    assert verdict["id"] == "mode_dropping" and verdict["modes"] == ["3", "8"] and verdict["since"] == scene.now
+    (incident,) = again.incidents.newest()
+    assert incident["closed_at"] is None and not any(again.publish(scene.now).alarms.values())  # it is the same incident, not another
+    again.acknowledge("grid", scene.now)
+    last = scene.watch()
+    assert last.publish(scene.now).models["grid"].snapshot["verdict"]["id"] == "healthy" and len(last.incidents.newest()) == 1
+
+
+@pytest.mark.parametrize("when", ["before the incident", "before the unlatching"])
+def test_a_death_in_between_never_loses_the_alarm(scene: Scene, when: str) -> None:
+    scene.registry.set_alias("grid", "production", "v2", reason="test")
+    watch = scene.watch()
+    scene.serve(watch, "v2", 3000, seed=1)
+    if when == "before the incident":
+        (scene.root / "incidents.db").rename(scene.root / "lost.db")
+    else:
+        watch.incidents.acknowledge("grid", at=scene.now)
+    again = scene.watch()
+    assert again.publish(scene.now).models["grid"].snapshot["verdict"]["id"] == "mode_dropping"
+    assert [i["closed_at"] for i in again.incidents.newest()][0] is None
+
+
+def test_a_state_that_does_not_fit_is_said_and_counted(scene: Scene) -> None:
+    watch = scene.watch()
+    scene.serve(watch, "v1", 1000, seed=1)
+    watch.save()
+    other = scene.watch(arl=1e6)
+    view = other.publish(scene.now)
+    assert view.models["grid"].snapshot["monitored"] == 0 and view.restores["grid", "refused"] == 1
+    assert "arl is 2600000000.0, here it is 1000000.0" in view.errors[0]
+    assert other.publish(scene.now + 61).errors == ()
+    (scene.root / "monitor" / "grid" / "v1.npz").write_bytes(b"torn")
+    view = scene.watch().publish(scene.now)
+    assert view.restores["grid", "refused"] == 1 and "v1.npz" in view.errors[0] and view.models["grid"].snapshot["monitored"] == 0
+
+
+def test_a_version_that_was_long_gone_comes_back_with_its_counts(scene: Scene) -> None:
+    watch = scene.watch()
+    scene.serve(watch, "v1", 1000, seed=1)
+    watch.save()
+    scene.registry.set_alias("grid", "production", "v2", reason="test")
+    again = scene.watch()  # has never heard of v1
+    scene.registry.set_alias("grid", "production", "v1", reason="test")
+    again.follow(scene.now)
+    assert again.publish(scene.now).models["grid"].snapshot["monitored"] == 1000
+
+
+class Process:
+    """`python -m monitoring.service`, to be killed."""
+
+    def __init__(self, root: Path) -> None:
+        command = [sys.executable, "-m", "monitoring.service", "--registry", str(root / "registry"), "--home", str(root), "--port", "0", "--probe-rate", "0"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        self.url = self.process.stdout.readline().split()[-1]
+
+    def post(self, heartbeat: Heartbeat) -> None:
+        httpx.post(f"{self.url}api/records", content=heartbeat.encode(), trust_env=False).raise_for_status()
+
+    def until(self, true: Callable[[dict], object]) -> dict:
+        with httpx.stream("GET", f"{self.url}api/events", trust_env=False, timeout=30) as stream:
+            states = (json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: "))
+            for _, state in zip(range(60), states, strict=False):
+                if true(state["models"]["grid"]["snapshot"]):
+                    return state["models"]["grid"]
+        raise AssertionError("not reached")
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(20)
+        self.process.stdout.close()
+
+
+@pytest.mark.slow
+def test_kill_9_loses_a_second_at_most_never_an_alarm_and_raises_none(scene: Scene) -> None:
+    def heartbeat(version: str, seed: int, count: int) -> Heartbeat:
+        record = Record("grid", version, "server_seed", seed, 0, scene.draw(scene.bundles[version], count, seed=seed), 0.0)
+        return Heartbeat("a", 0.0, (record,), {})
+
+    processes = [Process(scene.root)]
+    try:
+        first = processes[-1]
+        first.post(heartbeat("v1", 1, 3000))
+        first.until(lambda s: s["monitored"] == 3000)
+        first.until(lambda s: (scene.root / "monitor" / "grid" / "v1.npz").exists() and States(scene.root / "monitor").load("grid", "v1")["monitored"] == 3000)
+        first.post(heartbeat("v1", 2, 100))
+        first.kill()
+        processes.append(Process(scene.root))
+        second = processes[-1]
+        state = second.until(lambda s: True)
+        assert state["snapshot"]["monitored"] in (3000, 3100) and state["snapshot"]["verdict"]["id"] == "healthy"
+        scene.registry.set_alias("grid", "production", "v2", reason="inject")
+        second.until(lambda s: s["version"] == "v2")
+        second.post(heartbeat("v2", 3, 3000))
+        second.until(lambda s: s["verdict"]["id"] == "mode_dropping")
+        second.kill()  # as soon as anybody has heard of the alarm
+        processes.append(Process(scene.root))
+        third = processes[-1]
+        state = third.until(lambda s: True)
+        assert state["version"] == "v2" and state["snapshot"]["verdict"]["id"] == "mode_dropping" and state["snapshot"]["verdict"]["modes"] == ["3", "8"]
+        incidents = httpx.get(f"{third.url}api/incidents", trust_env=False).json()["incidents"]
+        assert [(i["version"], i["closed_at"]) for i in incidents] == [("v2", None)]
+    finally:
+        for process in processes:
+            if process.process.poll() is None:
+                process.kill()
