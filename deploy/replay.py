@@ -35,12 +35,17 @@ def replay(bundle: Path, samples: Path, arl: float) -> dict[str, Any]:
     count, batches = (_parquet if samples.suffix == ".parquet" else _npy)(samples, card)
     monitor = Monitor(opened, arl=arl)
     progress = Console(stderr=True)
-    steps = -(-count // BATCH)
+    steps, done, first_alarm = -(-count // BATCH), 0, None
     for batch in track(batches, description="replaying", total=steps, transient=True, console=progress, disable=not progress.is_terminal):
-        monitor.update(batch, fresh=True, at=float(monitor.served))
+        eaten = monitor.monitored
+        monitor.update(batch, fresh=True, at=float(done))
+        if first_alarm is None and monitor.first_alarm is not None:  # the monitor counts only what it could look at
+            looked_at = np.flatnonzero(np.isfinite(batch).reshape(len(batch), -1).all(axis=1))
+            first_alarm = done + int(looked_at[monitor.first_alarm - eaten])
+        done += len(batch)
     verdict = monitor.verdict
     return {
-        "first_alarm": monitor.first_alarm,
+        "first_alarm": first_alarm,
         "verdict": verdict.id,
         "words": verdict.words,
         "modes": list(verdict.modes),

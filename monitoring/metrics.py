@@ -96,7 +96,7 @@ def _estimates(view: View) -> Iterator[Metric]:
     yield _gauge(
         "ganwatch_estimate_timestamp_seconds",
         "When the newest sample entered the estimates, 0 before the first",
-        _by_model(view, lambda shown: shown.last_sample_at or 0),
+        _by_model(view, lambda shown: shown.last_fresh_at or 0),
     )
 
 

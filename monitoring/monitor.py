@@ -202,6 +202,12 @@ class Monitor:
         self.alarmed_at = _earliest(self.alarmed_at, other.alarmed_at)
         self._judge(at)
 
+    def reshare(self, share: float) -> None:
+        """Another part of the false-alarm budget from now on. The evidence stays, and so does a latched alarm: what bounds the
+        mean run length is the mixture itself, whatever threshold it is held against and whenever that was set.
+        """
+        self._detector.threshold = self.arl / share
+
     def acknowledge(self) -> None:
         """Unlatch: the detectors forget everything and start again; counts and gauges go on."""
         self._detector.restart()
@@ -337,7 +343,7 @@ class Monitor:
         elif self._wrong is not None:
             self.verdict = VERDICTS["wrong_model"]
         else:
-            self.verdict = VERDICTS["warming_up" if self.monitored < WARM_UP else "healthy"]
+            self.verdict = VERDICTS["warming_up" if self.monitored - self._since < WARM_UP else "healthy"]
 
     def _tolerance(self) -> dict[str, dict[str, float]]:
         ours, real = self.bundle.certificate, self.bundle.reference

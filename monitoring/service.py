@@ -37,6 +37,8 @@ import uvicorn
 from numpy import ndarray
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
@@ -375,7 +377,10 @@ def build(options: Options) -> Starlette:
         Route("/v1/observe/{model}", observe, methods=["POST"]),
         Mount("/page", StaticFiles(directory=PAGE)),
     ]
-    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error})
+    # A page of another site, whose name was made to point here, is told apart by that name alone.
+    local = options.host in ("127.0.0.1", "localhost", "::1")
+    guard = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"] if local else ["*"])
+    app = Starlette(routes=routes, lifespan=lifespan, middleware=[guard], exception_handlers={HTTPException: _http_error})
     app.state.service = service
     return app
 

@@ -27,11 +27,11 @@ from monitoring.incidents import Incidents
 from monitoring.monitor import POPULATIONS, Gauge, Monitor
 from monitoring.states import StateError, States
 from serving.records import Heartbeat, Record
-from training.bundle import Bundle, Card, open_bundle
+from training.bundle import Bundle, BundleError, Card, open_bundle
 from training.registry import AliasChange, Registry, RegistryError
 
 SHARES = {"production": 0.5, "canary": 0.25, "shadow": 0.25}  # of a model's false-alarm budget; they sum to 1
-STALE_AFTER = 10.0  # seconds without a sample, or without a heartbeat
+STALE_AFTER = 10.0  # seconds without a fresh sample, or without a heartbeat
 HISTORY = 3600  # seconds that the page can look back, one point each
 RATE_WINDOW = 2.0  # seconds over which the rate of fresh samples is taken
 CHUNK = 4096  # samples a Monitor eats at once, so that no single record holds up the rest
@@ -39,6 +39,7 @@ RETIRED = 8  # versions no alias names any more whose Monitor is kept, for a rol
 REPLICAS = 256  # silent replicas whose counters are kept apart, in case they speak again
 RESTORES = ("restored", "absent", "refused")  # what became of the saved state of a version that comes under watch
 NOTICE = 60.0  # seconds for which a state that could not be restored is said
+_TIMES = ("last_sample_at", "last_fresh_at")
 COLUMNS = ("t", "js", "js_low", "js_high", "log10_e")
 
 _COUNTER = re.compile(r'([a-z_][a-z0-9_]*)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)*)\})?')
@@ -99,6 +100,7 @@ class Watched:
     monitor: Monitor
     share: float
     last_sample_at: float | None = None
+    last_fresh_at: float | None = None  # of a sample that the detectors ate: without those, silence means nothing
     recorded: tuple[str, tuple[str, ...]] | None = None  # verdict and modes of the open incident, as last written down
     newest: deque[ndarray] = field(default_factory=deque)  # newest served samples, a few arrays, newest last
     saved: int = 0  # samples that the state on the disk knows of, looked at or rejected
@@ -142,7 +144,8 @@ class Shown:
     share: float
     loaded_at: float
     last_sample_at: float | None
-    stale: bool
+    last_fresh_at: float | None
+    stale: bool  # no fresh sample lately
     snapshot: dict[str, Any]
     gauges: Mapping[str, Mapping[str, Gauge]]  # population -> name -> gauge
     others: tuple[dict[str, Any], ...]
@@ -213,6 +216,7 @@ class View:
             "snapshot": shown.snapshot,
             "stale": shown.stale,
             "last_sample_at": shown.last_sample_at,
+            "last_fresh_at": shown.last_fresh_at,
             "loaded_at": shown.loaded_at,
             "budget_share": shown.share,
             "sample_shape": list(card.sample_shape),
@@ -301,7 +305,10 @@ class Watch:
     def _load(self, name: str, version: str, share: float, at: float) -> bool:
         """Whether the version is under watch with this share; loads it if need be. A failure is retried when the files change."""
         key = (name, version)
-        if key in self._watched and self._watched[key].share == share:
+        if (watched := self._watched.get(key)) is not None:
+            if watched.share != share:
+                watched.share = share
+                watched.monitor.reshare(share)
             return True
         path = self.registry.root / name / version
         look = _look_of(path)
@@ -309,11 +316,10 @@ class Watch:
             return False
         try:
             bundle = open_bundle(path)
-            # Another share is another threshold: evidence gathered under the old one is not carried over.
-            known = key in self._watched
+            if (bundle.card.model, bundle.card.version) != key:
+                raise BundleError(f"its card says {bundle.card.model} {bundle.card.version}")
             self._watched[key] = Watched(bundle, Monitor(bundle, arl=self.arl, share=share), share)
-            if not known:
-                self._restore(name, version, at)
+            self._restore(name, version, at)
         except Exception as error:  # whatever is wrong with one bundle, the others stay watched
             self._failed[key] = (look, f"{name} {version} is not watched, its bundle could not be loaded: {error}")
             self._load_failures[name] += 1
@@ -333,7 +339,8 @@ class Watch:
                 outcome = "absent"
             else:
                 watched.monitor.restore(state)
-                watched.last_sample_at, watched.saved = state["last_sample_at"], watched.eaten
+                watched.last_sample_at, watched.last_fresh_at = state["last_sample_at"], state["last_fresh_at"]
+                watched.saved = watched.eaten
         except (StateError, ValueError, KeyError) as error:
             outcome = "refused"
             watched.monitor = Monitor(watched.bundle, arl=self.arl, share=watched.share)  # nothing half restored
@@ -350,7 +357,7 @@ class Watch:
     def _save(self, name: str, version: str) -> None:
         if self.states is not None:
             watched = self._watched[name, version]
-            self.states.save(name, version, watched.monitor.state() | {"last_sample_at": watched.last_sample_at})
+            self.states.save(name, version, watched.monitor.state() | {name: getattr(watched, name) for name in _TIMES})
             watched.saved = watched.eaten
 
     def act(self, at: float) -> None:
@@ -383,7 +390,9 @@ class Watch:
             self.replicas.last = OrderedDict((replica, (min(heard, at), counters)) for replica, (heard, counters) in self.replicas.last.items())
             self.replicas.heard_at = min(self.replicas.heard_at or at, at)
             for watched in self._watched.values():
-                watched.last_sample_at = None if watched.last_sample_at is None else min(watched.last_sample_at, at)
+                for name in _TIMES:
+                    if (then := getattr(watched, name)) is not None:
+                        setattr(watched, name, min(then, at))
             for model in self._models.values():
                 model.shown_since = min(model.shown_since, at)
                 model.fresh.clear()
@@ -428,13 +437,15 @@ class Watch:
 
     def _update(self, name: str, version: str, samples: ndarray, fresh: bool, at: float) -> None:
         watched = self._watched[name, version]
-        served, rejected = watched.monitor.served, dict(watched.monitor.rejected)
+        served, monitored, rejected = watched.monitor.served, watched.monitor.monitored, dict(watched.monitor.rejected)
         watched.monitor.update(samples, fresh=fresh, at=at)
         for reason, count in watched.monitor.rejected.items():
             self._rejected[name, reason] += count - rejected.get(reason, 0)
         if watched.monitor.served > served:  # samples of which none could be looked at leave the estimates as old as they are
             watched.last_sample_at = at
             watched.show(samples)
+        if watched.monitor.monitored > monitored:
+            watched.last_fresh_at = at
         self._raise_alarm(name, version, at)
 
     def _raise_alarm(self, name: str, version: str, at: float) -> None:
@@ -510,7 +521,7 @@ class Watch:
         version = model.aliases[alias]
         watched = self._watched[name, version]
         gauges = {population: watched.monitor.gauges(population) for population in POPULATIONS}
-        stale = at - max(watched.last_sample_at or 0.0, model.shown_since) > STALE_AFTER
+        stale = at - max(watched.last_fresh_at or 0.0, model.shown_since) > STALE_AFTER
         if point:
             js = gauges["fresh"]["js"]
             values = (js.value, js.low, js.high, total_log10(watched.monitor.evidence()))
@@ -524,6 +535,7 @@ class Watch:
             share=watched.share,
             loaded_at=model.shown_since,
             last_sample_at=watched.last_sample_at,
+            last_fresh_at=watched.last_fresh_at,
             stale=stale,
             snapshot=watched.monitor.snapshot(),
             gauges=gauges,

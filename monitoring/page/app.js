@@ -160,7 +160,7 @@ function drawEmpty() {
   $("#empty h2").textContent = "No model to watch yet";
   $("#empty p").textContent = state.errors.length ? "The registry names a version that could not be loaded; the reason stands above."
     : "The monitor is running and follows the registry. As soon as a version is promoted, its verdict appears here.";
-  $("#empty pre").textContent = "ganwatch promote MODEL VERSION\nganwatch sample MODEL";
+  $("#empty pre").textContent = "ganwatch promote VERSION --model MODEL\nganwatch sample --model MODEL";
   document.title = "ganwatch";
 }
 
@@ -170,12 +170,12 @@ function drawVerdict(model) {
   banner.dataset.verdict = verdict.id;
   banner.dataset.stale = model.stale;
   if (banner.dataset.shape !== kind) { $(".shape").innerHTML = shape(kind); banner.dataset.shape = kind; }
-  const silent = model.stale ? (model.last_sample_at == null ? "no sample has arrived yet" : `no sample since ${clock(model.last_sample_at)}`) : "";
+  const silent = model.stale ? (model.last_fresh_at == null ? "no independent sample has arrived yet" : `no independent sample since ${clock(model.last_fresh_at)}`) : "";
   const since = kind === "alarm" && verdict.since != null ? `since ${clock(verdict.since)}` : "";
   $(".kind", banner).textContent = [{ good: "No alarm", wait: "No alarm yet", alarm: "Alarm", stale: "Stale" }[kind], since, silent].filter(Boolean).join(" · ");
   say($("h2", banner), title(verdict.id, verdict.modes));
   say($(".words", banner), verdict.words);
-  const advice = kind === "stale" ? "Nothing reaches the monitor. Check that serving answers and that its tap points here; the last verdict stands until samples come."
+  const advice = kind === "stale" ? "No independent sample reaches the monitor. Check that serving answers, that its tap points here and that probes are on; the last verdict stands until samples come."
     : verdict.advice;
   $(".advice", banner).replaceChildren(...(advice ? [element("b", {}, "What to do: "), ...code(advice)] : []));
   const button = $("#acknowledge");

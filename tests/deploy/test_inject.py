@@ -144,6 +144,16 @@ def test_replay_finds_the_very_sample(registry: Registry, tmp_path: Path) -> Non
         assert replay(broken.path, tmp_path / "cut.npy", 1e4)["first_alarm"] == wanted
 
 
+def test_replay_counts_the_samples_that_it_could_not_look_at(registry: Registry, tmp_path: Path) -> None:
+    broken = inject(registry, "grid", "drop-modes", labels=("3", "8"))
+    stream = draw(broken, 4000)
+    np.save(tmp_path / "stream.npy", stream)
+    first = replay(broken.path, tmp_path / "stream.npy", 1e4)["first_alarm"]
+    np.save(tmp_path / "stream.npy", np.concatenate([np.full((100, 2), np.nan, np.float32), stream]))
+    report = replay(broken.path, tmp_path / "stream.npy", 1e4)
+    assert report["first_alarm"] == first + 100 and report["rejected"]["nan"] == 100
+
+
 @pytest.mark.parametrize(
     ("stream", "words"),
     [(np.zeros((5, 3), np.float32), "this bundle serves float32"), (np.zeros((5, 2)), "float64"), (b"not numpy", "cannot read"), (None, "no such file")],

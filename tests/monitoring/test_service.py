@@ -147,7 +147,7 @@ def test_an_alarm_can_be_acknowledged(world: World, run: Callable[..., Running])
     service.post(world.heartbeat("v2", 3000))
     service.until(lambda s: monitored(s) == 3000)
     assert service.http.post("/api/ack", json={"model": "grid"}).json()["acknowledged"][0]["version"] == "v2"
-    assert verdict(service.http.get("/api/state").json()) == "healthy"  # at once, not a second later
+    assert verdict(service.http.get("/api/state").json()) == "warming_up"  # at once, not a second later
     assert service.http.post("/api/ack", json={"model": "grid"}).json() == {"acknowledged": []}
     for body, status, field in (
         (b'{"model": "nobody"}', 404, "model"),
@@ -334,3 +334,12 @@ def test_a_senseless_flag_is_named(tmp_path: Path) -> None:
 def test_senseless_options_are_refused(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name} is '?{value}"):
         Options(**{name: value})
+
+
+def test_a_page_of_another_site_is_refused_by_its_name(world: World, run: Callable[..., Running]) -> None:
+    """A name that somebody else makes point at this machine, which passes for the same origin."""
+    service = run()
+    foreign = {"Host": "evil.example:9464", "Origin": "http://evil.example:9464"}
+    assert service.http.get("/api/state", headers=foreign).status_code == 400
+    assert service.http.post("/api/ack", headers=foreign, json={"model": "grid"}).status_code == 400
+    assert service.http.get("/api/state", headers={"Host": "localhost:9464"}).status_code == 200

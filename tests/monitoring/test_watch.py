@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from numpy import ndarray
 from monitoring.incidents import Incidents
 from monitoring.watch import REPLICAS, STALE_AFTER, Replicas, Watch, parse_counter, total_log10
 from serving.records import Heartbeat, Record
-from training.bundle import Bundle
+from training.bundle import Bundle, BundleError
 from training.registry import Registry
 
 START = 1_800_000_000.0
@@ -108,7 +109,7 @@ def test_a_version_that_comes_back_is_judged_again(scene: Scene) -> None:
     scene.serve("v2", 3000)
     scene.alias("production", "v1")
     scene.alias("production", "v2")
-    assert verdict(scene.state()) == "healthy" and len(scene.incidents.newest()) == 1
+    assert verdict(scene.state()) == "warming_up" and len(scene.incidents.newest()) == 1
     scene.serve("v2", 3000)
     assert verdict(scene.state()) == "mode_dropping" and len(scene.incidents.newest()) == 2
 
@@ -117,7 +118,7 @@ def test_acknowledging_unlatches_and_a_fault_that_stays_is_found_again(scene: Sc
     scene.alias("production", "v2")
     scene.serve("v2", 3000)
     (closed,) = scene.watch.acknowledge("grid", scene.now)
-    assert closed["closed_by"] == "acknowledged" and verdict(scene.state()) == "healthy"
+    assert closed["closed_by"] == "acknowledged" and verdict(scene.state()) == "warming_up"  # nothing is known yet
     scene.serve("v2", 3000)
     assert verdict(scene.state()) == "mode_dropping" and len(scene.incidents.newest()) == 2
     with pytest.raises(KeyError):
@@ -329,3 +330,31 @@ def test_a_burst_is_judged_whole(scene: Scene) -> None:
     scene.watch.eat(records, scene.now)
     snapshot = scene.watch.publish(scene.now).models["grid"].snapshot
     assert snapshot["monitored"] == 40_000 and snapshot["verdict"]["id"] == "healthy"
+
+
+def test_samples_that_clients_chose_do_not_make_it_fresh(scene: Scene) -> None:
+    """Without independent draws nothing can be found, and silence must not look like health."""
+    scene.alias("production", "v1")
+    scene.serve("v1", 1000)
+    assert not scene.state()["models"]["grid"]["stale"]
+    scene.now += STALE_AFTER + 1
+    scene.serve("v1", 1000, origin="client_seed")
+    model = scene.state()["models"]["grid"]
+    assert model["stale"] and model["last_sample_at"] > model["last_fresh_at"] + STALE_AFTER
+
+
+def test_an_alarm_outlives_another_part_of_the_budget(scene: Scene) -> None:
+    scene.alias("production", "v2")
+    scene.serve("v2", 3000)
+    before = scene.state()["models"]["grid"]["snapshot"]
+    scene.alias("canary", "v2")
+    scene.alias("production", "v1")
+    (other,) = scene.state()["models"]["grid"]["other_versions"]
+    assert (other["alias"], other["verdict"]["id"], other["monitored"]) == ("canary", "mode_dropping", before["monitored"])
+    assert scene.incidents.newest()[0]["closed_at"] is None and len(scene.incidents.newest()) == 1
+
+
+def test_a_copied_version_is_not_watched_as_the_one_it_was(scene: Scene) -> None:
+    shutil.copytree(scene.registry.root / "grid" / "v1", scene.registry.root / "grid" / "v7")
+    with pytest.raises(BundleError, match="its card says grid v1"):
+        scene.alias("production", "v7")
