@@ -25,6 +25,7 @@ from serving.batcher import Batcher
 from serving.models import ModelTable
 from serving.records import Heartbeat, Record
 from serving.rest import App
+from serving.service import Service
 from serving.tap import Tap
 from training.registry import Registry
 
@@ -88,7 +89,7 @@ def served(registry: Registry, port: int, monitor_url: str) -> Iterator[None]:
     """One replica's ASGI application, on uvicorn in a thread."""
     table = ModelTable(registry, "cpu")
     table.refresh()
-    app = App(table, Batcher(), Tap(monitor_url))
+    app = App(Service(table, Batcher(), Tap(monitor_url)))
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()

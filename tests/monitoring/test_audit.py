@@ -21,6 +21,7 @@ from serving.batcher import Batcher
 from serving.models import ModelTable
 from serving.records import Heartbeat, Record
 from serving.rest import App
+from serving.service import Service as Answering
 from serving.tap import Tap
 from training.bundle import Bundle
 from training.registry import Registry
@@ -59,7 +60,7 @@ def served(registry: Registry) -> Iterator[str]:
     with listen("127.0.0.1", 0) as listener:
         table = ModelTable(registry, "cpu")
         table.refresh()
-        server = uvicorn.Server(uvicorn.Config(App(table, Batcher(), Tap(None)), log_level="warning"))
+        server = uvicorn.Server(uvicorn.Config(App(Answering(table, Batcher(), Tap(None))), log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
