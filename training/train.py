@@ -97,8 +97,11 @@ class Config:
     """Train G(z, y) and D(x, y) on the labels, so that requests may name a class (digits only)."""
     steps: int | None = None
     """Updates of each network; by default the data set's recipe (5,000 in the plane, 8,000 for digits)."""
-    objective: Literal["relativistic", "non_saturating"] = "relativistic"
-    """The game: paired logits (RpGAN), or the classic one with -log D."""
+    objective: Literal[
+        "relativistic", "minimax", "non_saturating", "least_squares", "least_squares_pearson", "wasserstein", "hinge",
+        "f_kl", "f_reverse_kl", "f_pearson", "f_neyman", "f_hellinger", "f_js", "f_total_variation",
+    ] = "relativistic"  # fmt: skip
+    """The game: paired logits (RpGAN) by default; minimax is GAN0, non_saturating GAN1, f_* the f-GANs."""
     penalty: Literal["closed_form", "autograd", "none"] = "closed_form"
     """R1 + R2: by formula, by double differentiation (the same numbers, slower), or none, to see a collapse."""
     gamma: float | None = None
