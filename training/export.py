@@ -38,7 +38,6 @@ from training.bundle import (
 from training.data import Dataset
 from training.evaluation import divergences, frechet, mixture_fit, prdc
 from training.features import Sight
-from training.networks import Generator
 
 CERTIFY_AT_LEAST, CERTIFY_CHUNK = 200_000, 2048
 DELTA = 0.01
@@ -60,7 +59,7 @@ class Served(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, generator: Generator, dataset: Dataset) -> None:
+    def __init__(self, generator: nn.Module, dataset: Dataset) -> None:
         super().__init__()
         self.generator, self.shape, self.is_image = generator, dataset.shape, dataset.is_image
         self.register_buffer("shift", torch.from_numpy(dataset.shift))
@@ -243,7 +242,7 @@ def write_bundle(
     *,
     model: str,
     dataset: Dataset,
-    generator: Generator,
+    generator: nn.Module,
     latent: SignGaussian,
     sight: Sight,
     training: dict[str, Any],

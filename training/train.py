@@ -49,10 +49,11 @@ from training.data import DATASETS, Dataset
 from training.export import ExportError, open_source, write_bundle
 from training.features import fit_eye
 from training.gate import QualityRefused, publish
-from training.networks import Critic, Generator
+from training.networks import family
 from training.objectives import OBJECTIVES
-from training.penalties import PENALTIES
+from training.penalties import PENALTIES, clip_weights, critical_gamma, gradients_for, normalise_spectrally, unrolled_pull
 from training.registry import Registry, RegistryError, ganwatch_home
+from training.views import InstanceNoise, augment, pack
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where `ray job submit` runs the script
 
@@ -102,10 +103,28 @@ class Config:
         "f_kl", "f_reverse_kl", "f_pearson", "f_neyman", "f_hellinger", "f_js", "f_total_variation",
     ] = "relativistic"  # fmt: skip
     """The game: paired logits (RpGAN) by default; minimax is GAN0, non_saturating GAN1, f_* the f-GANs."""
-    penalty: Literal["closed_form", "autograd", "none"] = "closed_form"
-    """R1 + R2: by formula, by double differentiation (the same numbers, slower), or none, to see a collapse."""
+    penalty: Literal["r1r2", "r1", "r2", "gradient", "none"] = "r1r2"
+    """On the critic's slope: at reals and fakes, at one of them, WGAN-GP's between them, or none, to see a collapse."""
     gamma: float | None = None
-    """First weight of the penalty, in place of the recipe's; it falls by the same factor."""
+    """First weight of the penalty; it falls by the recipe's factor. By default the recipe's, at equal damping of the objective."""
+    clip: float | None = None
+    """Clip the critic's weights to +- this after each step (Wasserstein); None = off."""
+    spectral_norm: bool = False
+    """Divide each of the critic's layers by its largest singular value."""
+    noise: float | None = None
+    """Standard deviation of noise on the critic's inputs, real and fake, in place of the recipe's; 0 = off."""
+    noise_schedule: Literal["constant", "linear", "controlled"] = "constant"
+    """Let the noise stay, fall to zero over the run, or follow the divergence that the critic sees."""
+    packing: int = 1
+    """Samples that the critic judges together (PacGAN); 1 = off."""
+    unroll: int = 0
+    """Critic steps that the generator looks ahead; 0 = off."""
+    augment: bool = False
+    """Augment what the critic sees, real and fake (DiffAugment; images only)."""
+    network: str = "perceptron"
+    """perceptron, dcgan, resnet (images), or package.module:NAME of a training.networks.Family of your own."""
+    width: int | None = None
+    """Units of a hidden layer, or channels at the coarsest size of an image; by default the recipe's."""
     learning_rate: float | None = None
     """First learning rate of both networks, in place of the recipe's; it falls by the same factor."""
     certify_samples: int = 1_000_000
@@ -126,6 +145,12 @@ class Config:
             if (first := getattr(self, name)) is not None:
                 old = getattr(recipe, name)
                 changed[name] = (first, first * old[1] / old[0])
+        if self.gamma is None and not PENALTIES[self.penalty].target and self.penalty != "none":
+            # The recipes were found with pairs and R1 + R2: other games get the same damping.
+            equal = critical_gamma(OBJECTIVES[self.objective], PENALTIES[self.penalty])
+            equal /= critical_gamma(OBJECTIVES["relativistic"], PENALTIES["r1r2"])
+            changed["gamma"] = (recipe.gamma[0] * equal, recipe.gamma[1] * equal)
+        changed |= {name: value for name in ("noise", "width") if (value := getattr(self, name)) is not None}
         return replace(recipe, **changed)
 
 
@@ -140,10 +165,10 @@ class InputError(ValueError):
 def check(config: Config) -> None:
     """Raise InputError or RegistryError before anything expensive begins."""
     given = {name: value for name, value in asdict(config).items() if value is not None}
-    for name, low in (("workers", 1), ("steps", 1), ("certify_samples", 1000), ("seed", 0)):
+    for name, low in (("workers", 1), ("steps", 1), ("certify_samples", 1000), ("seed", 0), ("packing", 1), ("unroll", 0), ("width", 1), ("noise", 0)):
         if given.get(name, low) < low:
             raise InputError(f"--{name.replace('_', '-')} is {given[name]}; it must be at least {low}")
-    for name in ("gamma", "learning_rate", "certify_seconds"):
+    for name in ("gamma", "learning_rate", "certify_seconds", "clip"):
         if not (math.isfinite(given.get(name, 1.0)) and given.get(name, 1.0) > 0):
             words = "; --penalty none switches the penalty off" if name == "gamma" else ""
             raise InputError(f"--{name.replace('_', '-')} is {given[name]}; it must be positive{words}")
@@ -153,6 +178,15 @@ def check(config: Config) -> None:
         raise InputError(f"--conditional needs labelled data, and {config.dataset} has none; use --dataset digits")
     if config.recipe.batch % config.workers:
         raise InputError(f"--workers is {config.workers}; it must divide the batch of {config.recipe.batch}")
+    if (config.recipe.batch // config.workers) % config.packing:
+        local = config.recipe.batch // config.workers
+        raise InputError(f"--packing is {config.packing}; it must divide the {local} samples of a worker's batch")
+    for reason in conflicts(config):
+        raise InputError(reason)
+    try:
+        family(config.network)
+    except ValueError as error:
+        raise InputError(f"--network: {error}") from None
     if config.device == "cuda" and torch.version.cuda is None:
         raise InputError(f"--device is cuda, but torch {torch.__version__} is built without CUDA; use --device cpu")
     registry = Registry(config.registry)
@@ -165,6 +199,35 @@ def check(config: Config) -> None:
     except OSError as error:
         words = f"--registry is {registry.root}, which cannot be written ({error.strerror}); choose a writable directory"
         raise InputError(words) from None
+
+
+def conflicts(config: Config) -> list[str]:
+    """Parts that cannot work together, one sentence each with the reason."""
+    objective, held = OBJECTIVES[config.objective], config.clip or config.spectral_norm or config.penalty != "none"
+    found = {
+        "--unroll with --clip: a clipped weight has no derivative, so the generator would look ahead at a critic that stands "
+        "still; use --penalty gradient in place of clipping": config.unroll and config.clip,
+        "--unroll with --spectral-norm: the singular vectors are estimated anew at each look, so there is no fixed critic to "
+        "differentiate; use --penalty r1r2": config.unroll and config.spectral_norm,
+        "--clip with --spectral-norm: the layers are divided by their norm after clipping, so the bound has no effect; choose "
+        "one of them": config.clip and config.spectral_norm,
+        "--packing with --conditional: one critic input would mix samples of different classes; use one of them": config.packing > 1
+        and config.conditional,
+        f"--objective {config.objective} with nothing that holds the critic back: its best loss is minus infinity; add --clip 0.01, "
+        "--penalty gradient or --spectral-norm": objective.optimal is None and not held,
+        f"--noise-schedule controlled with --objective {config.objective}: its divergence has no upper end to hold half of; use "
+        "--noise-schedule linear": config.noise_schedule == "controlled" and math.isinf(objective.largest),
+        f"--noise-schedule {config.noise_schedule} without noise: give the first standard deviation by --noise": config.noise_schedule
+        != "constant" and not config.recipe.noise,
+    }
+    return [reason for reason, applies in found.items() if applies]
+
+
+def check_shape(config: Config, dataset: Dataset) -> None:
+    """Raise InputError where a wish needs images and the data are vectors."""
+    wishes = {"--augment": config.augment, f"--network {config.network}": family(config.network).images_only}
+    for wish in (wish for wish, set_ in wishes.items() if set_ and not dataset.is_image):
+        raise InputError(f"{wish} needs images, and {dataset.name} has vectors of {dataset.dim} numbers")
 
 
 # The loop of one worker -------------------------------------------------------------------------------------------------------
@@ -208,13 +271,17 @@ def average_gradients(networks: tuple[torch.nn.Module, ...], world: int) -> None
         gradient.copy_(part.view_as(gradient))
 
 
-def build(config: Config, dataset: Dataset) -> tuple[SignGaussian, Generator, Critic]:
-    """The latent law and both networks; the same weights for the same seed in every process."""
+def build(config: Config, dataset: Dataset) -> tuple[SignGaussian, torch.nn.Module, torch.nn.Module]:
+    """The latent law, the generator and the critic; the same weights for the same seed in every process."""
     recipe, classes = config.recipe, len(dataset.classes) if config.conditional else 0
     torch.manual_seed(config.seed)
     latent = SignGaussian(recipe.signs, recipe.normals, recipe.scale)
-    generator = Generator(latent.dim, dataset.dim, width=recipe.width, classes=classes, bounded=dataset.is_image)
-    return latent, generator, Critic(dataset.dim, width=recipe.width, classes=classes, fourier=recipe.fourier)
+    how, nets = {"width": recipe.width, "classes": classes}, family(config.network)
+    generator = nets.generator(latent.dim, dataset.shape, bounded=dataset.is_image, **how)
+    critic = nets.critic(dataset.shape, packing=config.packing, fourier=recipe.fourier, **how)
+    if config.spectral_norm:
+        normalise_spectrally(critic)
+    return latent, generator, critic
 
 
 def adversarial_training(
@@ -225,7 +292,7 @@ def adversarial_training(
     world: int = 1,
     device: torch.device | str = "cpu",
     say: Callable[..., None] = lambda **_: None,
-) -> tuple[Generator, dict[str, float]]:
+) -> tuple[torch.nn.Module, dict[str, float]]:
     """Train worker `rank` of `world` to the end. Returns the averaged generator and the last losses; `say` hears of progress.
 
     Where world > 1 a process group must exist. Raises TrainingStopped, in every worker alike, where the numbers blow up.
@@ -237,12 +304,13 @@ def adversarial_training(
     data = torch.from_numpy(dataset.normalised()[: dataset.trained]).to(device)
     labels = torch.from_numpy(dataset.labels).to(device) if config.conditional else None
     optimisers = [torch.optim.Adam(n.parameters(), fused=True) for n in (generator, critic)]
-    gradients_of, objective = PENALTIES[config.penalty], OBJECTIVES[config.objective]
+    objective, penalty, gradients_of = OBJECTIVES[config.objective], PENALTIES[config.penalty], gradients_for(critic)
+    noise = InstanceNoise(recipe.noise, config.noise_schedule)
     rng = torch.Generator(device).manual_seed(config.seed * world + rank)
     local = recipe.batch // world
 
-    def blurred(x: torch.Tensor) -> torch.Tensor:
-        return x + recipe.noise * torch.randn(x.shape, generator=rng, device=device) if recipe.noise else x
+    def view(x: torch.Tensor) -> torch.Tensor:
+        return pack(noise(augment(x, dataset.shape, rng) if config.augment else x, rng), config.packing)
 
     for step in range(recipe.steps):
         progress = step / recipe.steps
@@ -252,15 +320,24 @@ def adversarial_training(
         z = torch.from_numpy(latent.sample(seed=config.seed, offset=step * recipe.batch + first, count=local)).to(device)
         real, y = data[pick], None if labels is None else labels[pick]
         fake = generator(z, y)
-        seen = gradients_of(critic, objective, blurred(real), blurred(fake.detach()), y, decayed(recipe.gamma, progress))
+        real, shown = view(real), view(fake)
+        between = penalty.points_between(real, shown.detach(), rng)
+        seen = gradients_of(critic, objective, penalty, real, shown.detach(), between, y, decayed(recipe.gamma, progress))
+        pull = seen.by_fake
+        if config.unroll:
+            pull = unrolled_pull(critic, objective, real, shown, y, steps=config.unroll)
         generator.zero_grad(set_to_none=True)
-        fake.backward(seen.by_fake)
+        shown.backward(pull)
         average_gradients((generator, critic), world)
         for optimiser in optimisers:
             group = optimiser.param_groups[0]
             group["lr"] = decayed(recipe.learning_rate, progress)
             group["betas"] = (0.0, 0.9 + 0.09 * min(1.0, progress / 0.2))
             optimiser.step()
+        if config.clip:
+            clip_weights(critic, config.clip)
+        if config.noise_schedule != "constant":
+            noise.update(progress, objective.estimate(float(seen.critic_loss)) / objective.largest)
 
         # The served weights are a running mean with a half-life of a twentieth of the run so far (Karras et al. 2024).
         keep = 0.5 ** (1 / max(1.0, 0.05 * step))
@@ -376,6 +453,7 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
 
     torch.set_num_threads(1)
     dataset = DATASETS[config.dataset]()
+    check_shape(config, dataset)
     with ThreadPoolExecutor(1) as beside:  # this process only waits while the workers train
         eye = beside.submit(fit_eye, dataset, seed=config.seed)
         weights, metrics = train(config, run, use_gpu)
