@@ -9,8 +9,11 @@ import numpy as np
 from jaxtyping import Float, Float32, Float64, Int64
 from numpy import ndarray
 from scipy.spatial import cKDTree
+from scipy.stats import chi2
 
 from training.data import Mixture
+
+PERFECT = chi2.cdf(9, 2)  # 98.89 %: what a perfect sampler has within 3 sigma in the plane
 
 
 def divergences(real: Float64[ndarray, "k"], generated: Float64[ndarray, "k"]) -> dict[str, float]:
@@ -63,19 +66,19 @@ def prdc(real: Float32[ndarray, "n d"], fake: Float32[ndarray, "m d"], k: int = 
 
 
 def mixture_fit(mixture: Mixture, samples: Float[ndarray, "n d"]) -> dict[str, float]:
-    """How well samples follow a known mixture in the plane. A perfect sampler has high_quality 0.9889 and spread 0.974, not more.
+    """How well samples follow a known mixture. A perfect sampler has high_quality 0.9889, not more; in the plane spread 0.974.
 
-    high_quality: share within 3 sigma of a centre. modes: centres with at least one such sample nearest to them.
+    high_quality: share in the balls around centres that hold as much of a Gaussian as 3 sigma do in the plane.
+    modes: centres with at least one such sample nearest to them.
     reverse_kl: from the uniform law over centres, of high-quality samples (NaN where there are none).
-    spread: standard deviation of high-quality samples around their centre, per coordinate, in sigmas.
+    spread: standard deviation of high-quality samples around their centre, per dimension of the Gaussian, in sigmas.
     """
     distance, nearest = cKDTree(mixture.centres).query(samples)
-    good = distance < 3 * mixture.sigma
+    good = distance < mixture.sigma * np.sqrt(chi2.ppf(PERFECT, mixture.rank))
     count: Int64[ndarray, "k"] = np.bincount(nearest[good], minlength=len(mixture.centres))
-    kept, centres = samples[good], mixture.centres[nearest[good]]
     return {
         "high_quality": float(good.mean()),
         "modes": int(np.count_nonzero(count)),
         "reverse_kl": _kl(count / count.sum(), np.full(len(count), 1 / len(count))) if good.any() else float("nan"),
-        "spread": float(np.sqrt(np.mean((kept - centres) ** 2)) / mixture.sigma) if good.any() else float("nan"),
+        "spread": float(np.sqrt(np.mean(distance[good] ** 2) / mixture.rank) / mixture.sigma) if good.any() else float("nan"),
     }

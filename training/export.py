@@ -45,6 +45,7 @@ LEVELS = 0.5 ** np.arange(1, 17)
 GOLDEN = 64
 LIBRARIES = ("torch", "onnx", "onnxruntime-gpu", "numpy", "scikit-learn", "ray")
 REFERENCE_POINTS = 10_000
+PRDC_POINTS = 3_000
 ARL = 2.6e9  # samples to a false alarm for which expected delays are stated
 UNWATCHED = 1e5  # a mode whose loss takes longer to see is listed, never called fine
 
@@ -221,9 +222,11 @@ def _repeats(samples: ndarray) -> tuple[int, int]:
 
 def describe_reals(dataset: Dataset, features: onnxruntime.InferenceSession, *, keep_points: bool) -> Reference:
     """The real data through the exported eye. Mode shares come from all data, the off-manifold share from the held-out part."""
-    points, mode, probability = features.run(["features", "mode", "probability"], {"x": dataset.samples})
+    parts = [dataset.samples[i : i + CERTIFY_CHUNK] for i in range(0, len(dataset.samples), CERTIFY_CHUNK)]
+    seen = [features.run(["features", "mode", "probability"], {"x": part}) for part in parts]
+    points, mode, nearest = (np.concatenate(column) for column in zip(*((f, m, p.argmax(axis=1)) for f, m, p in seen), strict=True))
     off = float(np.mean(mode[dataset.trained :] < 0))
-    share = np.bincount(probability.argmax(axis=1), minlength=dataset.cells) / len(mode)
+    share = np.bincount(nearest, minlength=dataset.cells) / len(mode)
     rng = np.random.default_rng(0)
     kept = REFERENCE_POINTS if keep_points else 0
     train, held_out = (rng.permutation(part)[:kept] for part in np.split(points, [dataset.trained]))
@@ -309,7 +312,7 @@ def figures(
     if dataset.mixture is not None:
         found |= {f"mixture_{name}": value for name, value in mixture_fit(dataset.mixture, samples).items()}
     else:
-        real = dataset.normalised()[: dataset.trained]
+        real = dataset.normalised(slice(min(dataset.trained, PRDC_POINTS)))
         fake = (samples[: len(real)].reshape(-1, dataset.dim) - dataset.shift) / dataset.scale
         found |= {f"prdc_{name}": value for name, value in prdc(real, fake).items()}
     return _finite(found)

@@ -45,7 +45,7 @@ from rich.console import Console
 from rich.table import Table
 
 from training.bundle import Bundle, SignGaussian
-from training.data import DATASETS, Dataset
+from training.data import DATASETS, ON_DISK, DataError, Dataset
 from training.export import ExportError, open_source, write_bundle
 from training.features import fit_eye
 from training.gate import QualityRefused, publish
@@ -53,6 +53,7 @@ from training.networks import family
 from training.objectives import OBJECTIVES
 from training.penalties import PENALTIES, clip_weights, critical_gamma, gradients_for, normalise_spectrally, unrolled_pull
 from training.registry import Registry, RegistryError, ganwatch_home
+from training.sources import find, label, open_dataset
 from training.views import InstanceNoise, augment, pack
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where `ray job submit` runs the script
@@ -75,15 +76,30 @@ class Recipe:
 
 
 PLANE = Recipe(5000, 10, 2, 1.0, 128, 32, (4e-3, 1.2e-5), (1.0, 1e-4), 0.0)
-RECIPES = {"ring": PLANE, "grid": PLANE, "digits": Recipe(8000, 48, 16, 0.5, 256, 0, (2e-3, 2e-5), (1.0, 0.1), 0.02)}
+IMAGES = Recipe(8000, 48, 16, 0.5, 256, 0, (2e-3, 2e-5), (1.0, 0.1), 0.02)
+RECIPES = {
+    "ring": PLANE,
+    "grid": PLANE,
+    "mixture1200": Recipe(5000, 10, 16, 1.0, 512, 0, (2e-3, 2e-5), (1.0, 0.1), 0.0),
+    "digits": IMAGES,
+    "stacked-digits": replace(IMAGES, steps=34_000, signs=72, width=384),
+    "mnist": replace(IMAGES, steps=12_000, width=512),
+    "fashion-mnist": replace(IMAGES, steps=12_000, width=512),
+}
 
 
 @dataclass(frozen=True)
 class Config:
     """Train a GAN, certify it, publish it. Exit status: 0 published, 1 failed or refused, 2 bad input."""
 
-    dataset: Literal["ring", "grid", "digits"] = "digits"
-    """Real data: 8 Gaussians on a ring, 25 on a grid, or scikit-learn's 1,797 handwritten digits."""
+    dataset: str = "digits"
+    """Real data: ring, grid, mixture1200, digits, stacked-digits, mnist, fashion-mnist, or a path or URI: npz, npy, parquet, images."""
+    data: str | None = None
+    """Where the files of mnist or fashion-mnist lie: a directory of IDX files, or an npz."""
+    skip_bad_files: bool = False
+    """Leave out files that cannot be used, naming each; by default they end the run."""
+    like: str | None = None
+    """The built-in data set whose recipe to use; by default its own. Other images take that of digits, vectors that of grid."""
     model: str | None = None
     """Name of the model in the registry; by default that of the data set."""
     registry: str | None = None
@@ -95,9 +111,9 @@ class Config:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where the networks are trained; auto takes CUDA where Ray has a GPU for each worker."""
     conditional: bool = False
-    """Train G(z, y) and D(x, y) on the labels, so that requests may name a class (digits only)."""
+    """Train G(z, y) and D(x, y) on the labels, so that requests may name a class."""
     steps: int | None = None
-    """Updates of each network; by default the data set's recipe (5,000 in the plane, 8,000 for digits)."""
+    """Updates of each network; by default those of the recipe (5,000 in the plane, 8,000 for digits)."""
     objective: Literal[
         "relativistic", "minimax", "non_saturating", "least_squares", "least_squares_pearson", "wasserstein", "hinge",
         "f_kl", "f_reverse_kl", "f_pearson", "f_neyman", "f_hellinger", "f_js", "f_total_variation",
@@ -138,8 +154,8 @@ class Config:
 
     @property
     def recipe(self) -> Recipe:
-        """The data set's recipe with what the user changed."""
-        recipe = RECIPES[self.dataset]
+        """The data set's recipe with what the user changed. Data that were not yet read count as images."""
+        recipe = RECIPES.get(self.like or self.dataset, IMAGES)
         changed: dict[str, Any] = {} if self.steps is None else {"steps": self.steps}
         for name in ("gamma", "learning_rate"):
             if (first := getattr(self, name)) is not None:
@@ -163,7 +179,7 @@ class InputError(ValueError):
 
 
 def check(config: Config) -> None:
-    """Raise InputError or RegistryError before anything expensive begins."""
+    """Raise InputError, DataError or RegistryError before anything expensive begins."""
     given = {name: value for name, value in asdict(config).items() if value is not None}
     for name, low in (("workers", 1), ("steps", 1), ("certify_samples", 1000), ("seed", 0), ("packing", 1), ("unroll", 0), ("width", 1), ("noise", 0)):
         if given.get(name, low) < low:
@@ -174,8 +190,14 @@ def check(config: Config) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {given[name]}; it must be positive{words}")
     if config.seed >= 2**32:
         raise InputError(f"--seed is {config.seed}; it must lie below 2^32")
-    if config.conditional and config.dataset != "digits":
-        raise InputError(f"--conditional needs labelled data, and {config.dataset} has none; use --dataset digits")
+    if config.like is not None and config.like not in RECIPES:
+        raise InputError(f"--like is {config.like}; recipes are those of {', '.join(RECIPES)}")
+    if config.data is not None and config.dataset not in ON_DISK:
+        raise InputError(f"--data is for {' and '.join(ON_DISK)}; data of your own are named by --dataset PATH")
+    if config.dataset in ON_DISK:
+        open_dataset(config.dataset, data=config.data, cache=Path())
+    elif config.dataset not in DATASETS:
+        find(config.dataset)
     if config.recipe.batch % config.workers:
         raise InputError(f"--workers is {config.workers}; it must divide the batch of {config.recipe.batch}")
     if (config.recipe.batch // config.workers) % config.packing:
@@ -190,7 +212,7 @@ def check(config: Config) -> None:
     if config.device == "cuda" and torch.version.cuda is None:
         raise InputError(f"--device is cuda, but torch {torch.__version__} is built without CUDA; use --device cpu")
     registry = Registry(config.registry)
-    model = config.model or config.dataset
+    model = config.model or label(config.dataset)
     try:
         with registry.staging(model):
             pass
@@ -199,6 +221,14 @@ def check(config: Config) -> None:
     except OSError as error:
         words = f"--registry is {registry.root}, which cannot be written ({error.strerror}); choose a writable directory"
         raise InputError(words) from None
+
+
+def open_data(config: Config, run: Path) -> Dataset:
+    """The data to train on; the user's own are read into the run's directory once. Raises DataError."""
+    dataset = open_dataset(config.dataset, data=config.data, cache=run / "data", skip_bad_files=config.skip_bad_files)
+    if config.conditional and dataset.labels is None:
+        raise DataError(f"--conditional needs labelled data, and {config.dataset} has no labels")
+    return dataset
 
 
 def conflicts(config: Config) -> list[str]:
@@ -301,7 +331,6 @@ def adversarial_training(
     latent, generator, critic = build(config, dataset)
     generator, critic = generator.to(device), critic.to(device)
     average = copy.deepcopy(generator)
-    data = torch.from_numpy(dataset.normalised()[: dataset.trained]).to(device)
     labels = torch.from_numpy(dataset.labels).to(device) if config.conditional else None
     optimisers = [torch.optim.Adam(n.parameters(), fused=True) for n in (generator, critic)]
     objective, penalty, gradients_of = OBJECTIVES[config.objective], PENALTIES[config.penalty], gradients_for(critic)
@@ -316,9 +345,9 @@ def adversarial_training(
         progress = step / recipe.steps
         # Each worker takes its part of one global batch, so that without noise the number of workers changes only the rounding.
         first = rank * local
-        pick = np.random.default_rng((config.seed, step)).integers(len(data), size=recipe.batch)[first : first + local]
+        pick = np.random.default_rng((config.seed, step)).integers(dataset.trained, size=recipe.batch)[first : first + local]
         z = torch.from_numpy(latent.sample(seed=config.seed, offset=step * recipe.batch + first, count=local)).to(device)
-        real, y = data[pick], None if labels is None else labels[pick]
+        real, y = torch.from_numpy(dataset.normalised(pick)).to(device), None if labels is None else labels[pick]
         fake = generator(z, y)
         real, shown = view(real), view(fake)
         between = penalty.points_between(real, shown.detach(), rng)
@@ -373,7 +402,7 @@ def train_worker(job: dict[str, Any]) -> None:
             print(f"step {step:>6}/{steps}  {words}  {left:4.0f} s left", flush=True)
 
     try:
-        dataset = DATASETS[config.dataset]()
+        dataset = open_data(config, Path(job["run"]))
         world = context.get_world_size()
         generator, losses = adversarial_training(config, dataset, rank=rank, world=world, device=device, say=say)
     except TrainingStopped as stopped:
@@ -452,7 +481,9 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     journal.done("ray")
 
     torch.set_num_threads(1)
-    dataset = DATASETS[config.dataset]()
+    dataset = open_data(config, run)
+    if config.dataset not in DATASETS and config.like is None:
+        config = replace(config, like="digits" if dataset.is_image else "grid")
     check_shape(config, dataset)
     with ThreadPoolExecutor(1) as beside:  # this process only waits while the workers train
         eye = beside.submit(fit_eye, dataset, seed=config.seed)
@@ -473,7 +504,7 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     generator.load_state_dict(weights)
     card = write_bundle(
         run / "bundle",
-        model=config.model or config.dataset,
+        model=config.model or label(config.dataset),
         dataset=dataset,
         generator=generator,
         latent=latent,
@@ -502,9 +533,9 @@ def main() -> None:
     config, begin = tyro.cli(Config, description=__doc__), time.monotonic()
     try:
         check(config)
-    except (InputError, RegistryError) as error:
+    except (InputError, DataError, RegistryError) as error:
         _end(f"error: {error}", status=2)
-    root, model = Registry(config.registry).root, config.model or config.dataset
+    root, model = Registry(config.registry).root, config.model or label(config.dataset)
     run = ganwatch_home() / "runs" / f"{time.strftime('%Y%m%dT%H%M%S')}-{model}-{uuid.uuid4().hex[:6]}"
     (run / "bundle").mkdir(parents=True)
     print(f"run      {run}", flush=True)
@@ -514,12 +545,12 @@ def main() -> None:
     journal = Journal(run)
     try:
         bundle = execute(config, run, journal)
-    except (InputError, TrainingStopped, ExportError, QualityRefused) as failure:
+    except (InputError, DataError, TrainingStopped, ExportError, QualityRefused) as failure:
         journal.write("failed", reason=str(failure))
         words = f"not published: {failure}"
         if isinstance(failure, QualityRefused):
             words = f"not published, the quality gate objects:\n{failure}\nto publish it all the same: {failure.remedy}"
-        _end(words, status=2 if isinstance(failure, InputError) else 1)
+        _end(words, status=2 if isinstance(failure, (InputError, DataError)) else 1)
     print(f"published {model} {bundle.card.version} at {bundle.path.resolve()} after {time.monotonic() - begin:.0f} s")
 
 

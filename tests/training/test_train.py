@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from training.bundle import open_bundle
-from training.data import DATASETS
+from training.data import DATASETS, DataError
 from training.registry import Registry
-from training.train import Config, InputError, TrainingStopped, adversarial_training, check, decayed
+from training.train import Config, InputError, TrainingStopped, adversarial_training, check, decayed, open_data
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,14 +92,23 @@ def test_a_collapse_is_refused_with_the_command_that_would_publish_it(tmp_path):
         ({"gamma": -1.0}, "--gamma is -1.0; it must be positive"),
         ({"learning_rate": float("nan")}, "--learning-rate is nan; it must be positive"),
         ({"registry": "/dev/null/registry"}, "--registry is /dev/null/registry, which cannot be written"),
-        ({"conditional": True, "dataset": "ring"}, "needs labelled data, and ring has none"),
+        ({"dataset": "rong"}, "--dataset is rong, neither a path that exists nor built in; did you mean ring"),
+        ({"dataset": str(Path(__file__).parent)}, "where no file ends in .npz, .npy"),
+        ({"dataset": "mnist", "data": "/nowhere"}, "there is nothing at /nowhere"),
+        ({"data": "/nowhere"}, "--data is for mnist and fashion-mnist"),
+        ({"like": "rong"}, "--like is rong; recipes are those of ring, grid"),
         pytest.param({"device": "cuda"}, "--device is cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")),
     ],
 )
 def test_wishes_that_cannot_be_granted_are_explained(tmp_path, wish, words):
-    with pytest.raises(InputError, match=words):
+    with pytest.raises((InputError, DataError), match=words):
         check(Config(**{"registry": str(tmp_path)} | wish))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_are_needed_for_a_conditional_generator(tmp_path):
+    with pytest.raises(DataError, match="--conditional needs labelled data, and ring has no labels"):
+        open_data(Config(dataset="ring", conditional=True), tmp_path)
 
 
 def test_checking_leaves_no_trace_in_the_registry(tmp_path):
@@ -110,7 +119,7 @@ def test_checking_leaves_no_trace_in_the_registry(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [("--dataset rong", "Expected one of"), ("--stepz 5", "--steps"), ("--steps 0", "error: --steps is 0"), ("--model ../x", "error: model name")],
+    [("--dataset rong", "did you mean ring"), ("--stepz 5", "--steps"), ("--steps 0", "error: --steps is 0"), ("--model ../x", "error: model name")],
 )
 def test_bad_flags_end_with_status_2_and_no_traceback(tmp_path, flags, words):
     done = train(tmp_path, *flags.split())
