@@ -46,6 +46,7 @@ from rich.table import Table
 
 from training.bundle import Bundle, SignGaussian
 from training.data import DATASETS, ON_DISK, DataError, Dataset
+from training.diagnostics import Diagnosis, Look
 from training.export import ExportError, open_source, write_bundle
 from training.features import fit_eye
 from training.gate import QualityRefused, publish
@@ -143,6 +144,8 @@ class Config:
     """Units of a hidden layer, or channels at the coarsest size of an image; by default the recipe's."""
     learning_rate: float | None = None
     """First learning rate of both networks, in place of the recipe's; it falls by the same factor."""
+    stop_on_alarm: bool = False
+    """End the run when diagnostics say that it fails; by default it goes on, and is refused if it ends that way."""
     certify_samples: int = 1_000_000
     """Fresh samples to certify with, as far as certify_seconds allow (never fewer than the smaller of this and 200,000)."""
     certify_seconds: float = 10.0
@@ -263,6 +266,9 @@ def check_shape(config: Config, dataset: Dataset) -> None:
 # The loop of one worker -------------------------------------------------------------------------------------------------------
 
 
+SAID = ("critic_loss", "generator_loss", "penalty", "divergence", "accuracy", "mode_coverage")  # on the terminal
+
+
 class Journal:
     """What a run says: JSON lines in `<run>/status.jsonl` for programs, and a line per ended stage for people."""
 
@@ -322,10 +328,12 @@ def adversarial_training(
     world: int = 1,
     device: torch.device | str = "cpu",
     say: Callable[..., None] = lambda **_: None,
-) -> tuple[torch.nn.Module, dict[str, float]]:
-    """Train worker `rank` of `world` to the end. Returns the averaged generator and the last losses; `say` hears of progress.
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Train worker `rank` of `world` to the end. Returns the averaged generator, and the last losses and figures of diagnostics
+    with the reasons not to publish (`failing`); `say` hears of progress.
 
-    Where world > 1 a process group must exist. Raises TrainingStopped, in every worker alike, where the numbers blow up.
+    Where world > 1 a process group must exist. Raises TrainingStopped, in every worker alike, where the numbers blow up,
+    or with stop_on_alarm where an alarm says why this cannot end well.
     """
     recipe = config.recipe
     latent, generator, critic = build(config, dataset)
@@ -335,6 +343,8 @@ def adversarial_training(
     optimisers = [torch.optim.Adam(n.parameters(), fused=True) for n in (generator, critic)]
     objective, penalty, gradients_of = OBJECTIVES[config.objective], PENALTIES[config.penalty], gradients_for(critic)
     noise = InstanceNoise(recipe.noise, config.noise_schedule)
+    look = Look(dataset, latent, objective, conditional=config.conditional, packing=config.packing, seed=config.seed)
+    diagnosis, every = Diagnosis(), max(50, recipe.steps // 100)
     rng = torch.Generator(device).manual_seed(config.seed * world + rank)
     local = recipe.batch // world
 
@@ -374,14 +384,19 @@ def adversarial_training(
             for mean, now in zip(average.parameters(), generator.parameters(), strict=True):
                 mean.lerp_(now, 1 - keep)
 
-        if step % 50 == 49 or step + 1 == recipe.steps:
+        if (step + 1) % every == 0 or step + 1 == recipe.steps:
             # Gradients are averaged, so a number that is not finite reaches every worker in the same step.
             if not all(bool(p.isfinite().all()) for n in (generator, critic) for p in n.parameters()):
                 rate = f"lower --learning-rate (now {recipe.learning_rate[0]:g})"
                 raise TrainingStopped(f"the weights are no longer finite at step {step + 1} of {recipe.steps}; {rate}")
             losses = {name: float(getattr(seen, name)) for name in ("critic_loss", "generator_loss", "penalty")}
-            say(step=step + 1, steps=recipe.steps, **losses)
-    return average.cpu(), losses
+            figures = look(generator, critic)  # the same in every worker
+            diagnosis.update(figures, progress=progress)
+            say(step=step + 1, steps=recipe.steps, alarms=dict(diagnosis.words), **losses, **figures)
+            if config.stop_on_alarm and diagnosis.failing:
+                raise TrainingStopped(f"stopped at step {step + 1} of {recipe.steps}: {'; '.join(diagnosis.failing)}")
+    last = {name: value if math.isfinite(value) else None for name, value in (losses | figures).items()}
+    return average.cpu(), last | {"failing": diagnosis.failing}
 
 
 def train_worker(job: dict[str, Any]) -> None:
@@ -392,14 +407,22 @@ def train_worker(job: dict[str, Any]) -> None:
     config, journal = Config(**job["config"]), Journal(Path(job["run"]))
     begin = said = time.monotonic()
 
-    def say(step: int, steps: int, **losses: float) -> None:
-        nonlocal said
+    up: dict[str, str] = {}
+
+    def say(step: int, steps: int, alarms: dict[str, str], **figures: float) -> None:
+        nonlocal said, up
         now = time.monotonic()
-        if rank == 0 and (now - said > 2.0 or step == steps):
+        if rank == 0 and (now - said > 2.0 or step == steps or alarms.keys() != up.keys()):
             said, left = now, (now - begin) / step * (steps - step)
-            journal.write("train", step=step, steps=steps, seconds_left=left, **losses)
-            words = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+            finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+            journal.write("train", step=step, steps=steps, seconds_left=left, alarms=alarms, **finite)
+            words = "  ".join(f"{name} {figures[name]:.4f}" for name in SAID)
             print(f"step {step:>6}/{steps}  {words}  {left:4.0f} s left", flush=True)
+            for name in alarms.keys() - up.keys():
+                print(f"alarm {name}: {alarms[name]}", flush=True)
+            for name in up.keys() - alarms.keys():
+                print(f"over  {name}", flush=True)
+            up = alarms
 
     try:
         dataset = open_data(config, Path(job["run"]))
@@ -509,7 +532,7 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
         generator=generator,
         latent=latent,
         sight=sight,
-        training={"config": asdict(config), "recipe": asdict(config.recipe), "metrics": metrics},
+        training={"config": asdict(config), "recipe": asdict(config.recipe), "metrics": metrics, "failing": metrics["failing"]},
         certify_samples=config.certify_samples,
         certify_seconds=config.certify_seconds,
         keep_points=config.reference_points,
@@ -522,6 +545,12 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     for name, value in card.certified.items():
         if isinstance(value, float | int):
             table.add_row(name, f"{value:.4g}")
+    table.add_section()
+    for name, value in metrics.items():
+        if isinstance(value, float | int):
+            table.add_row(f"at the last step: {name}", f"{value:.4g}")
+    for reason in metrics["failing"]:
+        table.add_row("alarm", reason)
     Console().print(table)
 
     bundle = publish(run / "bundle", Registry(config.registry), force=config.force)
