@@ -14,6 +14,8 @@ import copy
 import json
 import math
 import os
+import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -21,7 +23,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -39,12 +41,14 @@ import ray.train
 import torch
 import tyro
 from PIL import Image
-from ray.train import Checkpoint, LoggingConfig, RunConfig, ScalingConfig
+from ray.exceptions import RayActorError
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 from rich.table import Table
 
 from training.bundle import Bundle, SignGaussian
+from training.checkpoints import CheckpointError, State, read_state, refuse_other
 from training.data import DATASETS, ON_DISK, DataError, Dataset
 from training.diagnostics import Diagnosis, Look
 from training.export import ExportError, open_source, write_bundle
@@ -91,7 +95,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Config:
-    """Train a GAN, certify it, publish it. Exit status: 0 published, 1 failed or refused, 2 bad input."""
+    """Train a GAN, certify it, publish it. Exit status: 0 published, 1 failed or refused, 2 bad input, 130 interrupted."""
 
     dataset: str = "digits"
     """Real data: ring, grid, mixture1200, digits, stacked-digits, mnist, fashion-mnist, or a path or URI: npz, npy, parquet, images."""
@@ -109,6 +113,14 @@ class Config:
     """Fixes initial weights, batches and latents. The certificate always draws a seed of its own."""
     workers: int = 1
     """Ray Train workers, one CPU or one GPU each; the batch is split over them."""
+    min_workers: int | None = None
+    """Go on with as few as this while the cluster lacks workers, and take more as they come; by default all are waited for."""
+    max_failures: int = 3
+    """Workers that may die before the run does; training then goes on from the last checkpoint."""
+    checkpoint_seconds: float = 10.0
+    """Time between checkpoints: what a killed worker costs, at most."""
+    resume: str | None = None
+    """Directory of an interrupted run to go on with, in its own settings."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where the networks are trained; auto takes CUDA where Ray has a GPU for each worker."""
     conditional: bool = False
@@ -173,6 +185,12 @@ class Config:
         return replace(recipe, **changed)
 
 
+MAY_CHANGE = (  # from one part of a run to the next
+    "model", "registry", "workers", "min_workers", "max_failures", "checkpoint_seconds", "resume", "device", "skip_bad_files",
+    "certify_samples", "certify_seconds", "reference_points", "force",
+)  # fmt: skip
+
+
 class TrainingStopped(RuntimeError):
     """Training ended without a usable generator. The text says why."""
 
@@ -184,10 +202,10 @@ class InputError(ValueError):
 def check(config: Config) -> None:
     """Raise InputError, DataError or RegistryError before anything expensive begins."""
     given = {name: value for name, value in asdict(config).items() if value is not None}
-    for name, low in (("workers", 1), ("steps", 1), ("certify_samples", 1000), ("seed", 0), ("packing", 1), ("unroll", 0), ("width", 1), ("noise", 0)):
+    for name, low in (("workers", 1), ("min_workers", 1), ("max_failures", 0), ("steps", 1), ("certify_samples", 1000), ("seed", 0), ("packing", 1), ("unroll", 0), ("width", 1), ("noise", 0)):
         if given.get(name, low) < low:
             raise InputError(f"--{name.replace('_', '-')} is {given[name]}; it must be at least {low}")
-    for name in ("gamma", "learning_rate", "certify_seconds", "clip"):
+    for name in ("gamma", "learning_rate", "certify_seconds", "clip", "checkpoint_seconds"):
         if not (math.isfinite(given.get(name, 1.0)) and given.get(name, 1.0) > 0):
             words = "; --penalty none switches the penalty off" if name == "gamma" else ""
             raise InputError(f"--{name.replace('_', '-')} is {given[name]}; it must be positive{words}")
@@ -201,8 +219,13 @@ def check(config: Config) -> None:
         open_dataset(config.dataset, data=config.data, cache=Path())
     elif config.dataset not in DATASETS:
         find(config.dataset)
-    if config.recipe.batch % config.workers:
-        raise InputError(f"--workers is {config.workers}; it must divide the batch of {config.recipe.batch}")
+    fewest = config.workers if config.min_workers is None else config.min_workers
+    if fewest > config.workers:
+        raise InputError(f"--min-workers is {fewest}; it must not exceed --workers, {config.workers}")
+    for workers in range(fewest, config.workers + 1):
+        if config.recipe.batch % workers:
+            words = f"--workers is {workers}" if fewest == config.workers else f"--min-workers is {fewest}, so there may be {workers} workers"
+            raise InputError(f"{words}; it must divide the batch of {config.recipe.batch}")
     if (config.recipe.batch // config.workers) % config.packing:
         local = config.recipe.batch // config.workers
         raise InputError(f"--packing is {config.packing}; it must divide the {local} samples of a worker's batch")
@@ -328,10 +351,14 @@ def adversarial_training(
     world: int = 1,
     device: torch.device | str = "cpu",
     say: Callable[..., None] = lambda **_: None,
+    save: Callable[[State, int, dict[str, Any]], None] = lambda *_: None,
+    resume: Path | None = None,
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
     """Train worker `rank` of `world` to the end. Returns the averaged generator, and the last losses and figures of diagnostics
     with the reasons not to publish (`failing`); `say` hears of progress.
 
+    `save` gets the state, the step and what would be returned a hundred times a run, to keep it in a directory, from which
+    `resume` goes on.
     Where world > 1 a process group must exist. Raises TrainingStopped, in every worker alike, where the numbers blow up,
     or with stop_on_alarm where an alarm says why this cannot end well.
     """
@@ -347,11 +374,13 @@ def adversarial_training(
     diagnosis, every = Diagnosis(), max(50, recipe.steps // 100)
     rng = torch.Generator(device).manual_seed(config.seed * world + rank)
     local = recipe.batch // world
+    state = State(generator, critic, average, optimisers, noise, diagnosis, rng)
+    done, last = state.load(resume, rank=rank, world=world) if resume else (0, {})
 
     def view(x: torch.Tensor) -> torch.Tensor:
         return pack(noise(augment(x, dataset.shape, rng) if config.augment else x, rng), config.packing)
 
-    for step in range(recipe.steps):
+    for step in range(done, recipe.steps):
         progress = step / recipe.steps
         # Each worker takes its part of one global batch, so that without noise the number of workers changes only the rounding.
         first = rank * local
@@ -395,8 +424,10 @@ def adversarial_training(
             say(step=step + 1, steps=recipe.steps, alarms=dict(diagnosis.words), **losses, **figures)
             if config.stop_on_alarm and diagnosis.failing:
                 raise TrainingStopped(f"stopped at step {step + 1} of {recipe.steps}: {'; '.join(diagnosis.failing)}")
-    last = {name: value if math.isfinite(value) else None for name, value in (losses | figures).items()}
-    return average.cpu(), last | {"failing": diagnosis.failing}
+            last = {name: value if math.isfinite(value) else None for name, value in (losses | figures).items()}
+            last["failing"] = diagnosis.failing
+            save(state, step + 1, last)
+    return average.cpu(), last
 
 
 def train_worker(job: dict[str, Any]) -> None:
@@ -405,15 +436,18 @@ def train_worker(job: dict[str, Any]) -> None:
     rank, device = context.get_world_rank(), ray.train.torch.get_device()
     torch.set_num_threads(1)
     config, journal = Config(**job["config"]), Journal(Path(job["run"]))
-    begin = said = time.monotonic()
-
+    world = context.get_world_size()
+    begin = said = kept = time.monotonic()
+    first = 0  # step at which progress was first heard of
     up: dict[str, str] = {}
 
     def say(step: int, steps: int, alarms: dict[str, str], **figures: float) -> None:
-        nonlocal said, up
+        nonlocal begin, first, said, up
         now = time.monotonic()
+        if not first:
+            begin, first = now, step
         if rank == 0 and (now - said > 2.0 or step == steps or alarms.keys() != up.keys()):
-            said, left = now, (now - begin) / step * (steps - step)
+            said, left = now, (now - begin) / max(1, step - first) * (steps - step)
             finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
             journal.write("train", step=step, steps=steps, seconds_left=left, alarms=alarms, **finite)
             words = "  ".join(f"{name} {figures[name]:.4f}" for name in SAID)
@@ -424,17 +458,28 @@ def train_worker(job: dict[str, Any]) -> None:
                 print(f"over  {name}", flush=True)
             up = alarms
 
+    def save(state: State, step: int, metrics: dict[str, Any]) -> None:
+        nonlocal kept
+        due = torch.tensor(step == config.recipe.steps or time.monotonic() - kept > config.checkpoint_seconds, device=device)
+        if world > 1:
+            torch.distributed.broadcast(due, 0)  # reporting is a barrier: all do it, or none
+        if due:
+            with tempfile.TemporaryDirectory() as directory:
+                state.save(Path(directory), step, metrics, rank=rank, world=world)
+                saved, clock = Checkpoint.from_directory(directory), {"loop_seconds": time.monotonic() - begin, "device": str(device)}
+                ray.train.report(metrics | clock, checkpoint=saved, checkpoint_dir_name=f"step-{step:07}")
+            kept = time.monotonic()
+
+    found = ray.train.get_checkpoint()
     try:
         dataset = open_data(config, Path(job["run"]))
-        world = context.get_world_size()
-        generator, losses = adversarial_training(config, dataset, rank=rank, world=world, device=device, say=say)
+        with found.as_directory() if found else nullcontext() as directory:
+            resume = Path(directory) if directory else None
+            if resume and rank == 0:
+                print(f"goes on from {resume.name}", flush=True)
+            adversarial_training(config, dataset, rank=rank, world=world, device=device, say=say, save=save, resume=resume)
     except TrainingStopped as stopped:
         ray.train.report({"stopped": str(stopped)})
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        torch.save(generator.state_dict(), Path(directory) / "generator.pt")
-        checkpoint = Checkpoint.from_directory(directory) if rank == 0 else None
-        ray.train.report({"loop_seconds": time.monotonic() - begin, "device": str(device), **losses}, checkpoint=checkpoint)
 
 
 # The run ----------------------------------------------------------------------------------------------------------------------
@@ -470,19 +515,38 @@ def start_ray(config: Config) -> bool:
 
 
 def train(config: Config, run: Path, use_gpu: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The averaged generator's weights and the last metrics. Raises TrainingStopped where the loop did."""
+    """The averaged generator's weights and the last metrics, from the last checkpoint of this run on where there is one.
+
+    Raises TrainingStopped where the loop did or the workers died too often, KeyboardInterrupt on Ctrl-C.
+    """
+    workers = config.workers if config.min_workers is None else (config.min_workers, config.workers)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": asdict(config), "run": str(run)},
-        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=use_gpu),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        run_config=RunConfig(name="ray", storage_path=str(run), logging_config=LoggingConfig(log_level="WARNING")),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(run),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
     )
-    result = trainer.fit()
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        died = getattr(error, "worker_failures", {}) or {0: error}
+        words = "; ".join(f"worker {rank}: {(str(why).strip() or repr(why)).splitlines()[-1]}" for rank, why in died.items())
+        raise TrainingStopped(f"workers died more than {config.max_failures} times, the last time {words}") from None
+    except (SystemExit, RayActorError):  # how Ray's own handler of Ctrl-C ends
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "stopped" in result.metrics:
         raise TrainingStopped(result.metrics["stopped"])
     with result.checkpoint.as_directory() as directory:
-        return torch.load(Path(directory) / "generator.pt", weights_only=True), result.metrics
+        return read_state(Path(directory))["average"], result.metrics
 
 
 def picture(samples: np.ndarray) -> Image.Image:
@@ -558,28 +622,58 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     return bundle
 
 
+def begin_run(config: Config) -> tuple[Config, Path]:
+    """The directory of a new run, or of the one to resume, in whose settings the flags of the command line are read again.
+
+    Raises what `check` does, and CheckpointError where flags contradict the run.
+    """
+    if config.resume is None:
+        check(config)
+        model = config.model or label(config.dataset)
+        run = ganwatch_home() / "runs" / f"{time.strftime('%Y%m%dT%H%M%S')}-{model}-{uuid.uuid4().hex[:6]}"
+        run.mkdir(parents=True)
+        (run / "config.json").write_text(json.dumps(asdict(config)))
+        return config, run
+    run = Path(config.resume).resolve()
+    try:
+        saved = json.loads((run / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"--resume is {config.resume}, which holds no run ({error}); runs are in {ganwatch_home() / 'runs'}") from None
+    config = tyro.cli(Config, description=__doc__, default=Config(**saved))
+    refuse_other(saved, asdict(config), free=MAY_CHANGE)
+    check(config)
+    return config, run
+
+
 def main() -> None:
     config, begin = tyro.cli(Config, description=__doc__), time.monotonic()
     try:
-        check(config)
-    except (InputError, DataError, RegistryError) as error:
+        config, run = begin_run(config)
+    except (InputError, DataError, RegistryError, CheckpointError) as error:
         _end(f"error: {error}", status=2)
     root, model = Registry(config.registry).root, config.model or label(config.dataset)
-    run = ganwatch_home() / "runs" / f"{time.strftime('%Y%m%dT%H%M%S')}-{model}-{uuid.uuid4().hex[:6]}"
-    (run / "bundle").mkdir(parents=True)
+    shutil.rmtree(run / "bundle", ignore_errors=True)
+    (run / "bundle").mkdir()
     print(f"run      {run}", flush=True)
     if JOB in os.environ and not root.is_absolute():
         print(f"note: a Ray job runs in a copy of its working directory, so this relative registry is {root.resolve()}")
 
     journal = Journal(run)
+    again = f"go on with: python training/train.py --resume {run}"
     try:
         bundle = execute(config, run, journal)
-    except (InputError, DataError, TrainingStopped, ExportError, QualityRefused) as failure:
+    except (InputError, DataError, TrainingStopped, ExportError, QualityRefused, CheckpointError) as failure:
         journal.write("failed", reason=str(failure))
         words = f"not published: {failure}"
         if isinstance(failure, QualityRefused):
             words = f"not published, the quality gate objects:\n{failure}\nto publish it all the same: {failure.remedy}"
         _end(words, status=2 if isinstance(failure, (InputError, DataError)) else 1)
+    except OSError as error:
+        journal.write("failed", reason=str(error))
+        _end(f"not published: {error}; {again}", status=1)
+    except KeyboardInterrupt:
+        journal.write("failed", reason="interrupted")
+        _end(f"interrupted; {again}", status=130)
     print(f"published {model} {bundle.card.version} at {bundle.path.resolve()} after {time.monotonic() - begin:.0f} s")
 
 

@@ -63,8 +63,9 @@ def test_two_workers_train_what_one_does_and_force_publishes_it(tmp_path):
     assert "published small v1 at" in done.stdout
 
     (run,) = (tmp_path / "home" / "runs").iterdir()
-    (checkpoint,) = run.glob("ray/checkpoint*/generator.pt")
-    weights = torch.load(checkpoint, weights_only=True)
+    (checkpoint,) = run.glob("ray/step-*/state.pt")
+    assert {p.name for p in checkpoint.parent.glob("random-*")} == {"random-0-of-2.pt", "random-1-of-2.pt"}
+    weights = torch.load(checkpoint, weights_only=True)["average"]
     alone, _ = adversarial_training(Config(dataset="ring", steps=5), DATASETS["ring"]())
     for name, value in alone.state_dict().items():
         torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-4)
@@ -88,6 +89,8 @@ def test_a_collapse_is_refused_with_the_command_that_would_publish_it(tmp_path):
     [
         ({"workers": 0}, "--workers is 0; it must be at least 1"),
         ({"workers": 3}, "--workers is 3; it must divide the batch of 128"),
+        ({"workers": 4, "min_workers": 2}, "--min-workers is 2, so there may be 3 workers; it must divide the batch of 128"),
+        ({"min_workers": 2}, "--min-workers is 2; it must not exceed --workers, 1"),
         ({"steps": 0}, "--steps is 0; it must be at least 1"),
         ({"gamma": -1.0}, "--gamma is -1.0; it must be positive"),
         ({"learning_rate": float("nan")}, "--learning-rate is nan; it must be positive"),
