@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-fast clean
+.PHONY: demo test test-fast theory clean
 
 $(READY): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"ganwatch needs Python 3.11 or newer; {sys.executable} is {v.major}.{v.minor}. Name another one: make PYTHON=python3.12")'
@@ -21,6 +21,9 @@ test: $(READY)
 
 test-fast: $(READY)
 	@$(BIN)/python -m pytest -m "not slow and not e2e"
+
+theory: $(READY)
+	@$(BIN)/python -m training.theory
 
 clean:
 	rm -rf .venv .ganwatch
