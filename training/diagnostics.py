@@ -30,7 +30,7 @@ LATENTS = 2**40  # added to the seed: the latents of a look are not those of tra
 COVERED = 0.25  # of a mode's real share
 
 
-# Figures -------------------------------------------------------------------------------------------------------------------------
+# Figures ----------------------------------------------------------------------------------------------------------------------
 
 
 def hill(sizes: Float[ndarray, "n"], share: float = 0.05) -> float:
@@ -119,15 +119,17 @@ class Look:
     dimension        intrinsic dimension of the fakes
     """
 
-    def __init__(self, dataset: Dataset, latent: SignGaussian, objective: Objective, *, conditional: bool, packing: int, seed: int) -> None:
+    def __init__(
+        self, dataset: Dataset, latent: SignGaussian, objective: Objective, *, conditional: bool, packing: int, seed: int
+    ) -> None:
         self.objective, self.latent, self.packing, self.seed = objective, latent, packing, seed + LATENTS
         held_out = np.arange(dataset.trained, len(dataset.samples))
         rng = np.random.default_rng((seed, LATENTS))
         n = min(ROWS, len(held_out), dataset.trained) // packing * packing
-        self.held_out_rows, self.train_rows = rng.choice(held_out, n, replace=False), rng.choice(dataset.trained, n, replace=False)
-        self.train, self.held_out = (torch.from_numpy(dataset.normalised(r)) for r in (self.train_rows, self.held_out_rows))
-        self.labels = torch.from_numpy(dataset.labels[self.held_out_rows]) if conditional else None
-        self.train_labels = torch.from_numpy(dataset.labels[self.train_rows]) if conditional else None
+        rows = rng.choice(dataset.trained, n, replace=False), rng.choice(held_out, n, replace=False)
+        self.train, self.held_out = (torch.from_numpy(dataset.normalised(r)) for r in rows)
+        labels = [torch.from_numpy(dataset.labels[r]) if conditional else None for r in rows]
+        self.train_labels, self.labels = labels
         self.cells = Cells(dataset)
         self.data_dimension = two_nn(self.held_out.numpy())
 
@@ -147,7 +149,7 @@ class Look:
         pull = torch.autograd.grad(on_fake, shown, by_logit)[0].cpu().numpy().astype(np.float64)
         real, fake, train = (logit.detach().cpu().numpy().astype(np.float64) for logit in (on_real, on_fake, on_train))
         divergence = self.objective.estimate(critic_loss)
-        if self.objective.optimal is None:  # Wasserstein: in units of the steepest slope that was seen; a logit's weight is 1 there
+        if self.objective.optimal is None:  # Wasserstein, where a logit weighs 1: in units of the steepest slope seen
             divergence /= max(float(np.linalg.norm(pull, axis=1).max()), 1e-300)
         x, accuracy = fakes.cpu().numpy(), pairs_told_apart(real, fake)
         return {
@@ -169,7 +171,7 @@ class Look:
         return pack(x.to(device), self.packing)
 
 
-# Alarms --------------------------------------------------------------------------------------------------------------------------
+# Alarms -----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,8 @@ ALARMS: dict[str, Alarm] = {
         fires=lambda f: f["accuracy"] >= 0.99 and f["saturation"] >= 0.95 and f["weight"] <= 0.01,
         meaning="the critic tells {accuracy:.1%} of pairs apart and the generator's loss no longer feels it: its derivative by a "
         "logit is {weight:.1e}, so there is no gradient to learn from",
-        advice="use an objective that does not saturate (--objective relativistic), or let the laws overlap: --penalty r1r2, --noise",
+        advice="use an objective that does not saturate (--objective relativistic), or let the laws overlap: --penalty r1r2, "
+        "--noise 0.1",
         fatal=True,
     ),
     "perfect_critic": Alarm(  # theorems 2.1 and 2.2
@@ -200,15 +203,15 @@ ALARMS: dict[str, Alarm] = {
     ),
     "mode_dropping": Alarm(
         fires=lambda f: f["mode_coverage"] < 0.8,
-        meaning="the generator covers {mode_coverage:.0%} of the data's modes; forward KL over the modes is {forward_kl:.2f} nats",
+        meaning="the generator covers {mode_coverage:.0%} of the data's modes; forward KL over them is {forward_kl:.2f} nats",
         advice="--penalty r1r2 keeps all modes in every recipe; --packing 4 or --unroll 5 where the penalty must be off",
         fatal=True,
         after=0.1,
     ),
     "unstable_gradient": Alarm(  # theorem 2.6
         fires=lambda f: f["tail_index"] <= 1,
-        meaning="a few samples have pulls so large that their mean does not exist (tail index {tail_index:.2f}): each step of the "
-        "generator is chance",
+        meaning="a few samples have pulls so large that their mean does not exist (tail index {tail_index:.2f}): each step "
+        "of the generator is chance",
         advice="smooth the critic: --penalty r1r2 or --noise 0.1; a lower --learning-rate only slows it down",
         fatal=True,
     ),
@@ -220,20 +223,23 @@ ALARMS: dict[str, Alarm] = {
     ),
     "critic_overfits": Alarm(
         fires=lambda f: f["overfitting"] >= 0.15,
-        meaning="the critic orders {overfitting:.0%} more pairs rightly on training data than on held-out data: it knows them by heart",
+        meaning="the critic orders {overfitting:.0%} more pairs rightly on training data than on held-out data: it learns "
+        "them by heart",
         advice="more data, --augment for images, a larger --gamma, or a smaller --width",
         fatal=False,
     ),
     "collapse_within_modes": Alarm(
         fires=lambda f: f["dimension"] < 0.5 * f["data_dimension"],
-        meaning="samples fill {dimension:.1f} dimensions where the data fill {data_dimension:.1f}: they vary too little within modes",
+        meaning="samples fill {dimension:.1f} dimensions where the data fill {data_dimension:.1f}: they vary too little "
+        "within modes",
         advice="more normal latents, a larger --gamma, or --packing 4",
         fatal=False,
         after=0.1,
     ),
     "latent_too_small": Alarm(
         fires=lambda f: f["latent_dimension"] < f["data_dimension"] - 0.5,
-        meaning="the latent has {latent_dimension:.0f} dimensions and the data fill {data_dimension:.1f}: a smooth generator cannot reach them",
+        meaning="the latent has {latent_dimension:.0f} dimensions and the data fill {data_dimension:.1f}: a smooth generator "
+        "cannot reach them",
         advice="a recipe with more latents (--like)",
         fatal=False,
         after=0.0,

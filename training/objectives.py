@@ -31,7 +31,7 @@ class Objective:
     optimal: Callable[[Tensor], Tensor] | None  # T -> the optimal critic's logit; None where it is no function of T
 
 
-# Goodfellow et al. 2014: D = sigmoid(logit) --------------------------------------------------------------------------------------
+# Goodfellow et al. 2014: D = sigmoid(logit) -----------------------------------------------------------------------------------
 
 
 def classic_critic_loss(real: Float[Tensor, "n"], fake: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
@@ -49,7 +49,7 @@ def non_saturating_loss(real: Float[Tensor, "n"], fake: Float[Tensor, "n"]) -> F
     return softplus(-fake)
 
 
-# Mao et al. 2017: the critic regresses on a label for reals and one for fakes -----------------------------------------------------
+# Mao et al. 2017: the critic regresses on a label for reals and one for fakes -------------------------------------------------
 
 
 def least_squares(fake_label: float, real_label: float, wanted: float) -> Objective:
@@ -69,7 +69,7 @@ def least_squares(fake_label: float, real_label: float, wanted: float) -> Object
     )
 
 
-# Arjovsky et al. 2017 and Lim and Ye 2017 ---------------------------------------------------------------------------------------
+# Arjovsky et al. 2017 and Lim and Ye 2017 -------------------------------------------------------------------------------------
 
 
 def wasserstein_critic_loss(real: Float[Tensor, "n"], fake: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
@@ -86,7 +86,7 @@ def raise_fakes(real: Float[Tensor, "n"], fake: Float[Tensor, "n"]) -> Float[Ten
     return -fake
 
 
-# Jolicoeur-Martineau 2019 -------------------------------------------------------------------------------------------------------
+# Jolicoeur-Martineau 2019 -----------------------------------------------------------------------------------------------------
 
 
 def paired_loss(better: Float[Tensor, "n"], worse: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
@@ -98,7 +98,7 @@ def paired_loss(better: Float[Tensor, "n"], worse: Float[Tensor, "n"]) -> Float[
     return softplus(worse - better)
 
 
-# Nowozin et al. 2016 ------------------------------------------------------------------------------------------------------------
+# Nowozin et al. 2016 ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

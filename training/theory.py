@@ -43,7 +43,7 @@ class Finding:
     log: bool = False
 
 
-# 1. Arjovsky and Bottou 2017: a fixed generator against a critic trained to perfection ----------------------------------------------
+# 1. Arjovsky and Bottou 2017: a fixed generator against a critic trained to perfection ----------------------------------------
 
 
 def fixed_generator(objective: Objective, noise: float, *, steps: int, every: int, seed: int = 0) -> dict[str, list[float]]:
@@ -100,7 +100,7 @@ def unstable_gradient(scale: float) -> Finding:
     return Finding(numbers, curves, ("critic steps", "variance of -log D's gradient"), log=True)
 
 
-# 2. Divergences on discrete laws ------------------------------------------------------------------------------------------------------
+# 2. Divergences on discrete laws ----------------------------------------------------------------------------------------------
 
 
 def optimal_critic(scale: float) -> Finding:
@@ -148,15 +148,16 @@ def two_ways_to_be_wrong(scale: float) -> Finding:
     return Finding(numbers, curves, ("mass dropped or faked", "nats"))
 
 
-# 3. Wasserstein against JS on shifted lines --------------------------------------------------------------------------------------------
+# 3. Wasserstein against JS on shifted lines -----------------------------------------------------------------------------------
 
 
 def shifted_lines(scale: float) -> Finding:
-    """Arjovsky et al. 2017, example 1: p on x = 0, q on x = theta. JS is stuck at log 2, a clipped or penalised critic says theta."""
+    """Arjovsky et al. 2017, example 1: p on x = 0, q on x = theta. JS is stuck at log 2, a held critic says theta."""
     shifts, steps = (0.25, 0.5, 1.0, 2.0), int(1500 * scale)
     found: dict[str, list[float]] = {"gradient penalty": [], "clipping": [], "JS": []}
     for shift in shifts:
-        for name, kind, bound in (("gradient penalty", "wasserstein", None), ("clipping", "wasserstein", 0.05), ("JS", "minimax", None)):
+        for name in found:
+            kind, bound = "minimax" if name == "JS" else "wasserstein", 0.05 if name == "clipping" else None
             torch.manual_seed(0)
             critic, game = Critic(2, width=64, classes=0), OBJECTIVES[kind]
             optimiser = torch.optim.Adam(critic.parameters(), lr=3e-3, betas=(0.0, 0.9))
@@ -173,16 +174,19 @@ def shifted_lines(scale: float) -> Finding:
             slope = float(torch.autograd.grad(critic(x).sum(), x)[0].norm(dim=1).max())
             seen = closed_form(critic, game, PENALTIES["none"], real, fake, between[:0], None, 0.0)
             found[name].append(game.estimate(float(seen.critic_loss)) / (slope if kind == "wasserstein" else 1.0))
-    numbers = {f"w1 at {s} by {name}": v for name in ("gradient penalty", "clipping") for s, v in zip(shifts, found[name], strict=True)}
-    numbers |= {f"js at {s}": v for s, v in zip(shifts, found["JS"], strict=True)}
-    return Finding(numbers, {name: (list(shifts), values) for name, values in found.items()}, ("distance of the lines", "estimate"))
+    numbers = {}
+    for name, values in found.items():
+        what = "js at {}" if name == "JS" else f"w1 at {{}} by {name}"
+        numbers |= {what.format(shift): value for shift, value in zip(shifts, values, strict=True)}
+    curves = {name: (list(shifts), values) for name, values in found.items()}
+    return Finding(numbers, curves, ("distance of the lines", "estimate"))
 
 
-# 4. On the ring ------------------------------------------------------------------------------------------------------------------------
+# 4. On the ring ---------------------------------------------------------------------------------------------------------------
 
 
 def games_on_the_ring(scale: float) -> Finding:
-    """GAN1, least squares and unrolled GAN1 in the nets and at the first rate of the ring's recipe; beside them GAN1 with R1 + R2.
+    """GAN1, least squares and unrolled GAN1 in the nets and at the first rate of the ring's recipe; and GAN1 with R1 + R2.
 
     A mode counts as covered when it has a quarter of its share of the samples near any mode (within 20 sigma). The number of
     modes is the mean over the second half of the run, because without a penalty modes come and go.
@@ -216,7 +220,8 @@ def games_on_the_ring(scale: float) -> Finding:
                 near = np.bincount(near.argmin(axis=1)[near.min(axis=1) < 0.2], minlength=8)
                 looks[0].append(float(step))
                 looks[1].append(float((near >= 0.25 / 8 * len(x) * (near.sum() / len(x))).sum() if near.sum() else 0))
-        numbers |= {f"modes, {name}": float(np.mean(looks[1][20:])), f"high quality, {name}": mixture_fit(ring.mixture, x)["high_quality"]}
+        numbers[f"modes, {name}"] = float(np.mean(looks[1][20:]))
+        numbers[f"high quality, {name}"] = mixture_fit(ring.mixture, x)["high_quality"]
         curves[name] = looks
     return Finding(numbers, curves, ("steps", "modes covered"))
 
@@ -243,7 +248,7 @@ def gaussian_to_ring(scale: float) -> Finding:
     return Finding(numbers, {"squared error": looks}, ("steps", "squared error"), log=True)
 
 
-# The program ---------------------------------------------------------------------------------------------------------------------------
+# The program ------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -274,13 +279,17 @@ CLAIMS: dict[str, Claim] = {
     "two_ways_to_be_wrong": Claim(
         "forward KL punishes dropped modes, reverse KL punishes fakes, JS stays below log 2",
         two_ways_to_be_wrong,
-        lambda n: n["drop_forward"] > 4 * n["drop_reverse"] and n["fake_reverse"] > 4 * n["fake_forward"] and n["largest_js"] < math.log(2),
+        lambda n: n["drop_forward"] > 4 * n["drop_reverse"]
+        and n["fake_reverse"] > 4 * n["fake_forward"]
+        and n["largest_js"] < math.log(2),
     ),
     "shifted_lines": Claim(
         "a Wasserstein critic says how far apart two lines are, where JS is stuck at log 2",
         shifted_lines,
         lambda n: all(
-            abs(n[f"w1 at {s} by {how}"] / s - 1) < 0.25 for s in (0.25, 0.5, 1.0, 2.0) for how in ("gradient penalty", "clipping")
+            abs(n[f"w1 at {s} by {how}"] / s - 1) < 0.25
+            for s in (0.25, 0.5, 1.0, 2.0)
+            for how in ("gradient penalty", "clipping")
         )
         and all(n[f"js at {s}"] > 0.9 * math.log(2) for s in (0.25, 0.5, 1.0, 2.0)),
     ),

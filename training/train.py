@@ -135,7 +135,7 @@ class Config:
     penalty: Literal["r1r2", "r1", "r2", "gradient", "none"] = "r1r2"
     """On the critic's slope: at reals and fakes, at one of them, WGAN-GP's between them, or none, to see a collapse."""
     gamma: float | None = None
-    """First weight of the penalty; it falls by the recipe's factor. By default the recipe's, at equal damping of the objective."""
+    """First weight of the penalty; it falls by the recipe's factor. By default the recipe's, scaled to the objective."""
     clip: float | None = None
     """Clip the critic's weights to +- this after each step (Wasserstein); None = off."""
     spectral_norm: bool = False
@@ -260,6 +260,7 @@ def open_data(config: Config, run: Path) -> Dataset:
 def conflicts(config: Config) -> list[str]:
     """Parts that cannot work together, one sentence each with the reason."""
     objective, held = OBJECTIVES[config.objective], config.clip or config.spectral_norm or config.penalty != "none"
+    schedule = f"--noise-schedule {config.noise_schedule}"
     found = {
         "--unroll with --clip: a clipped weight has no derivative, so the generator would look ahead at a critic that stands "
         "still; use --penalty gradient in place of clipping": config.unroll and config.clip,
@@ -267,14 +268,14 @@ def conflicts(config: Config) -> list[str]:
         "differentiate; use --penalty r1r2": config.unroll and config.spectral_norm,
         "--clip with --spectral-norm: the layers are divided by their norm after clipping, so the bound has no effect; choose "
         "one of them": config.clip and config.spectral_norm,
-        "--packing with --conditional: one critic input would mix samples of different classes; use one of them": config.packing > 1
-        and config.conditional,
-        f"--objective {config.objective} with nothing that holds the critic back: its best loss is minus infinity; add --clip 0.01, "
-        "--penalty gradient or --spectral-norm": objective.optimal is None and not held,
+        "--packing with --conditional: one critic input would mix samples of different classes; use one of "
+        "them": config.packing > 1 and config.conditional,
+        f"--objective {config.objective} with nothing that holds the critic back: its best loss is minus infinity; add "
+        "--clip 0.01, --penalty gradient or --spectral-norm": objective.optimal is None and not held,
         f"--noise-schedule controlled with --objective {config.objective}: its divergence has no upper end to hold half of; use "
         "--noise-schedule linear": config.noise_schedule == "controlled" and math.isinf(objective.largest),
-        f"--noise-schedule {config.noise_schedule} without noise: give the first standard deviation by --noise": config.noise_schedule
-        != "constant" and not config.recipe.noise,
+        f"{schedule} without noise: give the first standard deviation by --noise": config.noise_schedule != "constant"
+        and not config.recipe.noise,
     }
     return [reason for reason, applies in found.items() if applies]
 
