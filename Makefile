@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-fast theory clean
+.PHONY: demo test test-fast theory bench-training clean
 
 $(READY): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"ganwatch needs Python 3.11 or newer; {sys.executable} is {v.major}.{v.minor}. Name another one: make PYTHON=python3.12")'
@@ -24,6 +24,9 @@ test-fast: $(READY)
 
 theory: $(READY)
 	@$(BIN)/python -m training.theory
+
+bench-training: $(READY)
+	@PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_training.py
 
 clean:
 	rm -rf .venv .ganwatch

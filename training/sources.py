@@ -197,20 +197,14 @@ def as_served(found: Shaped[ndarray, "n ..."]) -> Shaped[ndarray, "n ..."]:
 
 def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], None]) -> None:
     """Write samples.npy and labels.npy in a random order, and then dataset.json."""
-    import ray.data
+    import ray
 
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it reports each plan, and that progress bars are off
     system, root, files = find(name)
     folders = [file.removeprefix(f"{root}/").split("/")[:-1] for file in files]
     by_folder = len(files) > 1 and READERS[Path(files[0]).suffix.lower()] is image and all(folders)
     items = [{"file": file, "folder": folder[0] if by_folder else ""} for file, folder in zip(files, folders, strict=True)]
 
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    context.execution_options.verbose_progress = False
-    with ray.data.DataContext.current(context):
-        stream = ray.data.from_items(items).map_batches(_decoded, fn_kwargs={"system": system}, batch_size=64)
+    rows = _through_ray(items, system) if ray.is_initialized() else _here(items, system)
 
     cache.mkdir(parents=True, exist_ok=True)
     bad: dict[str, str] = {}
@@ -219,7 +213,7 @@ def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], 
     count = 0
     current, before = "", (0, 0, 0)  # the file being read, and what had been kept when it began
     with open(cache / "samples.raw", "wb") as raw:
-        for row in stream.iter_rows():
+        for row in rows:
             file, samples = row["file"], _unpacked(row["samples"])
             if file != current:
                 current, before = file, (raw.tell(), count, len(labels))
@@ -268,6 +262,25 @@ def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], 
     cells = len(classes) or min(CELLS, count // 20)
     (cache / "dataset.json").write_text(json.dumps({"name": label(name), "cells": cells, "classes": classes, "source": name}))
     say(f"read     {count:,} samples of {_form(first[0])} from {len(files) - len(bad):,} files")
+
+
+def _through_ray(items: list[dict[str, str]], system: FileSystem) -> Iterator[dict[str, Any]]:
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it reports each plan, and that progress bars are off
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.execution_options.verbose_progress = False
+    with ray.data.DataContext.current(context):
+        stream = ray.data.from_items(items).map_batches(_decoded, fn_kwargs={"system": system}, batch_size=64)
+    yield from stream.iter_rows()
+
+
+def _here(items: list[dict[str, str]], system: FileSystem) -> Iterator[dict[str, Any]]:
+    """Where no Ray runs, as when a generator of somebody else's is published, files are read one after another."""
+    for item in items:
+        yield from ({k: v[0] for k, v in row.items()} for row in _decoded({k: np.array([v]) for k, v in item.items()}, system))
 
 
 def _decoded(files: dict[str, Any], system: FileSystem) -> Iterator[dict[str, list[Any]]]:

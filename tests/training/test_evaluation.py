@@ -20,6 +20,7 @@ from training.evaluation import (
     fid,
     frechet,
     kid,
+    kid_excess,
     mixture_fit,
     ndb,
     nearest_ratio,
@@ -162,3 +163,9 @@ def test_command_line_measures_arrays_and_bundles(arrays, ring, tmp_path):
     for flags, words in ((("--real", "nothing.npy", "--fake", "x"), "nothing.npy cannot be read"), ((), "give --bundle DIR")):
         done = evaluate(*flags)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_shift_stands_out_of_random_labels():
+    x, y = np.random.default_rng(0).standard_normal((2, 400, 6))
+    assert abs(kid_excess(x, y)) < 4
+    assert kid_excess(x, y + 0.3) > 8
