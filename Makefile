@@ -8,7 +8,7 @@ ifneq ($(shell uname -sm),Linux x86_64)
 $(warning ganwatch runs on x86-64 Linux: HAProxy and onnxruntime-gpu come as wheels for nothing else; this is $(shell uname -sm))
 endif
 
-.PHONY: demo test test-fast tritonclient bench-serving bench-monitoring clean
+.PHONY: demo test test-fast tritonclient theory bench-training bench-serving bench-monitoring clean
 
 $(READY): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"ganwatch needs Python 3.11 or newer; {sys.executable} is {v.major}.{v.minor}. Name another one: make PYTHON=python3.12")'
@@ -36,7 +36,14 @@ test: $(READY) $(TRITONCLIENT)
 test-fast: $(READY)
 	@$(BIN)/python -m pytest -m "not slow and not e2e"
 
+# The theory that the product rests on, measured and drawn: minutes on a CPU.
+theory: $(READY)
+	@$(BIN)/python -m training.theory
+
 # Where the figures of the README come from; BENCH=--quick shows in a few minutes that everything runs.
+bench-training: $(READY)
+	@PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_training.py $(BENCH)
+
 bench-serving: $(READY)
 	@$(BIN)/python -m tests.benchmarks.bench_serving $(BENCH)
 

@@ -32,6 +32,7 @@ from deploy.inject import FAULTS, InjectError
 from deploy.stack import Settings, StackError
 from serving.errors import ServingError
 from training.bundle import BundleError
+from training.data import DataError
 from training.gate import QualityRefused
 from training.gate import publish as publish_bundle
 from training.registry import Registry, RegistryError, ganwatch_home
@@ -151,24 +152,70 @@ def models(registry: Path | None = None, as_json: JsonFlag = False) -> None:
 
 
 def publish(
-    bundle: tyro.conf.Positional[Path],
+    bundle: tyro.conf.Positional[Path | None] = None,
+    onnx: Path | None = None,
+    reference: str | None = None,
+    latent: str | None = None,
     model: str | None = None,
     force: bool = False,
     registry: Path | None = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Publish a bundle directory as the next version of its model. Promotes nothing.
+    """Publish a bundle directory, or any generator in ONNX, as the next version of its model. Promotes nothing.
 
-    Refused where the certified generator is too far from the real data, unless forced.
+    Refused where the certified generator is too far from the real data, unless forced. A generator that was trained elsewhere
+    is certified first: publish --onnx g.onnx --reference data.npz --latent normal:128
 
     Args:
         bundle: a bundle directory, such as the one that a refused training run left.
-        model: publish under this name; default: the name in its card.
+        onnx: a generator that was trained elsewhere: one float input of latents, one output of samples.
+        reference: the real data to certify it against: npz, npy, parquet, a folder of images, or a built-in name.
+        latent: the law of its input: normal:128, normal:64x0.5 for a standard deviation of 0.5, signs:16+normal:48.
+        model: publish under this name; default: the name in its card, or that of the ONNX file.
         force: publish although the quality gate objects; the objections stay in the card.
         registry: directory of bundles.
     """
-    published = publish_bundle(bundle, _registry(registry), model=model, force=force)
+    if onnx is None:
+        if bundle is None:
+            raise StackError("name a bundle directory, or a generator: publish --onnx g.onnx --reference data.npz --latent normal:128")
+        published = publish_bundle(bundle, _registry(registry), model=model, force=force)
+    else:
+        if bundle is not None or reference is None or latent is None:
+            raise StackError("--onnx takes --reference DATA and --latent LAW, and no bundle directory")
+        from training.adopt import adopt
+
+        directory = ganwatch_home() / "adopted" / f"{time.strftime('%Y%m%dT%H%M%S')}-{onnx.stem}"
+        with _stage(f"certifying {onnx.name} against {reference}") as show:
+            adopt(onnx, reference, latent, directory, model=model, progress=lambda done, most: show(f"{done:,} of at most {most:,} samples"))
+        published = publish_bundle(directory, _registry(registry), force=force)
     _tell({"model": published.card.model, "version": published.card.version, "path": str(published.path), "forced": published.card.forced}, as_json)
+
+
+def certify(
+    version: tyro.conf.Positional[str],
+    more: int,
+    model: str | None = None,
+    registry: Path | None = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Publish a version again with a certificate that counts more fresh samples: tighter bounds, deeper tails. Promotes nothing.
+
+    Args:
+        version: a version or an alias, such as v2.
+        more: how many samples to draw besides.
+        model: default: the only model of the registry.
+        registry: directory of bundles.
+    """
+    from training.export import certify_more
+
+    if more < 1:
+        raise StackError(f"--more is {more}; it must be at least 1")
+    reg = _registry(registry)
+    name = _model(reg, model)
+    with reg.staging(name) as staged, _stage(f"certifying {name} {version}") as show:
+        card = certify_more(reg.open(name, version), staged, more, lambda done, most: show(f"{done:,} of {most:,} samples"))
+        published = reg.publish(staged, card)
+    _tell({"model": name, "version": published.card.version, "samples": published.certificate.count, "path": str(published.path)}, as_json)
 
 
 def promote(
@@ -547,7 +594,7 @@ def _print_json(value: Any) -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "up": up, "down": down, "status": status, "demo": demo, "publish": publish, "promote": promote, "rollback": rollback,
+    "up": up, "down": down, "status": status, "demo": demo, "publish": publish, "certify": certify, "promote": promote, "rollback": rollback,
     "models": models, "sample": sample, "inject": inject, "replay": replay, "ack": ack, "grafana": grafana, "doctor": doctor,
 }  # fmt: skip
 assert set(FAULTS) == {"drop-modes", "off-manifold", "latent-fault", "nothing"}
@@ -558,7 +605,7 @@ def main() -> None:
     os.environ |= stack.without_proxy()
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="ganwatch", description="Train, serve and watch GANs.", config=(tyro.conf.FlagCreatePairsOff,))
-    except (StackError, GrafanaError, RegistryError, BundleError, InjectError, ServingError, ConnectionError) as error:
+    except (StackError, GrafanaError, RegistryError, BundleError, DataError, InjectError, ServingError, ConnectionError) as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename or ''} {error.strerror or error}".strip())

@@ -1,27 +1,40 @@
-"""The built-in data sets, in the form in which samples are served, with 20 % held out.
+"""Real samples in the form in which they are served, with 20 % held out, and the data sets that are built in.
 
-Each is made in memory: nothing is downloaded. This file knows neither networks nor bundles.
+Each is made in memory or read from files that are already there: nothing is downloaded. Data of the user's own come through
+sources.py. This file knows neither networks nor bundles, nor Ray.
 """
 
 from __future__ import annotations
 
+import gzip
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 from numpy import ndarray
 
 HELD_OUT = 0.2
+DEBIAN = Path("/usr/share/datasets")  # where packages such as dataset-fashion-mnist put their files
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on. The text names the file or the value, what is expected and what to do."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """The law of a synthetic data set: equal isotropic Gaussians, so that generated samples can be judged exactly."""
+    """The law of a synthetic data set: equal isotropic Gaussians, so that generated samples can be judged exactly.
+
+    `rank` is the dimension of the Gaussians, which may be flat in the space they lie in.
+    """
 
     centres: Float64[ndarray, "k d"]
     sigma: float
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,7 @@ class Dataset:
     labels: Int64[ndarray, "n"] | None = None
     classes: tuple[str, ...] = ()  # names of the labels
     mixture: Mixture | None = None
+    stacked: bool = False  # each channel is an image of its own with a label of its own: a label is as many decimal digits
 
     @property
     def is_image(self) -> bool:
@@ -63,11 +77,13 @@ class Dataset:
     def scale(self) -> Float32[ndarray, "d"]:
         if self.is_image:
             return np.full(self.dim, 127.5, np.float32)
-        return self.samples[: self.trained].std(axis=0, dtype=np.float64).astype(np.float32)
+        deviation = self.samples[: self.trained].std(axis=0, dtype=np.float64).astype(np.float32)
+        return np.where(deviation > 0, deviation, np.float32(1))  # a coordinate that never varies stays as it is
 
-    def normalised(self) -> Float32[ndarray, "n d"]:
-        """All samples in the networks' units, one row each."""
-        return (self.samples.reshape(len(self.samples), -1).astype(np.float32) - self.shift) / self.scale
+    def normalised(self, rows: slice | Int64[ndarray, "n"] = slice(None)) -> Float32[ndarray, "n d"]:
+        """Samples in the networks' units, one row each. Only `rows` are read, where samples lie on disk."""
+        picked = self.samples[rows]
+        return (picked.reshape(len(picked), self.dim).astype(np.float32) - self.shift) / self.scale
 
 
 def ring() -> Dataset:
@@ -82,22 +98,114 @@ def grid() -> Dataset:
     return _mixture("grid", np.stack(np.meshgrid(side, side, indexing="ij"), axis=-1).reshape(-1, 2), sigma=0.05)
 
 
+def mixture1200() -> Dataset:
+    """10 Gaussians of 700 dimensions, sigma 1, in one flat of R^1200: after VEEGAN (Srivastava et al. 2017).
+
+    The paper gives no centres: here they are drawn from N(0, 2^2), some 75 sigma apart, where balls that hold 98.89 % of a
+    Gaussian have a radius of 28.
+    """
+    rng = np.random.default_rng(1)
+    flat = np.linalg.qr(rng.standard_normal((1200, 700)))[0].T
+    return _mixture("mixture1200", 2 * rng.standard_normal((10, 700)) @ flat, sigma=1.0, count=20_000, flat=flat)
+
+
 def digits() -> Dataset:
     """1,797 handwritten digits, 8 x 8, from scikit-learn (Alpaydin and Kaynak 1998); 17 grey levels spread over 0..255."""
     from sklearn.datasets import load_digits
 
     raw = load_digits()
-    order = np.random.default_rng(0).permutation(len(raw.images))
-    images = np.rint(raw.images[order] * (255 / 16)).astype(np.uint8)[..., None]
-    labels = raw.target[order].astype(np.int64)
-    return Dataset("digits", images, cells=10, labels=labels, classes=tuple(str(c) for c in range(10)))
+    images = np.rint(raw.images * (255 / 16)).astype(np.uint8)[..., None]
+    return _labelled("digits", images, raw.target)
 
 
-def _mixture(name: str, centres: Float64[ndarray, "k d"], sigma: float, count: int = 100_000) -> Dataset:
+def stacked_digits() -> Dataset:
+    """100,000 triples of digits, one in each channel: 1,000 classes, after stacked MNIST (Metz et al. 2017).
+
+    Triples that are held out are made of held-out digits.
+    """
+    single, rng = digits(), np.random.default_rng(0)
+    parts = (0, single.trained, 80_000), (single.trained, len(single.samples), 20_000)
+    pick = np.concatenate([rng.integers(low, high, size=(count, 3)) for low, high, count in parts])
+    images = single.samples[pick, :, :, 0].transpose(0, 2, 3, 1)
+    labels = single.labels[pick] @ np.array([100, 10, 1])
+    classes = tuple(f"{k:03}" for k in range(1000))
+    return Dataset("stacked-digits", np.ascontiguousarray(images), 1000, labels, classes, stacked=True)
+
+
+def mnist(where: str | Path = DEBIAN / "mnist") -> Dataset:
+    """70,000 handwritten digits, 28 x 28 (LeCun et al. 1998), from a directory of IDX files or an npz at `where`."""
+    return _labelled("mnist", *read_mnist(Path(where)))
+
+
+def fashion_mnist(where: str | Path = DEBIAN / "fashion-mnist") -> Dataset:
+    """70,000 pictures of clothes, 28 x 28 (Xiao et al. 2017), in the same files as MNIST."""
+    names = "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"
+    return _labelled("fashion-mnist", *read_mnist(Path(where)), names)
+
+
+DATASETS: dict[str, Callable[..., Dataset]] = {
+    "ring": ring,
+    "grid": grid,
+    "mixture1200": mixture1200,
+    "digits": digits,
+    "stacked-digits": stacked_digits,
+    "mnist": mnist,
+    "fashion-mnist": fashion_mnist,
+}
+ON_DISK = ("mnist", "fashion-mnist")  # these take the place where their files lie
+
+
+def read_mnist(where: Path) -> tuple[ndarray, Int64[ndarray, "n"]]:
+    """Images [n, h, w, 1] and labels of both parts, training first: IDX files, gzipped or not, or x_train .. y_test of an npz."""
+    if where.suffix == ".npz":
+        try:
+            with np.load(where, allow_pickle=False) as file:
+                parts = [(file[f"x_{part}"], file[f"y_{part}"]) for part in ("train", "test") if f"x_{part}" in file]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise DataError(f"{where} cannot be read ({error}); an npz of x_train, y_train, x_test and y_test is expected") from None
+    elif where.is_dir():
+        parts = [(_idx(where, part, "images-idx3"), _idx(where, part, "labels-idx1")) for part in ("train", "t10k")]
+    else:
+        package = " (Debian's package dataset-fashion-mnist puts it there)" if where == DEBIAN / "fashion-mnist" else ""
+        raise DataError(f"there is nothing at {where}{package}; name the directory of IDX files or the npz with --data PATH")
+    for images, labels in parts:
+        if images.dtype != np.uint8 or images.ndim != 3 or labels.shape != images.shape[:1]:
+            forms = f"images are {images.dtype} {images.shape} and labels {labels.shape}"
+            raise DataError(f"{where}: {forms}; uint8 [n, h, w] and as many labels are expected")
+    if not parts:
+        raise DataError(f"{where} holds no array x_train; an npz of x_train, y_train, x_test and y_test is expected")
+    images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return images[..., None], labels.astype(np.int64)
+
+
+def _idx(where: Path, part: str, kind: str) -> ndarray:
+    """One IDX file: two zero bytes, the code of unsigned bytes, the number of axes, each axis in big-endian, the values."""
+    found = sorted(path for path in where.iterdir() if path.name.startswith(f"{part}-{kind}"))
+    if not found:
+        raise DataError(f"{where} holds no file {part}-{kind}-ubyte or {part}-{kind}-ubyte.gz")
+    try:
+        raw = gzip.decompress(found[0].read_bytes()) if found[0].suffix == ".gz" else found[0].read_bytes()
+        axes = raw[3]
+        shape = np.frombuffer(raw, ">u4", count=axes, offset=4)
+        if raw[:3] != b"\0\0\x08":
+            raise ValueError(f"it begins with {raw[:4].hex()}, no IDX file of unsigned bytes does")
+        return np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError) as error:
+        raise DataError(f"{found[0]} is damaged ({error}); fetch it again") from None
+
+
+def _labelled(name: str, images: ndarray, labels: ndarray, names: tuple[str, ...] = tuple("0123456789")) -> Dataset:
+    order = np.random.default_rng(0).permutation(len(images))
+    return Dataset(name, images[order], len(names), labels[order].astype(np.int64), names)
+
+
+def _mixture(
+    name: str, centres: Float64[ndarray, "k d"], sigma: float, count: int = 100_000, flat: Float64[ndarray, "r d"] | None = None
+) -> Dataset:
+    """`flat` has orthonormal rows, which span the Gaussians; without it they fill the space."""
     rng = np.random.default_rng(0)
     component = rng.integers(len(centres), size=count)
-    samples = centres[component] + sigma * rng.standard_normal((count, centres.shape[1]))
-    return Dataset(name, samples.astype(np.float32), cells=len(centres), mixture=Mixture(centres, sigma))
-
-
-DATASETS: dict[str, Callable[[], Dataset]] = {"ring": ring, "grid": grid, "digits": digits}
+    noise = rng.standard_normal((count, centres.shape[1] if flat is None else len(flat)))
+    samples = centres[component] + sigma * (noise if flat is None else noise @ flat)
+    mixture = Mixture(centres, sigma, rank=noise.shape[1])
+    return Dataset(name, samples.astype(np.float32), cells=len(centres), mixture=mixture)

@@ -1,16 +1,31 @@
 """The offline measuring stick: how far samples are from real data, as numbers for people. Pure numpy and scipy.
 
-Whether a generator may be published is gate.py's question; whether it still behaves, the monitor's.
+    python -m training.evaluation --bundle .ganwatch/registry/digits/v1          the served ONNX against its own real data
+    python -m training.evaluation --real real.npy --fake fake.npy                two arrays of features, one sample a row
+
+Each figure is printed beside what a perfect sampler would have at the same number of samples, where that is known. Whether a
+generator may be published is gate.py's question; whether it still behaves, the monitor's.
 """
 
 from __future__ import annotations
 
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import numpy as np
-from jaxtyping import Float, Float32, Float64, Int64
+from jaxtyping import Float, Float64, Int64
 from numpy import ndarray
 from scipy.spatial import cKDTree
+from scipy.spatial.distance import cdist, pdist, squareform
+from scipy.stats import chi2, norm
 
 from training.data import Mixture
+
+PERFECT = chi2.cdf(9, 2)  # 98.89 %: what a perfect sampler has within 3 sigma in the plane
+CONFIDENT = 0.8  # probability above which a sample belongs to a class beyond argument
 
 
 def divergences(real: Float64[ndarray, "k"], generated: Float64[ndarray, "k"]) -> dict[str, float]:
@@ -42,40 +57,238 @@ def frechet(
     return float(np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * cross)
 
 
-def prdc(real: Float32[ndarray, "n d"], fake: Float32[ndarray, "m d"], k: int = 5) -> dict[str, float]:
+def fid(real: Float[ndarray, "n p"], fake: Float[ndarray, "m p"]) -> float:
+    """Frechet distance between Gaussians fitted to two sets of features (Heusel et al. 2017). Biased up, by O(1 / n)."""
+    moments = [(x.mean(axis=0, dtype=np.float64), np.cov(x.astype(np.float64), rowvar=False).reshape(x.shape[1], -1)) for x in (real, fake)]
+    return frechet(*moments[0], *moments[1])
+
+
+def kid(real: Float[ndarray, "n p"], fake: Float[ndarray, "m p"], *, subsets: int = 100, size: int = 1000, seed: int = 2020) -> tuple[float, float]:
+    """Kernel inception distance: unbiased squared MMD with (x.y / p + 1)^3, mean and standard deviation over random subsets.
+
+    Binkowski et al. 2018; subsets are drawn as torch-fidelity draws them. Zero on average for equal laws, so it may be below.
+    """
+    size, rng = min(size, len(real), len(fake)), np.random.RandomState(seed)
+    values = []
+    for _ in range(subsets):
+        x, y = (f[rng.choice(len(f), size, replace=False)].astype(np.float64) for f in (real, fake))
+        xx, yy, xy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (size * (size - 1))
+        values.append(within - 2 * xy.mean())
+    return float(np.mean(values)), float(np.std(values))
+
+
+def kid_excess(x: Float[ndarray, "n p"], y: Float[ndarray, "n p"], relabelled: int = 200) -> float:
+    """KID between samples of equal size, in standard deviations from its mean when they are relabelled at random.
+
+    Under equal laws it is rarely above 4, whatever the law: the permutations carry the null (Gretton et al. 2012, section 5).
+    """
+    pooled = np.concatenate([x, y]).astype(np.float64)
+    kernel = (pooled @ pooled.T / pooled.shape[1] + 1) ** 3
+    sign = np.repeat([1.0, -1.0], len(x))
+    signs = np.stack([sign, *(np.random.default_rng(i).permutation(sign) for i in range(relabelled))])
+    values = np.einsum("ri,ri->r", signs @ kernel, signs)  # MMD^2 n^2
+    return float((values[0] - values[1:].mean()) / values[1:].std())
+
+
+def prdc(real: Float[ndarray, "n d"], fake: Float[ndarray, "m d"], k: int = 5) -> dict[str, float]:
     """Precision, recall (Kynkaanniemi et al. 2019), density, coverage (Naeem et al. 2020); balls are open, as in their code.
 
     `coverage` is divided by its expectation when both samples follow one law, so that 1 is perfect at any n and m.
     """
+    real, fake = real.astype(np.float64), fake.astype(np.float64)
     n, m = len(real), len(fake)
-    real_radius = cKDTree(real).query(real, k + 1)[0][:, -1]
-    fake_radius = cKDTree(fake).query(fake, k + 1)[0][:, -1]
-    distance = np.sqrt(np.clip((real**2).sum(1)[:, None] - 2 * real @ fake.T + (fake**2).sum(1), 0, None))
-    in_real = distance < real_radius[:, None]
+    real_radius, fake_radius = (np.concatenate([np.partition(cdist(p, x), k, axis=1)[:, k] for p in _parts(x)]) for x in (real, fake))
+    covered, recalled, held = 0, 0, np.zeros(m, np.int64)  # held: real balls around each fake
+    for part, radius in zip(_parts(real), _parts(real_radius), strict=True):
+        distance = cdist(part, fake)
+        held += (distance < radius[:, None]).sum(axis=0)
+        covered += int((distance.min(axis=1) < radius).sum())
+        recalled += int((distance < fake_radius).any(axis=1).sum())
     i = np.arange(k)
     expected = 1 - np.prod((n - 1 - i) / (n + m - 1 - i))
     return {
-        "precision": float(in_real.any(axis=0).mean()),
-        "recall": float((distance < fake_radius).any(axis=1).mean()),
-        "density": float(in_real.sum(axis=0).mean() / k),
-        "coverage": float((distance.min(axis=1) < real_radius).mean() / expected),
+        "precision": float((held > 0).mean()),
+        "recall": recalled / n,
+        "density": float(held.mean() / k),
+        "coverage": float(covered / n / expected),
     }
 
 
-def mixture_fit(mixture: Mixture, samples: Float[ndarray, "n d"]) -> dict[str, float]:
-    """How well samples follow a known mixture in the plane. A perfect sampler has high_quality 0.9889 and spread 0.974, not more.
+def _parts(x: ndarray) -> list[ndarray]:
+    return [x[i : i + 512] for i in range(0, len(x), 512)]  # a distance matrix of all at once would fill the memory
 
-    high_quality: share within 3 sigma of a centre. modes: centres with at least one such sample nearest to them.
+
+def ndb(real: Float[ndarray, "n d"], fake: Float[ndarray, "m d"], *, bins: int = 100, alpha: float = 0.05, seed: int = 0) -> dict[str, float]:
+    """Statistically different bins (Richardson and Weiss 2018): k-means cells of the real data, in which proportions differ.
+
+    ndb: share of bins whose pooled two-proportion z-test rejects at alpha; a perfect sampler has about alpha.
+    bin_js: Jensen-Shannon divergence between the shares in nats; bin_js_floor: what a perfect sampler has.
+    """
+    from sklearn.cluster import KMeans
+
+    found = KMeans(bins, n_init=1, random_state=seed).fit(real)
+    a, b = (np.bincount(found.predict(x), minlength=bins) for x in (real, fake))
+    n, m = len(real), len(fake)
+    pooled = (a + b) / (n + m)
+    error = np.sqrt(pooled * (1 - pooled) * (1 / n + 1 / m))
+    z = np.divide(a / n - b / m, error, out=np.zeros(bins), where=error > 0)
+    differ = 2 * norm.sf(np.abs(z)) < alpha
+    return {"ndb": float(differ.mean()), "bin_js": divergences(a / n, b / m)["js"], "bin_js_floor": (bins - 1) / 8 * (1 / n + 1 / m)}
+
+
+def vendi(kernel: Float64[ndarray, "n n"]) -> float:
+    """Effective number of different samples: exp of the entropy of the eigenvalues of kernel / n (Friedman and Dieng 2023)."""
+    values = np.linalg.eigvalsh(kernel / len(kernel))
+    values = values[values > 0]
+    return float(np.exp(-np.sum(values * np.log(values))))
+
+
+def vendi_ratio(real: Float[ndarray, "n d"], fake: Float[ndarray, "m d"], most: int = 1000) -> float:
+    """Diversity of the fakes by that of as many reals, 1 being equal; Gaussian kernel as wide as the reals' median distance."""
+    n = min(most, len(real), len(fake))
+    width = np.median(pdist(real[:n].astype(np.float64)))
+    of_real, of_fake = (vendi(np.exp(-squareform(pdist(x[:n].astype(np.float64), "sqeuclidean")) / (2 * width**2))) for x in (real, fake))
+    return of_fake / of_real
+
+
+def wasserstein(x: Float[ndarray, "n"], y: Float[ndarray, "m"], p: int = 1) -> float:
+    """E |F^-1 - G^-1|^p of two samples on a line: the p-th power of their Wasserstein distance, exactly."""
+    n, m = len(x), len(y)
+    ends = np.unique(np.concatenate([np.arange(1, n + 1) * m, np.arange(1, m + 1) * n]))  # where either quantile jumps, in 1 / (n m)
+    gaps = np.abs(np.sort(x)[(ends - 1) // m] - np.sort(y)[(ends - 1) // n]) ** p
+    return float(gaps @ np.diff(ends, prepend=0) / (n * m))
+
+
+def sliced_wasserstein(real: Float[ndarray, "n d"], fake: Float[ndarray, "m d"], *, projections: int = 50, seed: int = 0) -> float:
+    """Root of the mean squared 2-Wasserstein distance over random directions (Bonneel et al. 2015), drawn as POT draws them.
+
+    It stays informative where supports are disjoint and Jensen-Shannon stands still at log 2.
+    """
+    directions = np.random.RandomState(seed).randn(real.shape[1], projections)
+    directions /= np.linalg.norm(directions, axis=0)
+    lines = zip((real @ directions).T, (fake @ directions).T, strict=True)
+    return float(np.sqrt(np.mean([wasserstein(x, y, 2) for x, y in lines])))
+
+
+def nearest_ratio(train: Float[ndarray, "n d"], held_out: Float[ndarray, "h d"], fake: Float[ndarray, "m d"]) -> float:
+    """Median distance of fakes to the training data by that of held-out data: 1 is like real, far below 1 is copying."""
+    tree = cKDTree(train)
+    return float(np.median(tree.query(fake)[0]) / np.median(tree.query(held_out)[0]))
+
+
+def class_fit(probability: Float[ndarray, "n k"], share: Float64[ndarray, "k"]) -> dict[str, float | int]:
+    """Modes and KL by a classifier, the protocol of stacked MNIST (Metz et al. 2017; Lin et al. 2018), with its floors.
+
+    class_kl: of the classes' shares among samples from their shares in real data; class_kl_floor: what n samples of a perfect
+    sampler have. modes: classes with at least one sample, confident_modes: with one that is beyond argument (CONFIDENT), which
+    alone tells digits from noise. modes_expected: what n samples of a perfect sampler reach.
+    """
+    n, k = probability.shape
+    assigned, confident = probability.argmax(axis=1), probability.max(axis=1) > CONFIDENT
+    count = np.bincount(assigned, minlength=k)
+    return {
+        "modes": int(np.count_nonzero(count)),
+        "modes_expected": float(np.sum(-np.expm1(n * np.log1p(-np.minimum(share, 1 - 1e-16))))),
+        "confident_modes": len(np.unique(assigned[confident])),
+        "confident_share": float(confident.mean()),
+        "class_kl": _kl(count / n, share),
+        "class_kl_floor": (k - 1) / (2 * n),
+    }
+
+
+def mixture_fit(mixture: Mixture, samples: Float[ndarray, "n d"]) -> dict[str, float | int]:
+    """How well samples follow a known mixture. A perfect sampler has high_quality 0.9889, not more; in the plane spread 0.974.
+
+    high_quality: share in the balls around centres that hold as much of a Gaussian as 3 sigma do in the plane.
+    modes: centres with at least one such sample nearest to them.
     reverse_kl: from the uniform law over centres, of high-quality samples (NaN where there are none).
-    spread: standard deviation of high-quality samples around their centre, per coordinate, in sigmas.
+    spread: standard deviation of high-quality samples around their centre, per dimension of the Gaussian, in sigmas.
     """
     distance, nearest = cKDTree(mixture.centres).query(samples)
-    good = distance < 3 * mixture.sigma
+    good = distance < mixture.sigma * np.sqrt(chi2.ppf(PERFECT, mixture.rank))
     count: Int64[ndarray, "k"] = np.bincount(nearest[good], minlength=len(mixture.centres))
-    kept, centres = samples[good], mixture.centres[nearest[good]]
     return {
         "high_quality": float(good.mean()),
         "modes": int(np.count_nonzero(count)),
         "reverse_kl": _kl(count / count.sum(), np.full(len(count), 1 / len(count))) if good.any() else float("nan"),
-        "spread": float(np.sqrt(np.mean((kept - centres) ** 2)) / mixture.sigma) if good.any() else float("nan"),
+        "spread": float(np.sqrt(np.mean(distance[good] ** 2) / mixture.rank) / mixture.sigma) if good.any() else float("nan"),
     }
+
+
+def compare(real: Float[ndarray, "n d"], fake: Float[ndarray, "m d"]) -> dict[str, float]:
+    """Every figure that needs no more than two arrays of features."""
+    mean, deviation = kid(real, fake)
+    figures = {"fid": fid(real, fake), "kid": mean, "kid_deviation": deviation, **prdc(real[:5000], fake[:5000])}
+    figures |= ndb(real, fake, bins=min(100, len(real) // 10))
+    return figures | {"vendi_ratio": vendi_ratio(real, fake), "sliced_wasserstein": sliced_wasserstein(real, fake)}
+
+
+def judge(directory: Path, samples: int, seed: int) -> dict[str, float | int]:
+    """The figures of a bundle's model.onnx in the eyes of its features.onnx. Raises BundleError or ValueError."""
+    from training.bundle import open_bundle
+    from training.export import open_source
+
+    bundle = open_bundle(directory)
+    if not len(bundle.reference.held_out_points):
+        raise ValueError(f"{directory} was certified without reference points; compare arrays with --real and --fake")
+    source = open_source(bundle.path, bundle.card)
+    seen = [source.features.run(["features", "probability"], {"x": source.samples(seed=seed, offset=i, count=min(2048, samples - i))})
+            for i in range(0, samples, 2048)]  # fmt: skip
+    features, probability = (np.concatenate(column) for column in zip(*seen, strict=True))
+    share = bundle.reference.cell_share[:-1] / bundle.reference.cell_share[:-1].sum()
+    train, held_out = bundle.reference.train_points, bundle.reference.held_out_points
+    return class_fit(probability, share) | compare(held_out, features) | {"nearest_ratio": nearest_ratio(train, held_out, features)}
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Measure samples against real data."""
+
+    bundle: Path | None = None
+    """Directory of a bundle: its served generator against its own held-out data."""
+    real: Path | None = None
+    """.npy of features of real data [n, d]."""
+    fake: Path | None = None
+    """.npy of features of samples [m, d]."""
+    samples: int = 10_000
+    """Drawn from the bundle."""
+    seed: int = 0
+    """Of the samples that are drawn."""
+    json: bool = False
+    """Print JSON for a program to read."""
+
+
+def main() -> None:
+    import tyro
+
+    wish = tyro.cli(Wish, description=__doc__)
+    try:
+        if wish.bundle is not None:
+            figures = judge(wish.bundle, wish.samples, wish.seed)
+        elif wish.real is not None and wish.fake is not None:
+            real, fake = _features(wish.real), _features(wish.fake)
+            if real.shape[1] != fake.shape[1]:
+                raise ValueError(f"{wish.real} has {real.shape[1]} columns and {wish.fake} {fake.shape[1]}; the same features are expected")
+            figures = compare(real, fake)
+        else:
+            raise ValueError("give --bundle DIR, or --real and --fake")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finite: dict[str, Any] = {name: value if np.isfinite(value) else None for name, value in figures.items()}
+    print(json.dumps(finite) if wish.json else "\n".join(f"{name:<20} {value:.6g}" for name, value in figures.items()))
+
+
+def _features(path: Path) -> Float64[ndarray, "n d"]:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from None
+    if array.ndim < 2 or len(array) < 100 or not np.isfinite(array).all():
+        raise ValueError(f"{path} holds {array.dtype} {array.shape}; at least 100 rows of finite numbers are expected")
+    return array.reshape(len(array), -1).astype(np.float64)
+
+
+if __name__ == "__main__":
+    main()

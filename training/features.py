@@ -5,6 +5,7 @@ It sees real data only, never a generator. How it is exported is export.py; what
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +21,39 @@ from training.data import Dataset
 MANIFOLD_QUANTILE = 0.99  # of held-out real data lies inside the manifold
 PROTOTYPES = 100  # cells that cover labelled data, whose modes are the classes
 NETS, WIDTH, STEPS = 3, 160, 1500  # the classifier of labelled data
-FEATURES = 32
+FEATURES, MOST_FEATURES = 32, 64
+MOST_INPUTS = 1024  # numbers of an image that are looked at: larger ones are seen through coarser pixels
+MOST_FITTED = 20_000  # samples to fit on
 SCORES = ("manifold_distance", "radius", "ambiguity")
+
+
+class Lens(nn.Module):
+    """Served samples [n, ...] -> what the eye looks at, [n * parts, q], in the networks' units.
+
+    Large images are averaged over squares of `pool` x `pool` pixels. Stacked images come apart: one row for each channel.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, dataset: Dataset) -> None:
+        super().__init__()
+        self.is_image, self.parts = dataset.is_image, dataset.shape[-1] if dataset.stacked else 1
+        self.pool = math.ceil(math.sqrt(dataset.dim / MOST_INPUTS)) if dataset.is_image else 1
+        for name in ("shift", "scale"):
+            value = getattr(dataset, name)
+            self.register_buffer(name, torch.from_numpy(value[:1] if dataset.is_image else value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(torch.float32)
+        if self.pool > 1:
+            x = nn.functional.avg_pool2d(x.permute(0, 3, 1, 2), self.pool).permute(0, 2, 3, 1)
+        x = (x.flatten(1) - self.shift) / self.scale
+        return x.unflatten(1, (-1, self.parts)).transpose(1, 2).flatten(0, 1) if self.parts > 1 else x
+
+    def together(self, x: Tensor) -> Tensor:
+        """[n * parts, k] -> [n, parts, k]."""
+        return x.unflatten(0, (-1, self.parts))
 
 
 class Eye(nn.Module):
@@ -30,11 +62,10 @@ class Eye(nn.Module):
     manifold_distance: Mahalanobis distance to the nearest cell; cells are k-means centres that share one covariance.
     radius: Mahalanobis distance to the mean of all data.
     ambiguity, only where data are labelled: 1 - the largest probability; blends of two classes are near the manifold, not here.
-    Modes are the cells themselves, or, where data are labelled, the classes of an ensemble of classifiers.
+    Modes are the cells themselves, or, where data are labelled, the classes of an ensemble of classifiers. Of stacked images
+    the farthest channel counts, and the classes of the channels together are the mode.
     """
 
-    shift: Tensor
-    scale: Tensor
     within: Tensor
     cells: Tensor
     overall: Tensor
@@ -42,17 +73,14 @@ class Eye(nn.Module):
     projection: Tensor
     offset: Tensor
 
-    def __init__(
-        self, shift: ndarray, scale: ndarray, within: ndarray, cells: ndarray, overall: ndarray, centre: ndarray
-    ) -> None:
+    def __init__(self, lens: Lens, within: ndarray, cells: ndarray, overall: ndarray, centre: ndarray) -> None:
         super().__init__()
+        self.lens = lens
         self.classifier: Ensemble | None = None
         for name, value in {
-            "shift": shift,
-            "scale": scale,
-            "within": within,  # [d, d]: x @ within has unit covariance around each cell
+            "within": within,  # [q, q]: x @ within has unit covariance around each cell
             "cells": cells @ within,
-            "overall": overall,  # [d, d]: (x - centre) @ overall has unit covariance
+            "overall": overall,  # [q, q]: (x - centre) @ overall has unit covariance; leading directions come last
             "offset": centre @ overall,
             "threshold": np.inf,
             "projection": np.eye(len(centre)),
@@ -60,20 +88,28 @@ class Eye(nn.Module):
             self.register_buffer(name, torch.as_tensor(np.asarray(value), dtype=torch.float32))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x = (x.flatten(1).to(torch.float32) - self.shift) / self.scale
+        x = self.lens(x)
         inner, outer = x @ self.within, x @ self.overall - self.offset
         # The expanded square only ranks the cells: it loses too many digits to be the distance itself.
         rank = (self.cells.square().sum(dim=1) - 2 * inner @ self.cells.T).argmin(dim=1)
         distance = (inner - self.cells[rank]).square().sum(dim=1).sqrt()
-        radius = outer.square().sum(dim=1).sqrt()
+        radius = outer.square().sum(dim=1)
+        if self.lens.parts > 1:
+            distance = self.lens.together(distance[:, None]).amax(dim=1)[:, 0]
+            radius = self.lens.together(radius[:, None]).sum(dim=1)[:, 0]
         if self.classifier is None:
             squares = (inner[:, None, :] - self.cells).square().sum(dim=2)
-            features, probability = outer, torch.softmax(-squares / 2, dim=1)
-            scores = torch.stack([distance, radius], dim=1)
+            features, probability = outer[:, -MOST_FEATURES:], torch.softmax(-squares / 2, dim=1)
+            scores = torch.stack([distance, radius.sqrt()], dim=1)
         else:
             hidden, probability = self.classifier(x)
             features = (hidden - self.classifier.centre) @ self.projection
-            scores = torch.stack([distance, radius, 1 - probability.amax(dim=1)], dim=1)
+            if self.lens.parts > 1:
+                features, each = self.lens.together(features).flatten(1), self.lens.together(probability)
+                probability = each[:, 0]
+                for part in range(1, self.lens.parts):
+                    probability = (probability[:, :, None] * each[:, part, None, :]).flatten(1)
+            scores = torch.stack([distance, radius.sqrt(), 1 - probability.amax(dim=1)], dim=1)
         mode = torch.where(distance > self.threshold, -1, probability.argmax(dim=1))
         return features, scores, mode, probability
 
@@ -112,25 +148,34 @@ class Sight:
 
 def fit_eye(dataset: Dataset, *, seed: int) -> Sight:
     """Fit on the training part; set the manifold's threshold on the held-out part."""
-    train = dataset.normalised()[: dataset.trained]
-    held_out = torch.from_numpy(dataset.samples[dataset.trained :])
-    found = KMeans(PROTOTYPES if dataset.classes else dataset.cells, n_init=4, random_state=seed).fit(train)
-    places = np.round(found.cluster_centers_ * dataset.scale + dataset.shift, 2) + 0.0  # no -0.00 in names
-    centres = found.cluster_centers_[np.lexsort(places.T[::-1])]
+    lens = Lens(dataset)
+    rows = np.sort(np.random.default_rng(seed).permutation(dataset.trained)[: MOST_FITTED // lens.parts])
+    train = lens(torch.from_numpy(dataset.samples[rows])).numpy()
+    count = min(PROTOTYPES, len(train) // 4) if dataset.classes else dataset.cells
+    found = KMeans(count, n_init=4, random_state=seed).fit(train)
+    centres = found.cluster_centers_
+    if not dataset.classes:
+        places = np.round(centres * dataset.scale + dataset.shift, 2) + 0.0 if dataset.dim <= 3 else centres  # no -0.00 in names
+        centres = centres[np.lexsort(places.T[::-1])]
     within = _whitener(train - found.cluster_centers_[found.labels_])
-    eye = Eye(dataset.shift, dataset.scale, within, centres, _whitener(train), train.mean(axis=0))
+    eye = Eye(lens, within, centres, _whitener(train), train.mean(axis=0))
     if dataset.labels is not None:
-        eye.classifier = _fit_ensemble(train, dataset.labels[: dataset.trained], len(dataset.classes), seed=seed)
-        eye.projection = _principal(eye.classifier, torch.from_numpy(train))
+        labels, classes = dataset.labels[rows], len(dataset.classes)
+        if dataset.stacked:
+            labels, classes = (labels[:, None] // 10 ** np.arange(lens.parts)[::-1] % 10).ravel(), 10
+        eye.classifier = _fit_ensemble(train, labels, classes, seed=seed)
+        eye.projection = _principal(eye.classifier, torch.from_numpy(train), min(FEATURES, MOST_FEATURES // lens.parts))
     eye.eval().requires_grad_(False)
 
-    _, scores, _, probability = eye(held_out)
-    eye.threshold.fill_(float(np.quantile(scores[:, 0].numpy(), MANIFOLD_QUANTILE)))
+    held_out = [eye(torch.from_numpy(part)) for part in np.array_split(dataset.samples[dataset.trained :], len(dataset.samples) // 10_000 + 1)]
+    distance = np.concatenate([scores[:, 0].numpy() for _, scores, _, _ in held_out])
+    eye.threshold.fill_(float(np.quantile(distance, MANIFOLD_QUANTILE)))
     if dataset.labels is None:
-        names = tuple(f"({', '.join(f'{v:.2f}' for v in place)})" for place in sorted(places.tolist()))
+        low = dataset.dim <= 3
+        names = tuple(f"({', '.join(f'{v:.2f}' for v in place)})" if low else f"cell-{k}" for k, place in enumerate(sorted(places.tolist())))
         return Sight(eye, names, SCORES[:2], None)
-    accuracy = float(np.mean(probability.argmax(dim=1).numpy() == dataset.labels[dataset.trained :]))
-    return Sight(eye, dataset.classes, SCORES, accuracy)
+    seen = np.concatenate([probability.argmax(dim=1).numpy() for *_, probability in held_out])
+    return Sight(eye, dataset.classes, SCORES, float(np.mean(seen == dataset.labels[dataset.trained :])))
 
 
 def _whitener(x: Float32[ndarray, "n d"]) -> Float[ndarray, "d d"]:
@@ -162,10 +207,10 @@ def _fit_ensemble(x: Float32[ndarray, "n d"], labels: Int64[ndarray, "n"], class
 
 
 @torch.no_grad()
-def _principal(ensemble: Ensemble, x: Float[Tensor, "n d"]) -> Float[Tensor, "h p"]:
+def _principal(ensemble: Ensemble, x: Float[Tensor, "n d"], count: int) -> Float[Tensor, "h p"]:
     """The leading directions of the hidden activations, all divided by one number so that features have unit mean variance."""
     hidden, _ = ensemble(x)
     ensemble.centre.copy_(hidden.mean(dim=0))
     values, vectors = torch.linalg.eigh(torch.cov(hidden.T.double()))
-    leading = values[-FEATURES:].flip(0)
-    return (vectors[:, -FEATURES:].flip(1) / leading.mean().sqrt()).float()
+    leading = values[-count:].flip(0)
+    return (vectors[:, -count:].flip(1) / leading.mean().sqrt()).float()

@@ -57,6 +57,7 @@ def publish(directory: str | os.PathLike[str], registry: Registry, *, model: str
     """
     bundle = open_bundle(directory)
     objections = quality_objections(bundle.reference, bundle.certificate, bundle.card.modes)
+    objections += [f"training ended with an alarm: {reason}" for reason in bundle.card.training.get("failing", [])]
     if objections and not force:
         remedy = f"ganwatch publish {quote(str(Path(directory).resolve()))} --force --registry {quote(str(registry.root.resolve()))}"
         raise QualityRefused(objections, remedy)

@@ -1,17 +1,24 @@
-"""The generator and the critic: plain multilayer perceptrons with leaky ReLU and no normalisation layer.
+"""Generators and critics: multilayer perceptrons, DCGAN and a small residual network. Leaky ReLU, no normalisation layers.
 
-They work in the networks' units (data.py); what is served, and how it is trained, they do not know.
+Batch statistics would tie a sample to its neighbours: the penalties could not be taken sample by sample, and the averaged
+generator would have no statistics of its own. The networks map rows to rows in the networks' units (data.py); an image is a row
+of h * w * c numbers, channels last. What is served, and how it is trained, they do not know.
 """
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
+from torch.nn.functional import interpolate, leaky_relu, one_hot
 
 SLOPE = 0.2
+COARSEST = 4  # images are halved until a side is odd or no larger than this
 
 
 class Generator(nn.Module):
@@ -24,9 +31,9 @@ class Generator(nn.Module):
         self.head = _linear(width, out, gain=1.0)
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
-        h = z if y is None else torch.cat([z, one_hot(y, self.classes).to(z.dtype)], dim=1)
+        h = _with_class(z, y, self.classes)
         for layer in self.hidden:
-            h = nn.functional.leaky_relu(layer(h), SLOPE)
+            h = leaky_relu(layer(h), SLOPE)
         x = self.head(h)
         return torch.tanh(x) if self.bounded else x
 
@@ -51,7 +58,7 @@ class Critic(nn.Module):
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         h = self.lift(x, y)
         for layer in self.hidden:
-            h = nn.functional.leaky_relu(layer(h), SLOPE)
+            h = leaky_relu(layer(h), SLOPE)
         return self.head(h)[:, 0]
 
     def lift(self, x: Tensor, y: Tensor | None) -> Tensor:
@@ -74,14 +81,228 @@ class Critic(nn.Module):
         return by_x + (phase.cos() * by_sin - phase.sin() * by_cos) @ self.frequencies.T
 
 
+class ConvGenerator(nn.Module):
+    """z [n, z] and, where there are classes, y [n] -> image rows [n, h * w * c]: transposed convolutions (Radford et al. 2016).
+
+    `width` channels at the coarsest size, half as many after each doubling, never fewer than 8.
+    """
+
+    def __init__(self, latent: int, shape: tuple[int, ...], *, width: int, classes: int, bounded: bool) -> None:
+        super().__init__()
+        self.classes, self.bounded, halvings = classes, bounded, _halvings(shape)
+        height, side, channels = shape
+        self.start = (max(8, width), height >> halvings, side >> halvings)
+        widths = [max(8, width >> k) for k in range(halvings + 1)]
+        self.project = _linear(latent + classes, math.prod(self.start), gain=1.0)
+        self.grow = nn.ModuleList(
+            # with a stride of 2 each output pixel sees a quarter of the 4 x 4 kernel
+            _initialised(nn.ConvTranspose2d(a, b, 4, stride=2, padding=1), fan_in=4 * a)
+            for a, b in zip(widths, widths[1:], strict=False)
+        )
+        self.head = _initialised(nn.Conv2d(widths[-1], channels, 3, padding=1), gain=1.0)
+
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        h = self.project(_with_class(z, y, self.classes)).unflatten(1, self.start)
+        for layer in self.grow:
+            h = layer(leaky_relu(h, SLOPE))
+        x = self.head(leaky_relu(h, SLOPE)).permute(0, 2, 3, 1).flatten(1)
+        return torch.tanh(x) if self.bounded else x
+
+
+class ConvCritic(nn.Module):
+    """Image rows [n, m * h * w * c] and, where there are classes, y [n] -> logit [n]: strided convolutions (Radford et al. 2016).
+
+    m packed images are channels of one. Classes enter by projection (Miyato and Koyama 2018).
+    """
+
+    def __init__(self, shape: tuple[int, ...], *, width: int, classes: int, packing: int) -> None:
+        super().__init__()
+        halvings = _halvings(shape)
+        self.look = Look(shape, packing)
+        widths = [max(8, width >> k) for k in reversed(range(halvings + 1))]
+        first = _initialised(nn.Conv2d(self.look.channels, widths[0], 3, padding=1))
+        shrink = (_initialised(nn.Conv2d(a, b, 4, stride=2, padding=1)) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList([first, *shrink])
+        self.head = Judge(widths[-1] * (shape[0] >> halvings) * (shape[1] >> halvings), classes)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        h = self.look(x)
+        for layer in self.layers:
+            h = leaky_relu(layer(h), SLOPE)
+        return self.head(h.flatten(1), y)
+
+
+class ResidualGenerator(nn.Module):
+    """z [n, z] and, where there are classes, y [n] -> image rows: the norm-free residual generator of R3GAN, made small.
+
+    Huang et al., The GAN is dead (2024), section 4: a learned coarse image scaled by z, then per size two residual blocks, with
+    bilinear resampling between sizes.
+    """
+
+    def __init__(self, latent: int, shape: tuple[int, ...], *, width: int, classes: int, bounded: bool) -> None:
+        super().__init__()
+        self.classes, self.bounded, halvings = classes, bounded, _halvings(shape)
+        widths = [max(8, width >> k) for k in range(halvings + 1)]
+        self.basis = nn.Parameter(torch.randn(widths[0], shape[0] >> halvings, shape[1] >> halvings))
+        self.project = _linear(latent + classes, widths[0], gain=1.0)
+        self.stages = nn.ModuleList(_stage(w, blocks=2 * len(widths)) for w in widths)
+        self.change = nn.ModuleList(_channels(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.head = _channels(widths[-1], shape[2])
+
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        h = self.basis * self.project(_with_class(z, y, self.classes))[:, :, None, None]
+        h = self.stages[0](h)
+        for change, stage in zip(self.change, self.stages[1:], strict=True):
+            h = stage(interpolate(change(h), scale_factor=2.0, mode="bilinear", align_corners=False))
+        x = self.head(h).permute(0, 2, 3, 1).flatten(1)
+        return torch.tanh(x) if self.bounded else x
+
+
+class ResidualCritic(nn.Module):
+    """Image rows and, where there are classes, y [n] -> logit [n]: the mirror image of ResidualGenerator."""
+
+    def __init__(self, shape: tuple[int, ...], *, width: int, classes: int, packing: int) -> None:
+        super().__init__()
+        halvings = _halvings(shape)
+        self.look = Look(shape, packing)
+        widths = [max(8, width >> k) for k in reversed(range(halvings + 1))]
+        self.first = _channels(self.look.channels, widths[0])
+        self.stages = nn.ModuleList(_stage(w, blocks=2 * len(widths)) for w in widths)
+        self.change = nn.ModuleList(_channels(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        size = (shape[0] >> halvings, shape[1] >> halvings)
+        self.basis = _initialised(nn.Conv2d(widths[-1], widths[-1], size, groups=widths[-1]), gain=1.0)
+        self.head = Judge(widths[-1], classes)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        h = self.stages[0](self.first(self.look(x)))
+        for change, stage in zip(self.change, self.stages[1:], strict=True):
+            h = stage(change(interpolate(h, scale_factor=0.5, mode="bilinear", align_corners=False)))
+        return self.head(self.basis(h).flatten(1), y)
+
+
+class ResidualBlock(nn.Module):
+    """h + W3 s(W2 s(W1 h)), s the leaky ReLU: a grouped 3 x 3 convolution between two 1 x 1. It begins as the identity.
+
+    Without normalisation the branches are kept small by their initial weights alone, by blocks^(-1/4) each but the last, which
+    is zero (Zhang et al., Fixup, 2019).
+    """
+
+    def __init__(self, channels: int, *, blocks: int) -> None:
+        super().__init__()
+        inner, gain = 2 * channels, math.sqrt(2 / (1 + SLOPE**2)) * blocks**-0.25
+        self.enter = _initialised(nn.Conv2d(channels, inner, 1), gain=gain)
+        self.mix = _initialised(nn.Conv2d(inner, inner, 3, padding=1, groups=math.gcd(inner, inner // 16 or 1)), gain=gain)
+        self.leave = _initialised(nn.Conv2d(inner, channels, 1, bias=False), gain=0.0)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.leave(leaky_relu(self.mix(leaky_relu(self.enter(h), SLOPE)), SLOPE))
+
+
+class Look(nn.Module):
+    """Rows of m packed images, channels last -> [n, m * c, h, w]."""
+
+    def __init__(self, shape: tuple[int, ...], packing: int) -> None:
+        super().__init__()
+        self.rows, self.channels = (packing, *shape), packing * shape[2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, self.rows).permute(0, 1, 4, 2, 3).flatten(1, 2)
+
+
+class Judge(nn.Module):
+    """Features [n, f] -> logit [n], plus their product with a vector of the class where there are classes."""
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        self.score = _linear(features, 1, gain=1.0)
+        self.of_class = nn.Embedding(classes, features) if classes else None
+        if self.of_class is not None:
+            nn.init.normal_(self.of_class.weight, std=1 / math.sqrt(features))
+
+    def forward(self, h: Tensor, y: Tensor | None) -> Tensor:
+        logit = self.score(h)[:, 0]
+        return logit if y is None else logit + (self.of_class(y) * h).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to make a generator and a critic for samples of `shape`.
+
+    generator(latent, shape, *, width, classes, bounded) maps z [n, latent] and y [n] or None to rows [n, prod(shape)], and has
+    the attribute `classes`. critic(shape, *, width, classes, packing, fourier) maps rows [n, packing * prod(shape)] and y to
+    logits [n], each of its own row alone.
+    """
+
+    generator: Callable[..., nn.Module]
+    critic: Callable[..., nn.Module]
+    images_only: bool = False
+
+
+def _perceptron(latent: int, shape: tuple[int, ...], **how: int) -> Generator:
+    return Generator(latent, math.prod(shape), **how)
+
+
+def _perceptron_critic(shape: tuple[int, ...], *, packing: int, **how: int) -> Critic:
+    return Critic(packing * math.prod(shape), **how)
+
+
+FAMILIES: dict[str, Family] = {
+    "perceptron": Family(_perceptron, _perceptron_critic),
+    "dcgan": Family(ConvGenerator, lambda shape, *, fourier, **how: ConvCritic(shape, **how), images_only=True),
+    "resnet": Family(ResidualGenerator, lambda shape, *, fourier, **how: ResidualCritic(shape, **how), images_only=True),
+}
+
+
+def family(name: str) -> Family:
+    """One of FAMILIES, or a Family of the user's, named `package.module:NAME`. Raises ValueError saying what is wrong."""
+    if name in FAMILIES:
+        return FAMILIES[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        close = difflib.get_close_matches(name, FAMILIES, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"there are no networks {name}{hint} Known: {', '.join(FAMILIES)}, or package.module:NAME of your own")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"networks {name} cannot be imported: {error}") from None
+    if not isinstance(found, Family):
+        raise ValueError(f"networks {name} are a {type(found).__name__}; a training.networks.Family is expected")
+    return found
+
+
+def _with_class(z: Tensor, y: Tensor | None, classes: int) -> Tensor:
+    return z if y is None else torch.cat([z, one_hot(y, classes).to(z.dtype)], dim=1)
+
+
+def _halvings(shape: tuple[int, ...]) -> int:
+    """How often an image can be halved: 28 x 28 twice, 32 x 32 three times."""
+    height, width, count = shape[0], shape[1], 0
+    while min(height, width) > COARSEST and height % 2 == width % 2 == 0:
+        height, width, count = height // 2, width // 2, count + 1
+    return count
+
+
+def _stage(channels: int, *, blocks: int) -> nn.Sequential:
+    return nn.Sequential(ResidualBlock(channels, blocks=blocks), ResidualBlock(channels, blocks=blocks))
+
+
+def _channels(inputs: int, outputs: int) -> nn.Module:
+    return _initialised(nn.Conv2d(inputs, outputs, 1, bias=False), gain=1.0)
+
+
 def _hidden(inputs: int, width: int) -> nn.ModuleList:
     gain = math.sqrt(2 / (1 + SLOPE**2))
     return nn.ModuleList([_linear(inputs, width, gain), _linear(width, width, gain)])
 
 
-def _linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
-    """Variance gain^2 / fan-in keeps the scale of activations (He et al. 2015)."""
-    layer = nn.Linear(inputs, outputs)
-    nn.init.normal_(layer.weight, std=gain / math.sqrt(inputs))
-    nn.init.zeros_(layer.bias)
+def _linear(inputs: int, outputs: int, gain: float) -> nn.Module:
+    return _initialised(nn.Linear(inputs, outputs), gain)
+
+
+def _initialised(layer: nn.Module, gain: float = math.sqrt(2 / (1 + SLOPE**2)), fan_in: int | None = None) -> nn.Module:
+    """Variance gain^2 / fan-in keeps the scale of activations (He et al. 2015); biases zero."""
+    nn.init.normal_(layer.weight, std=gain / math.sqrt(fan_in or math.prod(layer.weight.shape[1:])))
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return layer

@@ -1,12 +1,12 @@
-"""The zero-centred gradient penalties R1 and R2, and with them all gradients of one adversarial step.
+"""Penalties on the critic's slope, and with them all gradients of one adversarial step.
 
-gamma / 2 * (E |grad C(real)|^2 + E |grad C(fake)|^2), every step (Mescheder et al. 2018; Roth et al. 2017 for the fakes).
-Without it the networks here collapse to a few modes whatever the objective. Two ways to the same numbers:
+Without R1 and R2 the networks here collapse to a few modes whatever the objective. Two ways to the same numbers:
 
-    autograd      differentiates twice; works for any critic, and is the oracle of the other
+    autograd      differentiates twice; works for any critic without batch statistics, and is the oracle of the other
     closed_form   for perceptrons with piecewise linear activations: no double backward, about twice as fast
 
 Both leave the critic's gradients in `.grad` and return what the generator needs. They neither step nor know an optimiser.
+Below them: other ways to hold a critic back (clipping, spectral normalisation), the unrolled critic, and how to choose gamma.
 """
 
 from __future__ import annotations
@@ -16,10 +16,50 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrizations, parametrize
 
 from training.networks import SLOPE, Critic
 from training.objectives import Objective
+
+UNROLLED_RATE = 0.1  # of the plain gradient steps that the generator looks ahead
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """gamma / 2 times the mean of (|dC/dx| - target)^2 over the reals, plus that over the fakes, plus that between them."""
+
+    real: bool = False
+    fake: bool = False
+    between: bool = False
+    target: float = 0.0
+
+    def price(self, slope: Float[Tensor, "m d"]) -> Float[Tensor, "m"]:
+        return (slope.norm(dim=1) - self.target).square() if self.target else slope.square().sum(dim=1)
+
+    def points_between(
+        self, real: Float[Tensor, "n d"], fake: Float[Tensor, "n d"], rng: torch.Generator | None = None
+    ) -> Float[Tensor, "k d"]:
+        """A uniform point on the line from each real to its fake; none where the penalty does not ask for them."""
+        if not self.between:
+            return real[:0]
+        share = torch.rand(len(real), 1, generator=rng, device=real.device, dtype=real.dtype)
+        return real + share * (fake - real)
+
+    def charged(self, n: int, k: int, like: Tensor) -> Float[Tensor, "m"]:
+        """1 / n for the rows that pay among n reals, n fakes and k points between, 0 for the others."""
+        rows = [like.new_full((count,), pays / n) for count, pays in ((n, self.real), (n, self.fake), (k, self.between))]
+        return torch.cat(rows)
+
+
+PENALTIES: dict[str, Penalty] = {
+    "r1r2": Penalty(real=True, fake=True),  # every step, as in Huang et al. 2024; Roth et al. 2017 for the fakes
+    "r1": Penalty(real=True),  # Mescheder et al. 2018, eq. 9
+    "r2": Penalty(fake=True),
+    "gradient": Penalty(between=True, target=1.0),  # WGAN-GP, Gulrajani et al. 2017, eq. 3; their lambda is gamma / 2
+    "none": Penalty(),  # the bare game: kept so that collapse can be shown, and the refusal to publish it
+}
 
 
 @dataclass(frozen=True)
@@ -28,47 +68,53 @@ class Gradients:
 
     critic_loss: Float[Tensor, ""]  # without the penalty
     generator_loss: Float[Tensor, ""]
-    penalty: Float[Tensor, ""]  # gamma / 2 (R1 + R2)
+    penalty: Float[Tensor, ""]
     by_fake: Float[Tensor, "n d"]  # of the generator's loss by each fake
 
 
 def autograd(
-    critic: Critic,
+    critic: nn.Module,
     objective: Objective,
+    penalty: Penalty,
     real: Float[Tensor, "n d"],
     fake: Float[Tensor, "n d"],
+    between: Float[Tensor, "k d"],
     y: Int64[Tensor, "n"] | None,
     gamma: float,
 ) -> Gradients:
-    real, fake = real.detach().requires_grad_(), fake.detach().requires_grad_()
-    real_logit, fake_logit = critic(real, y), critic(fake, y)
-    slope = torch.autograd.grad(real_logit.sum() + fake_logit.sum(), [real, fake], create_graph=True)
-    loss = objective.critic_loss(real_logit, fake_logit).mean()
-    penalty = gamma / 2 * sum(s.square().sum(dim=1).mean() for s in slope)
+    n = len(real)
+    x = torch.cat([real, fake, between]).detach().requires_grad_()
+    logit = critic(x, _labels(y, len(x)))
+    charged = penalty.charged(n, len(between), x)
+    (slope,) = torch.autograd.grad(logit.sum(), x, create_graph=bool(charged.any()), retain_graph=True)
+    price = gamma / 2 * (charged * penalty.price(slope)).sum()
+    loss = objective.critic_loss(logit[:n], logit[n : 2 * n]).mean()
     critic.zero_grad(set_to_none=True)
-    (loss + penalty).backward()
-    _, pull, generator_loss = _by_logits(objective.generator_loss, real_logit, fake_logit)
-    return Gradients(loss.detach(), generator_loss, penalty.detach(), pull[:, None] * slope[1].detach())
+    (loss + price).backward()
+    _, pull, generator_loss = _by_logits(objective.generator_loss, logit[:n], logit[n : 2 * n])
+    return Gradients(loss.detach(), generator_loss, price.detach(), pull[:, None] * slope[n : 2 * n].detach())
 
 
 @torch.no_grad()
 def closed_form(
     critic: Critic,
     objective: Objective,
+    penalty: Penalty,
     real: Float[Tensor, "n d"],
     fake: Float[Tensor, "n d"],
+    between: Float[Tensor, "k d"],
     y: Int64[Tensor, "n"] | None,
     gamma: float,
 ) -> Gradients:
     """With slopes m_k of the leaky ReLU fixed, C is linear in each weight matrix and the logit's gradient is a product of them.
 
-    Let h_k be the activations, v_k = dC/da_k at the pre-activations, g = dC/dx, and t_k the tangents of h_k when x moves by
-    gamma g / n. Then the gradient of (loss + penalty) by W_k is v_k^T (dL/dC h_k + t_k): eight products for two hidden layers,
-    in place of a double backward. The slopes' own derivative is zero almost everywhere, so this is exact.
+    Let h_k be the activations, v_k = dC/da_k at the pre-activations, g = dC/dx, and t_k the tangents of h_k when x moves by the
+    derivative of the penalty by g. Then the gradient of (loss + penalty) by W_k is v_k^T (dL/dC h_k + t_k): eight products for
+    two hidden layers, in place of a double backward. The slopes' own derivative is zero almost everywhere, so this is exact.
     """
     n = len(real)
-    x = torch.cat([real, fake])
-    activations, slopes = [critic.lift(x, None if y is None else torch.cat([y, y]))], []
+    x = torch.cat([real, fake, between])
+    activations, slopes = [critic.lift(x, _labels(y, len(x)))], []
     for layer in critic.hidden:
         a = layer(activations[-1])
         slopes.append(torch.where(a > 0, a.new_ones(()), SLOPE))
@@ -80,9 +126,14 @@ def closed_form(
         by_preactivation.insert(0, slope * (by_preactivation[0] @ layer.weight))
     by_input = critic.pull_back(x, by_preactivation[0] @ critic.hidden[0].weight)
 
-    by_real, by_fake, critic_loss = _by_logits(objective.critic_loss, logit[:n], logit[n:])
-    weight = torch.cat([by_real, by_fake])
-    tangent = critic.push_forward(x, gamma / n * by_input)
+    by_real, by_fake, critic_loss = _by_logits(objective.critic_loss, logit[:n], logit[n : 2 * n])
+    weight = torch.cat([by_real, by_fake, logit.new_zeros(len(between))])
+    charged = gamma / 2 * penalty.charged(n, len(between), x)
+    with torch.enable_grad():
+        slope = by_input.detach().requires_grad_()
+        price = (charged * penalty.price(slope)).sum()
+        (by_slope,) = torch.autograd.grad(price, slope)
+    tangent = critic.push_forward(x, by_slope)
     for layer, slope, v, h in zip(critic.hidden, slopes, by_preactivation, activations, strict=False):
         layer.weight.grad = v.T @ (weight[:, None] * h + tangent)
         layer.bias.grad = weight @ v
@@ -90,21 +141,18 @@ def closed_form(
     critic.head.weight.grad = (weight @ activations[-1] + tangent.sum(dim=0))[None]
     critic.head.bias.grad = weight.sum()[None]
 
-    _, pull, generator_loss = _by_logits(objective.generator_loss, logit[:n], logit[n:])
-    penalty = gamma / 2 * by_input.square().sum() / n
-    return Gradients(critic_loss, generator_loss, penalty, pull[:, None] * by_input[n:])
+    _, pull, generator_loss = _by_logits(objective.generator_loss, logit[:n], logit[n : 2 * n])
+    return Gradients(critic_loss, generator_loss, price.detach(), pull[:, None] * by_input[n : 2 * n])
 
 
-def unpenalised(
-    critic: Critic,
-    objective: Objective,
-    real: Float[Tensor, "n d"],
-    fake: Float[Tensor, "n d"],
-    y: Int64[Tensor, "n"] | None,
-    gamma: float,
-) -> Gradients:
-    """The bare game: kept so that collapse can be shown, and the refusal to publish it."""
-    return closed_form(critic, objective, real, fake, y, 0.0)
+def gradients_for(critic: nn.Module) -> Callable[..., Gradients]:
+    """The fast way where the critic allows it."""
+    plain = type(critic) is Critic and not any(parametrize.is_parametrized(module) for module in critic.modules())
+    return closed_form if plain else autograd
+
+
+def _labels(y: Int64[Tensor, "n"] | None, rows: int) -> Int64[Tensor, "m"] | None:
+    return None if y is None else y.repeat(rows // len(y))
 
 
 @torch.enable_grad()
@@ -118,4 +166,57 @@ def _by_logits(
     return by_real, by_fake, mean.detach()
 
 
-PENALTIES: dict[str, Callable[..., Gradients]] = {"closed_form": closed_form, "autograd": autograd, "none": unpenalised}
+# Other ways to hold the critic back, or to look ahead ------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def clip_weights(critic: nn.Module, bound: float) -> None:
+    """Every weight into [-bound, bound], after each step: the Lipschitz constraint of Arjovsky et al. 2017, algorithm 1."""
+    for parameter in critic.parameters():
+        parameter.clamp_(-bound, bound)
+
+
+def normalise_spectrally(critic: nn.Module) -> None:
+    """Each linear or convolutional layer divided by its largest singular value, in place (Miyato et al. 2018)."""
+    for module in list(critic.modules()):
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            parametrizations.spectral_norm(module)
+
+
+def unrolled_pull(
+    critic: nn.Module,
+    objective: Objective,
+    real: Float[Tensor, "n d"],
+    fake: Float[Tensor, "n d"],
+    y: Int64[Tensor, "n"] | None,
+    *,
+    steps: int,
+    rate: float = UNROLLED_RATE,
+) -> Float[Tensor, "n d"]:
+    """The gradient of the generator's loss by each fake when the critic answers with `steps` gradient steps of its own.
+
+    Metz et al. 2017, eq. 8 to 11: the derivative runs through the critic's steps too, so a generator that crowds into one
+    mode feels the critic about to reject it. The critic itself is left as it is.
+    """
+    fake = fake.detach().requires_grad_()
+    weights = {name: parameter.detach().requires_grad_() for name, parameter in critic.named_parameters()}
+    for _ in range(steps):
+        logits = (functional_call(critic, weights, (x, y)) for x in (real, fake))
+        slopes = torch.autograd.grad(objective.critic_loss(*logits).mean(), list(weights.values()), create_graph=True)
+        weights = {name: w - rate * slope for (name, w), slope in zip(weights.items(), slopes, strict=True)}
+    logits = (functional_call(critic, weights, (x, y)) for x in (real, fake))
+    return torch.autograd.grad(objective.generator_loss(*logits).mean(), fake)[0]
+
+
+def critical_gamma(objective: Objective, penalty: Penalty) -> float:
+    """The weight of R1, R2 or both at which the game around its solution is critically damped.
+
+    In the Dirac-GAN (Mescheder et al. 2018, section 2) the eigenvalues of simultaneous gradient descent are
+    -s gamma / 2 +- sqrt((s gamma / 2)^2 - l^2), with l the critic's slope by a fake logit at equilibrium and s how many sides
+    pay. A smaller gamma lets the players circle. Raises ValueError for penalties that are not centred at zero.
+    """
+    if penalty.target or not (penalty.real or penalty.fake):
+        raise ValueError("only R1, R2 or both have a critical gamma; give --gamma as a number")
+    chance = torch.zeros(1) if objective.optimal is None else objective.optimal(torch.zeros(1))
+    _, by_fake, _ = _by_logits(objective.critic_loss, chance, chance)
+    return 2 * abs(float(by_fake)) / (penalty.real + penalty.fake)

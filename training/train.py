@@ -14,6 +14,8 @@ import copy
 import json
 import math
 import os
+import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -21,7 +23,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -39,20 +41,25 @@ import ray.train
 import torch
 import tyro
 from PIL import Image
-from ray.train import Checkpoint, LoggingConfig, RunConfig, ScalingConfig
+from ray.exceptions import RayActorError
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 from rich.table import Table
 
 from training.bundle import Bundle, SignGaussian
-from training.data import DATASETS, Dataset
+from training.checkpoints import CheckpointError, State, read_state, refuse_other
+from training.data import DATASETS, ON_DISK, DataError, Dataset
+from training.diagnostics import Diagnosis, Look
 from training.export import ExportError, open_source, write_bundle
 from training.features import fit_eye
 from training.gate import QualityRefused, publish
-from training.networks import Critic, Generator
+from training.networks import family
 from training.objectives import OBJECTIVES
-from training.penalties import PENALTIES
+from training.penalties import PENALTIES, clip_weights, critical_gamma, gradients_for, normalise_spectrally, unrolled_pull
 from training.registry import Registry, RegistryError, ganwatch_home
+from training.sources import find, label, open_dataset
+from training.views import InstanceNoise, augment, pack
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where `ray job submit` runs the script
 
@@ -74,15 +81,30 @@ class Recipe:
 
 
 PLANE = Recipe(5000, 10, 2, 1.0, 128, 32, (4e-3, 1.2e-5), (1.0, 1e-4), 0.0)
-RECIPES = {"ring": PLANE, "grid": PLANE, "digits": Recipe(8000, 48, 16, 0.5, 256, 0, (2e-3, 2e-5), (1.0, 0.1), 0.02)}
+IMAGES = Recipe(8000, 48, 16, 0.5, 256, 0, (2e-3, 2e-5), (1.0, 0.1), 0.02)
+RECIPES = {
+    "ring": PLANE,
+    "grid": PLANE,
+    "mixture1200": Recipe(5000, 10, 16, 1.0, 512, 0, (2e-3, 2e-5), (1.0, 0.1), 0.0),
+    "digits": IMAGES,
+    "stacked-digits": replace(IMAGES, steps=34_000, signs=72, width=384),
+    "mnist": replace(IMAGES, steps=12_000, width=512),
+    "fashion-mnist": replace(IMAGES, steps=12_000, width=512),
+}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Train a GAN, certify it, publish it. Exit status: 0 published, 1 failed or refused, 2 bad input."""
+    """Train a GAN, certify it, publish it. Exit status: 0 published, 1 failed or refused, 2 bad input, 130 interrupted."""
 
-    dataset: Literal["ring", "grid", "digits"] = "digits"
-    """Real data: 8 Gaussians on a ring, 25 on a grid, or scikit-learn's 1,797 handwritten digits."""
+    dataset: str = "digits"
+    """Real data: ring, grid, mixture1200, digits, stacked-digits, mnist, fashion-mnist, or a path or URI: npz, npy, parquet, images."""
+    data: str | None = None
+    """Where the files of mnist or fashion-mnist lie: a directory of IDX files, or an npz."""
+    skip_bad_files: bool = False
+    """Leave out files that cannot be used, naming each; by default they end the run."""
+    like: str | None = None
+    """The built-in data set whose recipe to use; by default its own. Other images take that of digits, vectors that of grid."""
     model: str | None = None
     """Name of the model in the registry; by default that of the data set."""
     registry: str | None = None
@@ -91,20 +113,51 @@ class Config:
     """Fixes initial weights, batches and latents. The certificate always draws a seed of its own."""
     workers: int = 1
     """Ray Train workers, one CPU or one GPU each; the batch is split over them."""
+    min_workers: int | None = None
+    """Go on with as few as this while the cluster lacks workers, and take more as they come; by default all are waited for."""
+    max_failures: int = 3
+    """Workers that may die before the run does; training then goes on from the last checkpoint."""
+    checkpoint_seconds: float = 10.0
+    """Time between checkpoints: what a killed worker costs, at most."""
+    resume: str | None = None
+    """Directory of an interrupted run to go on with, in its own settings."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where the networks are trained; auto takes CUDA where Ray has a GPU for each worker."""
     conditional: bool = False
-    """Train G(z, y) and D(x, y) on the labels, so that requests may name a class (digits only)."""
+    """Train G(z, y) and D(x, y) on the labels, so that requests may name a class."""
     steps: int | None = None
-    """Updates of each network; by default the data set's recipe (5,000 in the plane, 8,000 for digits)."""
-    objective: Literal["relativistic", "non_saturating"] = "relativistic"
-    """The game: paired logits (RpGAN), or the classic one with -log D."""
-    penalty: Literal["closed_form", "autograd", "none"] = "closed_form"
-    """R1 + R2: by formula, by double differentiation (the same numbers, slower), or none, to see a collapse."""
+    """Updates of each network; by default those of the recipe (5,000 in the plane, 8,000 for digits)."""
+    objective: Literal[
+        "relativistic", "minimax", "non_saturating", "least_squares", "least_squares_pearson", "wasserstein", "hinge",
+        "f_kl", "f_reverse_kl", "f_pearson", "f_neyman", "f_hellinger", "f_js", "f_total_variation",
+    ] = "relativistic"  # fmt: skip
+    """The game: paired logits (RpGAN) by default; minimax is GAN0, non_saturating GAN1, f_* the f-GANs."""
+    penalty: Literal["r1r2", "r1", "r2", "gradient", "none"] = "r1r2"
+    """On the critic's slope: at reals and fakes, at one of them, WGAN-GP's between them, or none, to see a collapse."""
     gamma: float | None = None
-    """First weight of the penalty, in place of the recipe's; it falls by the same factor."""
+    """First weight of the penalty; it falls by the recipe's factor. By default the recipe's, scaled to the objective."""
+    clip: float | None = None
+    """Clip the critic's weights to +- this after each step (Wasserstein); None = off."""
+    spectral_norm: bool = False
+    """Divide each of the critic's layers by its largest singular value."""
+    noise: float | None = None
+    """Standard deviation of noise on the critic's inputs, real and fake, in place of the recipe's; 0 = off."""
+    noise_schedule: Literal["constant", "linear", "controlled"] = "constant"
+    """Let the noise stay, fall to zero over the run, or follow the divergence that the critic sees."""
+    packing: int = 1
+    """Samples that the critic judges together (PacGAN); 1 = off."""
+    unroll: int = 0
+    """Critic steps that the generator looks ahead; 0 = off."""
+    augment: bool = False
+    """Augment what the critic sees, real and fake (DiffAugment; images only)."""
+    network: str = "perceptron"
+    """perceptron, dcgan, resnet (images), or package.module:NAME of a training.networks.Family of your own."""
+    width: int | None = None
+    """Units of a hidden layer, or channels at the coarsest size of an image; by default the recipe's."""
     learning_rate: float | None = None
     """First learning rate of both networks, in place of the recipe's; it falls by the same factor."""
+    stop_on_alarm: bool = False
+    """End the run when diagnostics say that it fails; by default it goes on, and is refused if it ends that way."""
     certify_samples: int = 1_000_000
     """Fresh samples to certify with, as far as certify_seconds allow (never fewer than the smaller of this and 200,000)."""
     certify_seconds: float = 10.0
@@ -116,14 +169,26 @@ class Config:
 
     @property
     def recipe(self) -> Recipe:
-        """The data set's recipe with what the user changed."""
-        recipe = RECIPES[self.dataset]
+        """The data set's recipe with what the user changed. Data that were not yet read count as images."""
+        recipe = RECIPES.get(self.like or self.dataset, IMAGES)
         changed: dict[str, Any] = {} if self.steps is None else {"steps": self.steps}
         for name in ("gamma", "learning_rate"):
             if (first := getattr(self, name)) is not None:
                 old = getattr(recipe, name)
                 changed[name] = (first, first * old[1] / old[0])
+        if self.gamma is None and not PENALTIES[self.penalty].target and self.penalty != "none":
+            # The recipes were found with pairs and R1 + R2: other games get the same damping.
+            equal = critical_gamma(OBJECTIVES[self.objective], PENALTIES[self.penalty])
+            equal /= critical_gamma(OBJECTIVES["relativistic"], PENALTIES["r1r2"])
+            changed["gamma"] = (recipe.gamma[0] * equal, recipe.gamma[1] * equal)
+        changed |= {name: value for name in ("noise", "width") if (value := getattr(self, name)) is not None}
         return replace(recipe, **changed)
+
+
+MAY_CHANGE = (  # from one part of a run to the next
+    "model", "registry", "workers", "min_workers", "max_failures", "checkpoint_seconds", "resume", "device", "skip_bad_files",
+    "certify_samples", "certify_seconds", "reference_points", "force",
+)  # fmt: skip
 
 
 class TrainingStopped(RuntimeError):
@@ -135,25 +200,45 @@ class InputError(ValueError):
 
 
 def check(config: Config) -> None:
-    """Raise InputError or RegistryError before anything expensive begins."""
+    """Raise InputError, DataError or RegistryError before anything expensive begins."""
     given = {name: value for name, value in asdict(config).items() if value is not None}
-    for name, low in (("workers", 1), ("steps", 1), ("certify_samples", 1000), ("seed", 0)):
+    for name, low in (("workers", 1), ("min_workers", 1), ("max_failures", 0), ("steps", 1), ("certify_samples", 1000), ("seed", 0), ("packing", 1), ("unroll", 0), ("width", 1), ("noise", 0)):
         if given.get(name, low) < low:
             raise InputError(f"--{name.replace('_', '-')} is {given[name]}; it must be at least {low}")
-    for name in ("gamma", "learning_rate", "certify_seconds"):
+    for name in ("gamma", "learning_rate", "certify_seconds", "clip", "checkpoint_seconds"):
         if not (math.isfinite(given.get(name, 1.0)) and given.get(name, 1.0) > 0):
             words = "; --penalty none switches the penalty off" if name == "gamma" else ""
             raise InputError(f"--{name.replace('_', '-')} is {given[name]}; it must be positive{words}")
     if config.seed >= 2**32:
         raise InputError(f"--seed is {config.seed}; it must lie below 2^32")
-    if config.conditional and config.dataset != "digits":
-        raise InputError(f"--conditional needs labelled data, and {config.dataset} has none; use --dataset digits")
-    if config.recipe.batch % config.workers:
-        raise InputError(f"--workers is {config.workers}; it must divide the batch of {config.recipe.batch}")
+    if config.like is not None and config.like not in RECIPES:
+        raise InputError(f"--like is {config.like}; recipes are those of {', '.join(RECIPES)}")
+    if config.data is not None and config.dataset not in ON_DISK:
+        raise InputError(f"--data is for {' and '.join(ON_DISK)}; data of your own are named by --dataset PATH")
+    if config.dataset in ON_DISK:
+        open_dataset(config.dataset, data=config.data, cache=Path())
+    elif config.dataset not in DATASETS:
+        find(config.dataset)
+    fewest = config.workers if config.min_workers is None else config.min_workers
+    if fewest > config.workers:
+        raise InputError(f"--min-workers is {fewest}; it must not exceed --workers, {config.workers}")
+    for workers in range(fewest, config.workers + 1):
+        if config.recipe.batch % workers:
+            words = f"--workers is {workers}" if fewest == config.workers else f"--min-workers is {fewest}, so there may be {workers} workers"
+            raise InputError(f"{words}; it must divide the batch of {config.recipe.batch}")
+    if (config.recipe.batch // config.workers) % config.packing:
+        local = config.recipe.batch // config.workers
+        raise InputError(f"--packing is {config.packing}; it must divide the {local} samples of a worker's batch")
+    for reason in conflicts(config):
+        raise InputError(reason)
+    try:
+        family(config.network)
+    except ValueError as error:
+        raise InputError(f"--network: {error}") from None
     if config.device == "cuda" and torch.version.cuda is None:
         raise InputError(f"--device is cuda, but torch {torch.__version__} is built without CUDA; use --device cpu")
     registry = Registry(config.registry)
-    model = config.model or config.dataset
+    model = config.model or label(config.dataset)
     try:
         with registry.staging(model):
             pass
@@ -164,7 +249,48 @@ def check(config: Config) -> None:
         raise InputError(words) from None
 
 
+def open_data(config: Config, run: Path) -> Dataset:
+    """The data to train on; the user's own are read into the run's directory once. Raises DataError."""
+    dataset = open_dataset(config.dataset, data=config.data, cache=run / "data", skip_bad_files=config.skip_bad_files)
+    if config.conditional and dataset.labels is None:
+        raise DataError(f"--conditional needs labelled data, and {config.dataset} has no labels")
+    return dataset
+
+
+def conflicts(config: Config) -> list[str]:
+    """Parts that cannot work together, one sentence each with the reason."""
+    objective, held = OBJECTIVES[config.objective], config.clip or config.spectral_norm or config.penalty != "none"
+    schedule = f"--noise-schedule {config.noise_schedule}"
+    found = {
+        "--unroll with --clip: a clipped weight has no derivative, so the generator would look ahead at a critic that stands "
+        "still; use --penalty gradient in place of clipping": config.unroll and config.clip,
+        "--unroll with --spectral-norm: the singular vectors are estimated anew at each look, so there is no fixed critic to "
+        "differentiate; use --penalty r1r2": config.unroll and config.spectral_norm,
+        "--clip with --spectral-norm: the layers are divided by their norm after clipping, so the bound has no effect; choose "
+        "one of them": config.clip and config.spectral_norm,
+        "--packing with --conditional: one critic input would mix samples of different classes; use one of "
+        "them": config.packing > 1 and config.conditional,
+        f"--objective {config.objective} with nothing that holds the critic back: its best loss is minus infinity; add "
+        "--clip 0.01, --penalty gradient or --spectral-norm": objective.optimal is None and not held,
+        f"--noise-schedule controlled with --objective {config.objective}: its divergence has no upper end to hold half of; use "
+        "--noise-schedule linear": config.noise_schedule == "controlled" and math.isinf(objective.largest),
+        f"{schedule} without noise: give the first standard deviation by --noise": config.noise_schedule != "constant"
+        and not config.recipe.noise,
+    }
+    return [reason for reason, applies in found.items() if applies]
+
+
+def check_shape(config: Config, dataset: Dataset) -> None:
+    """Raise InputError where a wish needs images and the data are vectors."""
+    wishes = {"--augment": config.augment, f"--network {config.network}": family(config.network).images_only}
+    for wish in (wish for wish, set_ in wishes.items() if set_ and not dataset.is_image):
+        raise InputError(f"{wish} needs images, and {dataset.name} has vectors of {dataset.dim} numbers")
+
+
 # The loop of one worker -------------------------------------------------------------------------------------------------------
+
+
+SAID = ("critic_loss", "generator_loss", "penalty", "divergence", "accuracy", "mode_coverage")  # on the terminal
 
 
 class Journal:
@@ -205,13 +331,17 @@ def average_gradients(networks: tuple[torch.nn.Module, ...], world: int) -> None
         gradient.copy_(part.view_as(gradient))
 
 
-def build(config: Config, dataset: Dataset) -> tuple[SignGaussian, Generator, Critic]:
-    """The latent law and both networks; the same weights for the same seed in every process."""
+def build(config: Config, dataset: Dataset) -> tuple[SignGaussian, torch.nn.Module, torch.nn.Module]:
+    """The latent law, the generator and the critic; the same weights for the same seed in every process."""
     recipe, classes = config.recipe, len(dataset.classes) if config.conditional else 0
     torch.manual_seed(config.seed)
     latent = SignGaussian(recipe.signs, recipe.normals, recipe.scale)
-    generator = Generator(latent.dim, dataset.dim, width=recipe.width, classes=classes, bounded=dataset.is_image)
-    return latent, generator, Critic(dataset.dim, width=recipe.width, classes=classes, fourier=recipe.fourier)
+    how, nets = {"width": recipe.width, "classes": classes}, family(config.network)
+    generator = nets.generator(latent.dim, dataset.shape, bounded=dataset.is_image, **how)
+    critic = nets.critic(dataset.shape, packing=config.packing, fourier=recipe.fourier, **how)
+    if config.spectral_norm:
+        normalise_spectrally(critic)
+    return latent, generator, critic
 
 
 def adversarial_training(
@@ -222,42 +352,61 @@ def adversarial_training(
     world: int = 1,
     device: torch.device | str = "cpu",
     say: Callable[..., None] = lambda **_: None,
-) -> tuple[Generator, dict[str, float]]:
-    """Train worker `rank` of `world` to the end. Returns the averaged generator and the last losses; `say` hears of progress.
+    save: Callable[[State, int, dict[str, Any]], None] = lambda *_: None,
+    resume: Path | None = None,
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Train worker `rank` of `world` to the end. Returns the averaged generator, and the last losses and figures of diagnostics
+    with the reasons not to publish (`failing`); `say` hears of progress.
 
-    Where world > 1 a process group must exist. Raises TrainingStopped, in every worker alike, where the numbers blow up.
+    `save` gets the state, the step and what would be returned a hundred times a run, to keep it in a directory, from which
+    `resume` goes on.
+    Where world > 1 a process group must exist. Raises TrainingStopped, in every worker alike, where the numbers blow up,
+    or with stop_on_alarm where an alarm says why this cannot end well.
     """
     recipe = config.recipe
     latent, generator, critic = build(config, dataset)
     generator, critic = generator.to(device), critic.to(device)
     average = copy.deepcopy(generator)
-    data = torch.from_numpy(dataset.normalised()[: dataset.trained]).to(device)
     labels = torch.from_numpy(dataset.labels).to(device) if config.conditional else None
     optimisers = [torch.optim.Adam(n.parameters(), fused=True) for n in (generator, critic)]
-    gradients_of, objective = PENALTIES[config.penalty], OBJECTIVES[config.objective]
+    objective, penalty, gradients_of = OBJECTIVES[config.objective], PENALTIES[config.penalty], gradients_for(critic)
+    noise = InstanceNoise(recipe.noise, config.noise_schedule)
+    look = Look(dataset, latent, objective, conditional=config.conditional, packing=config.packing, seed=config.seed)
+    diagnosis, every = Diagnosis(), max(50, recipe.steps // 100)
     rng = torch.Generator(device).manual_seed(config.seed * world + rank)
     local = recipe.batch // world
+    state = State(generator, critic, average, optimisers, noise, diagnosis, rng)
+    done, last = state.load(resume, rank=rank, world=world) if resume else (0, {})
 
-    def blurred(x: torch.Tensor) -> torch.Tensor:
-        return x + recipe.noise * torch.randn(x.shape, generator=rng, device=device) if recipe.noise else x
+    def view(x: torch.Tensor) -> torch.Tensor:
+        return pack(noise(augment(x, dataset.shape, rng) if config.augment else x, rng), config.packing)
 
-    for step in range(recipe.steps):
+    for step in range(done, recipe.steps):
         progress = step / recipe.steps
         # Each worker takes its part of one global batch, so that without noise the number of workers changes only the rounding.
         first = rank * local
-        pick = np.random.default_rng((config.seed, step)).integers(len(data), size=recipe.batch)[first : first + local]
+        pick = np.random.default_rng((config.seed, step)).integers(dataset.trained, size=recipe.batch)[first : first + local]
         z = torch.from_numpy(latent.sample(seed=config.seed, offset=step * recipe.batch + first, count=local)).to(device)
-        real, y = data[pick], None if labels is None else labels[pick]
+        real, y = torch.from_numpy(dataset.normalised(pick)).to(device), None if labels is None else labels[pick]
         fake = generator(z, y)
-        seen = gradients_of(critic, objective, blurred(real), blurred(fake.detach()), y, decayed(recipe.gamma, progress))
+        real, shown = view(real), view(fake)
+        between = penalty.points_between(real, shown.detach(), rng)
+        seen = gradients_of(critic, objective, penalty, real, shown.detach(), between, y, decayed(recipe.gamma, progress))
+        pull = seen.by_fake
+        if config.unroll:
+            pull = unrolled_pull(critic, objective, real, shown, y, steps=config.unroll)
         generator.zero_grad(set_to_none=True)
-        fake.backward(seen.by_fake)
+        shown.backward(pull)
         average_gradients((generator, critic), world)
         for optimiser in optimisers:
             group = optimiser.param_groups[0]
             group["lr"] = decayed(recipe.learning_rate, progress)
             group["betas"] = (0.0, 0.9 + 0.09 * min(1.0, progress / 0.2))
             optimiser.step()
+        if config.clip:
+            clip_weights(critic, config.clip)
+        if config.noise_schedule != "constant":
+            noise.update(progress, objective.estimate(float(seen.critic_loss)) / objective.largest)
 
         # The served weights are a running mean with a half-life of a twentieth of the run so far (Karras et al. 2024).
         keep = 0.5 ** (1 / max(1.0, 0.05 * step))
@@ -265,14 +414,21 @@ def adversarial_training(
             for mean, now in zip(average.parameters(), generator.parameters(), strict=True):
                 mean.lerp_(now, 1 - keep)
 
-        if step % 50 == 49 or step + 1 == recipe.steps:
+        if (step + 1) % every == 0 or step + 1 == recipe.steps:
             # Gradients are averaged, so a number that is not finite reaches every worker in the same step.
             if not all(bool(p.isfinite().all()) for n in (generator, critic) for p in n.parameters()):
                 rate = f"lower --learning-rate (now {recipe.learning_rate[0]:g})"
                 raise TrainingStopped(f"the weights are no longer finite at step {step + 1} of {recipe.steps}; {rate}")
             losses = {name: float(getattr(seen, name)) for name in ("critic_loss", "generator_loss", "penalty")}
-            say(step=step + 1, steps=recipe.steps, **losses)
-    return average.cpu(), losses
+            figures = look(generator, critic)  # the same in every worker
+            diagnosis.update(figures, progress=progress)
+            say(step=step + 1, steps=recipe.steps, alarms=dict(diagnosis.words), **losses, **figures)
+            if config.stop_on_alarm and diagnosis.failing:
+                raise TrainingStopped(f"stopped at step {step + 1} of {recipe.steps}: {'; '.join(diagnosis.failing)}")
+            last = {name: value if math.isfinite(value) else None for name, value in (losses | figures).items()}
+            last["failing"] = diagnosis.failing
+            save(state, step + 1, last)
+    return average.cpu(), last
 
 
 def train_worker(job: dict[str, Any]) -> None:
@@ -281,28 +437,50 @@ def train_worker(job: dict[str, Any]) -> None:
     rank, device = context.get_world_rank(), ray.train.torch.get_device()
     torch.set_num_threads(1)
     config, journal = Config(**job["config"]), Journal(Path(job["run"]))
-    begin = said = time.monotonic()
+    world = context.get_world_size()
+    begin = said = kept = time.monotonic()
+    first = 0  # step at which progress was first heard of
+    up: dict[str, str] = {}
 
-    def say(step: int, steps: int, **losses: float) -> None:
-        nonlocal said
+    def say(step: int, steps: int, alarms: dict[str, str], **figures: float) -> None:
+        nonlocal begin, first, said, up
         now = time.monotonic()
-        if rank == 0 and (now - said > 2.0 or step == steps):
-            said, left = now, (now - begin) / step * (steps - step)
-            journal.write("train", step=step, steps=steps, seconds_left=left, **losses)
-            words = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        if not first:
+            begin, first = now, step
+        if rank == 0 and (now - said > 2.0 or step == steps or alarms.keys() != up.keys()):
+            said, left = now, (now - begin) / max(1, step - first) * (steps - step)
+            finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+            journal.write("train", step=step, steps=steps, seconds_left=left, alarms=alarms, **finite)
+            words = "  ".join(f"{name} {figures[name]:.4f}" for name in SAID)
             print(f"step {step:>6}/{steps}  {words}  {left:4.0f} s left", flush=True)
+            for name in alarms.keys() - up.keys():
+                print(f"alarm {name}: {alarms[name]}", flush=True)
+            for name in up.keys() - alarms.keys():
+                print(f"over  {name}", flush=True)
+            up = alarms
 
+    def save(state: State, step: int, metrics: dict[str, Any]) -> None:
+        nonlocal kept
+        due = torch.tensor(step == config.recipe.steps or time.monotonic() - kept > config.checkpoint_seconds, device=device)
+        if world > 1:
+            torch.distributed.broadcast(due, 0)  # reporting is a barrier: all do it, or none
+        if due:
+            with tempfile.TemporaryDirectory() as directory:
+                state.save(Path(directory), step, metrics, rank=rank, world=world)
+                saved, clock = Checkpoint.from_directory(directory), {"loop_seconds": time.monotonic() - begin, "device": str(device)}
+                ray.train.report(metrics | clock, checkpoint=saved, checkpoint_dir_name=f"step-{step:07}")
+            kept = time.monotonic()
+
+    found = ray.train.get_checkpoint()
     try:
-        dataset = DATASETS[config.dataset]()
-        world = context.get_world_size()
-        generator, losses = adversarial_training(config, dataset, rank=rank, world=world, device=device, say=say)
+        dataset = open_data(config, Path(job["run"]))
+        with found.as_directory() if found else nullcontext() as directory:
+            resume = Path(directory) if directory else None
+            if resume and rank == 0:
+                print(f"goes on from {resume.name}", flush=True)
+            adversarial_training(config, dataset, rank=rank, world=world, device=device, say=say, save=save, resume=resume)
     except TrainingStopped as stopped:
         ray.train.report({"stopped": str(stopped)})
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        torch.save(generator.state_dict(), Path(directory) / "generator.pt")
-        checkpoint = Checkpoint.from_directory(directory) if rank == 0 else None
-        ray.train.report({"loop_seconds": time.monotonic() - begin, "device": str(device), **losses}, checkpoint=checkpoint)
 
 
 # The run ----------------------------------------------------------------------------------------------------------------------
@@ -338,19 +516,38 @@ def start_ray(config: Config) -> bool:
 
 
 def train(config: Config, run: Path, use_gpu: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The averaged generator's weights and the last metrics. Raises TrainingStopped where the loop did."""
+    """The averaged generator's weights and the last metrics, from the last checkpoint of this run on where there is one.
+
+    Raises TrainingStopped where the loop did or the workers died too often, KeyboardInterrupt on Ctrl-C.
+    """
+    workers = config.workers if config.min_workers is None else (config.min_workers, config.workers)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": asdict(config), "run": str(run)},
-        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=use_gpu),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        run_config=RunConfig(name="ray", storage_path=str(run), logging_config=LoggingConfig(log_level="WARNING")),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(run),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
     )
-    result = trainer.fit()
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as error:
+        died = getattr(error, "worker_failures", {}) or {0: error}
+        words = "; ".join(f"worker {rank}: {(str(why).strip() or repr(why)).splitlines()[-1]}" for rank, why in died.items())
+        raise TrainingStopped(f"workers died more than {config.max_failures} times, the last time {words}") from None
+    except (SystemExit, RayActorError):  # how Ray's own handler of Ctrl-C ends
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "stopped" in result.metrics:
         raise TrainingStopped(result.metrics["stopped"])
     with result.checkpoint.as_directory() as directory:
-        return torch.load(Path(directory) / "generator.pt", weights_only=True), result.metrics
+        return read_state(Path(directory))["average"], result.metrics
 
 
 def picture(samples: np.ndarray) -> Image.Image:
@@ -372,7 +569,10 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     journal.done("ray")
 
     torch.set_num_threads(1)
-    dataset = DATASETS[config.dataset]()
+    dataset = open_data(config, run)
+    if config.dataset not in DATASETS and config.like is None:
+        config = replace(config, like="digits" if dataset.is_image else "grid")
+    check_shape(config, dataset)
     with ThreadPoolExecutor(1) as beside:  # this process only waits while the workers train
         eye = beside.submit(fit_eye, dataset, seed=config.seed)
         weights, metrics = train(config, run, use_gpu)
@@ -392,12 +592,12 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     generator.load_state_dict(weights)
     card = write_bundle(
         run / "bundle",
-        model=config.model or config.dataset,
+        model=config.model or label(config.dataset),
         dataset=dataset,
         generator=generator,
         latent=latent,
         sight=sight,
-        training={"config": asdict(config), "recipe": asdict(config.recipe), "metrics": metrics},
+        training={"config": asdict(config), "recipe": asdict(config.recipe), "metrics": metrics, "failing": metrics["failing"]},
         certify_samples=config.certify_samples,
         certify_seconds=config.certify_seconds,
         keep_points=config.reference_points,
@@ -410,6 +610,12 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     for name, value in card.certified.items():
         if isinstance(value, float | int):
             table.add_row(name, f"{value:.4g}")
+    table.add_section()
+    for name, value in metrics.items():
+        if isinstance(value, float | int):
+            table.add_row(f"at the last step: {name}", f"{value:.4g}")
+    for reason in metrics["failing"]:
+        table.add_row("alarm", reason)
     Console().print(table)
 
     bundle = publish(run / "bundle", Registry(config.registry), force=config.force)
@@ -417,28 +623,58 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     return bundle
 
 
+def begin_run(config: Config) -> tuple[Config, Path]:
+    """The directory of a new run, or of the one to resume, in whose settings the flags of the command line are read again.
+
+    Raises what `check` does, and CheckpointError where flags contradict the run.
+    """
+    if config.resume is None:
+        check(config)
+        model = config.model or label(config.dataset)
+        run = ganwatch_home() / "runs" / f"{time.strftime('%Y%m%dT%H%M%S')}-{model}-{uuid.uuid4().hex[:6]}"
+        run.mkdir(parents=True)
+        (run / "config.json").write_text(json.dumps(asdict(config)))
+        return config, run
+    run = Path(config.resume).resolve()
+    try:
+        saved = json.loads((run / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"--resume is {config.resume}, which holds no run ({error}); runs are in {ganwatch_home() / 'runs'}") from None
+    config = tyro.cli(Config, description=__doc__, default=Config(**saved))
+    refuse_other(saved, asdict(config), free=MAY_CHANGE)
+    check(config)
+    return config, run
+
+
 def main() -> None:
     config, begin = tyro.cli(Config, description=__doc__), time.monotonic()
     try:
-        check(config)
-    except (InputError, RegistryError) as error:
+        config, run = begin_run(config)
+    except (InputError, DataError, RegistryError, CheckpointError) as error:
         _end(f"error: {error}", status=2)
-    root, model = Registry(config.registry).root, config.model or config.dataset
-    run = ganwatch_home() / "runs" / f"{time.strftime('%Y%m%dT%H%M%S')}-{model}-{uuid.uuid4().hex[:6]}"
-    (run / "bundle").mkdir(parents=True)
+    root, model = Registry(config.registry).root, config.model or label(config.dataset)
+    shutil.rmtree(run / "bundle", ignore_errors=True)
+    (run / "bundle").mkdir()
     print(f"run      {run}", flush=True)
     if JOB in os.environ and not root.is_absolute():
         print(f"note: a Ray job runs in a copy of its working directory, so this relative registry is {root.resolve()}")
 
     journal = Journal(run)
+    again = f"go on with: python training/train.py --resume {run}"
     try:
         bundle = execute(config, run, journal)
-    except (InputError, TrainingStopped, ExportError, QualityRefused) as failure:
+    except (InputError, DataError, TrainingStopped, ExportError, QualityRefused, CheckpointError) as failure:
         journal.write("failed", reason=str(failure))
         words = f"not published: {failure}"
         if isinstance(failure, QualityRefused):
             words = f"not published, the quality gate objects:\n{failure}\nto publish it all the same: {failure.remedy}"
-        _end(words, status=2 if isinstance(failure, InputError) else 1)
+        _end(words, status=2 if isinstance(failure, (InputError, DataError)) else 1)
+    except OSError as error:
+        journal.write("failed", reason=str(error))
+        _end(f"not published: {error}; {again}", status=1)
+    except KeyboardInterrupt:
+        journal.write("failed", reason="interrupted")
+        _end(f"interrupted; {again}", status=130)
     print(f"published {model} {bundle.card.version} at {bundle.path.resolve()} after {time.monotonic() - begin:.0f} s")
 
 

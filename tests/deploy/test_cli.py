@@ -9,10 +9,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 
 from deploy.cli import COMMANDS, _LABEL
 from training.bundle import Bundle
+from training.registry import Registry
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,7 +30,8 @@ def ganwatch(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     ("words", "wanted"),
     [
         ("sample", "nothing is up"), ("ack", "nothing is up"), ("promote v1", "there is no model yet"), ("rollback --model m", "unknown model|no earlier version"),
-        ("inject nothing", "there is no model yet"), ("publish /nowhere", "no card.json"), ("replay --bundle /nowhere --samples x.npy", "no card.json"),
+        ("inject nothing", "there is no model yet"), ("publish /nowhere", "no card.json"), ("publish", "name a bundle directory"),
+        ("publish --onnx g.onnx", "--onnx takes --reference"), ("publish --onnx g.onnx --reference ring --latent uniform:2", "--latent is uniform:2"), ("replay --bundle /nowhere --samples x.npy", "no card.json"),
         ("inject drop-mode", "invalid choice 'drop-mode'"), ("up --device gpu", "invalid choice 'gpu'"), ("promte v1", "promte"), ("grafana apply", "GRAFANA_TOKEN"),
     ],
 )  # fmt: skip
@@ -51,6 +55,21 @@ def test_versions_are_handled_without_a_server(make_bundle: Callable[..., Bundle
     assert json.loads(ganwatch(tmp_path, "status", "--json").stdout)["up"] is False
 
 
+@pytest.mark.slow
+def test_a_generator_from_elsewhere_is_certified_and_published(tmp_path: Path) -> None:
+    code = onnx.helper.make_tensor_value_info("code", onnx.TensorProto.FLOAT, ["n", 2])
+    out = onnx.helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, ["n", 2])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["code"], ["out"])], "normal", [code], [out])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9), tmp_path / "cloud.onnx")
+    np.save(tmp_path / "real.npy", np.random.default_rng(0).standard_normal((3000, 2)))
+    done = ganwatch(tmp_path, "publish", "--onnx", str(tmp_path / "cloud.onnx"), "--reference", str(tmp_path / "real.npy"), "--latent", "normal:2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model"] == "cloud" and json.loads(done.stdout)["forced"] is None
+    before = Registry(tmp_path / "registry").open("cloud", "v1").certificate.count
+    done = ganwatch(tmp_path, "certify", "v1", "--more", "3000", "--json")
+    assert json.loads(done.stdout)["version"] == "v2" and json.loads(done.stdout)["samples"] == before + 3000, done.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "labels"),
     [("3,8", ["3", "8"]), (" 3 , 8", ["3", "8"]), ("(0.71, -0.71),(1.00, 0.00)", ["(0.71, -0.71)", "(1.00, 0.00)"]), ("Ankle boot, Bag", ["Ankle boot", "Bag"]), ("", [])],
@@ -61,6 +80,6 @@ def test_labels_are_split_at_commas_outside_parentheses(text: str, labels: list[
 
 def test_every_command_teaches() -> None:
     assert set(COMMANDS) == {
-        "up", "down", "status", "demo", "publish", "promote", "rollback", "models", "sample", "inject", "replay", "ack", "grafana", "doctor",
+        "up", "down", "status", "demo", "publish", "certify", "promote", "rollback", "models", "sample", "inject", "replay", "ack", "grafana", "doctor",
     }  # fmt: skip
     assert all(command.__doc__ for command in COMMANDS.values())

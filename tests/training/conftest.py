@@ -45,3 +45,14 @@ def collapsed(tmp_path_factory):
 @pytest.fixture(scope="session")
 def conditional(tmp_path_factory):
     return train_bundle(Config(dataset="digits", conditional=True, steps=800), tmp_path_factory.mktemp("digits"), samples=5_000)
+
+
+@pytest.fixture(scope="session")
+def ray():
+    """A Ray of this process alone, for what runs in tasks."""
+    import ray as started
+
+    started.init("local", num_cpus=2, include_dashboard=False, logging_level="error", _node_ip_address="127.0.0.1",
+                 runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}})  # fmt: skip
+    yield started
+    started.shutdown()

@@ -1,17 +1,22 @@
-from typing import get_args, get_type_hints
+import gzip
+from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.spatial.distance import pdist
 
-from training.data import DATASETS
-from training.train import RECIPES, Config
+from training.data import DATASETS, ON_DISK, DataError, mnist
+from training.evaluation import mixture_fit
+from training.train import RECIPES
+
+MNIST = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist.npz"
 
 
-def test_registries_agree():
-    assert set(get_args(get_type_hints(Config)["dataset"])) == set(DATASETS) == set(RECIPES)
+def test_every_data_set_has_a_recipe():
+    assert set(RECIPES) == set(DATASETS)
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", sorted(set(DATASETS) - set(ON_DISK)))
 def test_a_data_set_is_the_same_every_time_and_holds_out_a_fifth(name):
     dataset, again = DATASETS[name](), DATASETS[name]()
     np.testing.assert_array_equal(dataset.samples, again.samples)
@@ -36,3 +41,65 @@ def test_digits_are_all_of_scikit_learns():
 def test_mixtures_have_distinct_equal_modes(name, modes, sigma):
     mixture = DATASETS[name]().mixture
     assert len(np.unique(np.round(mixture.centres, 6), axis=0)) == modes and mixture.sigma == sigma
+
+
+def test_a_mixture_in_1200_dimensions_is_judged_like_one_in_the_plane():
+    dataset = DATASETS["mixture1200"]()
+    assert pdist(dataset.mixture.centres).min() > 2 * 28
+    fit = mixture_fit(dataset.mixture, dataset.samples.astype(np.float64))
+    assert fit["modes"] == 10 and fit["reverse_kl"] < 1e-3
+    assert fit["high_quality"] == pytest.approx(0.9889, abs=0.003)
+
+
+def test_stacked_digits_are_three_digits_with_their_labels():
+    single, stacked = DATASETS["digits"](), DATASETS["stacked-digits"]()
+    assert len(np.unique(stacked.labels)) == len(stacked.classes) == 1000
+    held_out = {image.tobytes(): label for image, label in zip(single.samples[single.trained :], single.labels[single.trained :])}
+    for sample, label in zip(stacked.samples[-200:], stacked.labels[-200:], strict=True):
+        assert [held_out[sample[:, :, c].tobytes()] for c in range(3)] == [int(c) for c in stacked.classes[label]]
+
+
+def idx(array):
+    return b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.astype(np.uint8).tobytes()
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A directory of IDX files, one of them gzipped, as MNIST is given out."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 50), ("t10k", 20)):
+        (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(idx(rng.integers(256, size=(count, 5, 4))))
+        (tmp_path / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.arange(count) % 10)))
+    return tmp_path
+
+
+def test_idx_files_and_npz_give_the_same_data(files):
+    from_idx = mnist(files)
+    assert from_idx.shape == (5, 4, 1) and len(from_idx.samples) == 70 and np.bincount(from_idx.labels).tolist() == [7] * 10
+    raw = {name: np.frombuffer((files / f"{part}-images-idx3-ubyte").read_bytes(), np.uint8, offset=16).reshape(-1, 5, 4)
+           for name, part in (("x_train", "train"), ("x_test", "t10k"))}  # fmt: skip
+    np.savez(files / "all.npz", **raw, y_train=np.arange(50) % 10, y_test=np.arange(20) % 10)
+    from_npz = mnist(files / "all.npz")
+    np.testing.assert_array_equal(from_idx.samples, from_npz.samples)
+    np.testing.assert_array_equal(from_idx.labels, from_npz.labels)
+
+
+def test_damaged_files_are_named(files, tmp_path):
+    images = files / "train-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:-7])
+    with pytest.raises(DataError, match="train-images-idx3-ubyte is damaged"):
+        mnist(files)
+    images.unlink()
+    with pytest.raises(DataError, match="holds no file train-images-idx3-ubyte"):
+        mnist(files)
+    with pytest.raises(DataError, match="there is nothing at .*--data PATH"):
+        mnist(tmp_path / "absent")
+    (tmp_path / "bad.npz").write_bytes(b"no zip file")
+    with pytest.raises(DataError, match=r"bad\.npz cannot be read"):
+        mnist(tmp_path / "bad.npz")
+
+
+@pytest.mark.skipif(not MNIST.exists(), reason="mnist.npz is not there")
+def test_the_real_mnist():
+    dataset = mnist(MNIST)
+    assert dataset.samples.shape == (70_000, 28, 28, 1) and np.bincount(dataset.labels).min() == 6313

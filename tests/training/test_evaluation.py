@@ -1,12 +1,35 @@
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.linalg import sqrtm
+from scipy.stats import wasserstein_distance
+from sklearn.metrics.pairwise import polynomial_kernel
 
 from training.data import DATASETS
-from training.evaluation import divergences, frechet, mixture_fit, prdc
+from training.evaluation import (
+    class_fit,
+    compare,
+    divergences,
+    fid,
+    frechet,
+    kid,
+    kid_excess,
+    mixture_fit,
+    ndb,
+    nearest_ratio,
+    prdc,
+    sliced_wasserstein,
+    vendi,
+    vendi_ratio,
+    wasserstein,
+)
 
 
 def test_divergences_of_a_known_pair():
@@ -55,3 +78,94 @@ def test_a_perfect_sampler_is_not_better_than_theory():
 def test_no_sample_near_any_mode_is_not_a_number_but_no_error():
     fit = mixture_fit(DATASETS["ring"]().mixture, np.full((10, 2), 50.0))
     assert fit["modes"] == 0 and fit["high_quality"] == 0 and math.isnan(fit["reverse_kl"])
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    rng = np.random.default_rng(1)
+    return rng.standard_normal((600, 5)), 1.3 * rng.standard_normal((450, 5)) + 0.2
+
+
+def test_prdc_is_that_of_its_authors(arrays, capsys):
+    theirs = pytest.importorskip("prdc").compute_prdc(*arrays, nearest_k=5)
+    ours = prdc(*arrays)
+    n, m = len(arrays[0]), len(arrays[1])
+    ours["coverage"] *= 1 - np.prod([(n - 1 - i) / (n + m - 1 - i) for i in range(5)])
+    assert ours == pytest.approx(theirs, abs=1e-6)
+
+
+def test_sliced_wasserstein_is_that_of_pot(arrays):
+    ot = pytest.importorskip("ot")
+    assert sliced_wasserstein(*arrays, seed=3) == pytest.approx(ot.sliced_wasserstein_distance(*arrays, n_projections=50, p=2, seed=3), abs=1e-6)
+
+
+@given(st.integers(1, 30), st.integers(1, 30))
+def test_wasserstein_on_a_line_is_that_of_scipy(n, m):
+    rng = np.random.default_rng(n * 31 + m)
+    x, y = rng.standard_normal(n), rng.standard_normal(m) + 1
+    assert wasserstein(x, y) == pytest.approx(wasserstein_distance(x, y), abs=1e-9)
+
+
+def test_fid_and_kid_agree_with_scipy_and_scikit_learn(arrays):
+    (mean1, cov1), (mean2, cov2) = ((x.mean(axis=0), np.cov(x, rowvar=False)) for x in arrays)
+    cross = np.trace(np.real(sqrtm(cov1 @ cov2)))
+    assert fid(*arrays) == pytest.approx(np.sum((mean1 - mean2) ** 2) + np.trace(cov1 + cov2) - 2 * cross, abs=1e-6)
+    x, y = arrays[0][:450], arrays[1]
+    xx, yy, xy = (polynomial_kernel(a, b, degree=3, gamma=1 / 5, coef0=1) for a, b in ((x, x), (y, y), (x, y)))
+    off = ~np.eye(450, dtype=bool)
+    assert kid(x, y, subsets=1)[0] == pytest.approx(xx[off].mean() + yy[off].mean() - 2 * xy.mean(), abs=1e-6)
+
+
+def test_vendi_counts_what_is_different():
+    points = np.array([0, 0, 10, 10, 20, 20])
+    assert vendi(np.exp(-np.abs(points[:, None] - points).astype(float))) == pytest.approx(2.9999, abs=1e-4)  # its authors' example
+    x = np.random.default_rng(0).standard_normal((300, 3))
+    assert vendi_ratio(x, x) == pytest.approx(1) and vendi_ratio(x, np.repeat(x[:30], 10, axis=0)) < 0.9
+
+
+def test_bins_differ_at_the_rate_of_the_test_until_a_mode_is_gone():
+    rng = np.random.default_rng(0)
+    real, fake = rng.standard_normal((2, 5000, 2))
+    same = ndb(real, fake, bins=50)
+    assert same["ndb"] <= 0.14 and same["bin_js"] < 3 * same["bin_js_floor"]
+    assert ndb(real, fake[fake[:, 0] > 0], bins=50)["ndb"] > 0.5
+
+
+def test_copies_are_nearer_than_fresh_samples():
+    train, held_out, fresh = np.random.default_rng(0).standard_normal((3, 500, 4))
+    assert nearest_ratio(train, held_out, fresh) == pytest.approx(1, abs=0.1)
+    assert nearest_ratio(train, held_out, train + 1e-3) < 0.01
+
+
+def test_classes_are_counted_beside_what_a_perfect_sampler_has():
+    rng, share = np.random.default_rng(0), np.full(1000, 1e-3)
+    perfect = np.eye(1000)[rng.integers(1000, size=2500)]
+    fit = class_fit(perfect, share)
+    assert fit["modes"] == fit["confident_modes"] == pytest.approx(fit["modes_expected"], abs=30) and fit["confident_share"] == 1
+    assert fit["class_kl"] == pytest.approx(fit["class_kl_floor"], rel=0.25)  # the floor is the first term of a series
+    noise = class_fit(rng.dirichlet(np.ones(1000), size=2500), share)
+    assert noise["modes"] > 880 and noise["confident_modes"] == 0
+
+
+def evaluate(*flags):
+    command = [sys.executable, "-m", "training.evaluation", *map(str, flags)]
+    return subprocess.run(command, cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_command_line_measures_arrays_and_bundles(arrays, ring, tmp_path):
+    for name, array in zip(("real", "fake"), arrays, strict=True):
+        np.save(tmp_path / f"{name}.npy", array)
+    done = evaluate("--real", tmp_path / "real.npy", "--fake", tmp_path / "fake.npy", "--json")
+    assert json.loads(done.stdout) == pytest.approx(compare(*arrays)), done.stderr
+    done = evaluate("--bundle", ring, "--samples", 2000)
+    assert done.returncode == 0 and "confident_modes      8" in done.stdout, done.stderr
+    for flags, words in ((("--real", "nothing.npy", "--fake", "x"), "nothing.npy cannot be read"), ((), "give --bundle DIR")):
+        done = evaluate(*flags)
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_shift_stands_out_of_random_labels():
+    x, y = np.random.default_rng(0).standard_normal((2, 400, 6))
+    assert abs(kid_excess(x, y)) < 4
+    assert kid_excess(x, y + 0.3) > 8

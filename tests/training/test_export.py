@@ -5,7 +5,7 @@ import torch
 from scipy.stats import binom
 
 from training.bundle import DUPLICATE_BLOCK, open_bundle, sample_classes
-from training.export import ExportError, export_onnx, open_source
+from training.export import ExportError, certify_more, check_law, export_onnx, open_source
 
 pytestmark = pytest.mark.slow
 
@@ -99,3 +99,31 @@ def test_export_refuses_a_graph_that_computes_something_else(tmp_path):
 
     with pytest.raises(ExportError, match="samples differs from torch"):
         export_onnx(Unfaithful(), tmp_path / "x.onnx", {"z": torch.randn(64, 3)}, ("samples",), tolerance=1e-5)
+
+
+def test_export_refuses_a_graph_of_another_law(ring):
+    source = open_source(ring, open_bundle(ring).card)
+
+    class Shifted(torch.nn.Module):
+        def forward(self, z):
+            return torch.from_numpy(source.model.run(["samples"], {"z": z.numpy()})[0]) + torch.tensor([0.5, 0.0])
+
+    with pytest.raises(ExportError, match="another law than torch"):
+        check_law(Shifted(), source)
+
+
+def test_a_certificate_grows_by_what_is_drawn_besides(ring, tmp_path):
+    bundle = open_bundle(ring)
+    card = certify_more(bundle, tmp_path, 40_000)
+    before, after = bundle.certificate, open_bundle(tmp_path).certificate
+    assert after.count == before.count + 40_000 == after.cell_count.sum() == card.certified["samples"]
+    np.testing.assert_array_equal(after.upper_threshold, before.upper_threshold)
+    np.testing.assert_array_equal(after.golden_sample, before.golden_sample)
+    for name in ("upper_hits", "lower_hits", "cell_count"):
+        grown, old = getattr(after, name), getattr(before, name)
+        assert (grown >= old).all()
+        np.testing.assert_allclose(grown / after.count, old / before.count, atol=0.01)
+    np.testing.assert_allclose(after.feature_mean, before.feature_mean, atol=0.03)
+    np.testing.assert_allclose(after.feature_cov, before.feature_cov, atol=0.03)
+    width = [c.upper(c.cell_count, c.count) - c.lower(c.cell_count, c.count) for c in (before, after)]
+    assert (width[1] <= width[0]).all() and card.files["model.onnx"] == bundle.card.files["model.onnx"]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.data import DATASETS
+from training.data import DATASETS, Dataset
 from training.features import fit_eye
 
 pytestmark = pytest.mark.slow
@@ -42,3 +42,24 @@ def test_cells_of_unlabelled_data_are_the_true_modes(name):
     for k, place in enumerate(places):  # names follow the order of `mode`
         assert int(sight.eye(torch.tensor(place, dtype=torch.float32)[None])[2]) == k
     assert int(sight.eye(torch.tensor([[20.0, 20.0]]))[2]) == -1
+
+
+def test_stacked_images_are_seen_channel_by_channel():
+    dataset = DATASETS["stacked-digits"]()
+    sight = fit_eye(dataset, seed=0)
+    assert sight.accuracy >= 0.93  # of three digits at once
+    points, scores, mode, probability = sight.eye(torch.from_numpy(dataset.samples[-500:]))
+    assert points.shape[1] <= 64 and probability.shape[1] == len(sight.modes) == 1000
+    torch.testing.assert_close(probability.sum(dim=1), torch.ones(500))
+    broken = dataset.samples[-500:].copy()
+    broken[..., 1] = np.random.default_rng(0).integers(256, size=broken.shape[:3])  # one channel in three is noise
+    assert float((sight.eye(torch.from_numpy(broken))[2] == -1).float().mean()) == 1.0
+
+
+def test_large_images_and_long_vectors_keep_features_short():
+    rng = np.random.default_rng(0)
+    for samples in (rng.integers(256, size=(300, 40, 40, 3), dtype=np.uint8), rng.standard_normal((300, 90)).astype(np.float32)):
+        sight = fit_eye(Dataset("noise", samples, cells=3), seed=0)
+        points, _, mode, _ = sight.eye(torch.from_numpy(samples))
+        assert points.shape == (300, 64) and sight.modes == ("cell-0", "cell-1", "cell-2")
+        assert float((mode < 0).float().mean()) < 0.3

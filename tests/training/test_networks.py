@@ -1,6 +1,18 @@
+import math
+
+import numpy as np
+import pytest
 import torch
 
-from training.networks import Critic, Generator
+from training.data import DATASETS, Dataset
+from training.export import Served, export_onnx
+from training.networks import FAMILIES, Critic, Generator, family
+
+SHAPES = [(8, 8, 1), (28, 28, 1), (12, 20, 3)]
+
+
+def images(shape):
+    return Dataset("noise", np.random.default_rng(0).integers(0, 256, (100, *shape)).astype(np.uint8), cells=2)
 
 
 def test_lift_has_the_jacobian_it_claims():
@@ -22,3 +34,71 @@ def test_class_changes_what_a_conditional_generator_makes():
     x = generator(z, torch.arange(3))
     assert x.shape == (3, 4) and x.abs().max() <= 1
     assert not torch.allclose(x[0], x[1])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("classes", [0, 3])
+def test_a_family_maps_rows_to_rows_each_by_itself(name, shape, classes):
+    torch.manual_seed(0)
+    generator = FAMILIES[name].generator(5, shape, width=16, classes=classes, bounded=True)
+    critic = FAMILIES[name].critic(shape, width=16, classes=classes, packing=1 if classes else 2, fourier=0)
+    y = torch.arange(4) % classes if classes else None
+    x = generator(torch.randn(4, 5), y)
+    assert generator.classes == classes and x.shape == (4, math.prod(shape)) and x.abs().max() <= 1
+    x = torch.randn(4, critic_inputs := math.prod(shape) * (1 if classes else 2))
+    assert critic(x, y).shape == (4,) and x.shape[1] == critic_inputs
+    alone = torch.cat([critic(x[i : i + 1], None if y is None else y[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(critic(x, y), alone)
+    if classes:
+        assert not torch.allclose(critic(x[:1].repeat(3, 1), torch.arange(3)), critic(x[:1], y[:1]))
+
+
+@pytest.mark.parametrize("name", ["dcgan", "resnet"])
+def test_scales_stay_sane_at_the_start(name):
+    torch.manual_seed(0)
+    x = FAMILIES[name].generator(64, (28, 28, 1), width=64, classes=0, bounded=False)(torch.randn(64, 64))
+    logit = FAMILIES[name].critic((28, 28, 1), width=64, classes=0, packing=1, fourier=0)(torch.randn(64, 784))
+    assert 0.1 < x.std() < 5 and 0.05 < logit.std() < 5
+
+
+def test_packed_images_are_channels():
+    critic = FAMILIES["dcgan"].critic((8, 8, 3), width=8, classes=0, packing=2, fourier=0)
+    x = torch.arange(2 * 2 * 8 * 8 * 3.0).reshape(2, -1)
+    seen = critic.look(x)
+    assert seen.shape == (2, 6, 8, 8)
+    torch.testing.assert_close(seen[1, 3:].permute(1, 2, 0), x[1].reshape(2, 8, 8, 3)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("classes", [0, 3])
+def test_every_generator_serves_from_onnx(name, classes, tmp_path):
+    torch.manual_seed(0)
+    shape = (8, 12, 3)
+    generator = FAMILIES[name].generator(6, shape, width=16, classes=classes, bounded=True)
+    inputs = {"z": torch.randn(64, 6)} | ({"y": torch.arange(64) % classes} if classes else {})
+    export_onnx(Served(generator, images(shape)), tmp_path / "model.onnx", inputs, ("samples",), tolerance=1e-5)
+
+
+def test_networks_of_a_users_own_are_found_by_import_path(monkeypatch, tmp_path):
+    (tmp_path / "their_networks.py").write_text(
+        "from training.networks import FAMILIES, Family\nTINY = Family(FAMILIES['dcgan'].generator, FAMILIES['perceptron'].critic)\nSIZE = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert family("their_networks:TINY").generator is FAMILIES["dcgan"].generator
+    assert family("perceptron") is FAMILIES["perceptron"]
+    for name, words in {
+        "dcgen": "did you mean dcgan",
+        "their_networks:BIG": "cannot be imported: .*BIG",
+        "no_such_module:X": "cannot be imported: .*no_such_module",
+        "their_networks:SIZE": "are a int; a training.networks.Family is expected",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            family(name)
+
+
+def test_vectors_have_a_critic_of_packed_rows():
+    dataset = DATASETS["ring"]()
+    critic = FAMILIES["perceptron"].critic(dataset.shape, width=8, classes=0, packing=4, fourier=3)
+    assert critic(torch.zeros(5, 8)).shape == (5,)

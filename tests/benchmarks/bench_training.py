@@ -1,0 +1,148 @@
+"""What the default recipe reaches, and the other objectives beside it, judged on the served ONNX: `make bench-training`.
+
+    python tests/benchmarks/bench_training.py                     every row; a second call goes on where the first ended
+    python tests/benchmarks/bench_training.py --quick             one seed, default recipe and two contrasts, ring and grid
+    python tests/benchmarks/bench_training.py --datasets ring --seeds 100 --steps 500
+
+Seeds 100-104 were not looked at while recipes were chosen. Each figure stands beside the perfect sampler's at the same number
+of samples, and the published ones with their protocol below. Rows go to .ganwatch/bench/training.jsonl, samples to PNGs there.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from training.data import DATASETS, Dataset
+from training.evaluation import class_fit, mixture_fit, nearest_ratio, prdc
+from training.export import Served, Source, export_onnx, session
+from training.features import fit_eye
+from training.registry import ganwatch_home
+from training.train import Config, TrainingStopped, adversarial_training, build, picture
+
+MANY, FEW = 26_000, 2_500  # samples: ours, and those of the published protocols
+METHODS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "non_saturating + R1R2": {"objective": "non_saturating"},
+    "non_saturating, no penalty": {"objective": "non_saturating", "penalty": "none"},
+    "minimax, no penalty": {"objective": "minimax", "penalty": "none"},
+    "least_squares, no penalty": {"objective": "least_squares", "penalty": "none"},
+    "wasserstein + gradient penalty": {"objective": "wasserstein", "penalty": "gradient"},
+    "hinge + spectral norm": {"objective": "hinge", "penalty": "none", "spectral_norm": True},
+    "default, packed by 4": {"packing": 4},
+}
+SEEDS = {"ring": 5, "grid": 5, "digits": 5, "mixture1200": 1, "stacked-digits": 2, "mnist": 2, "fashion-mnist": 2}
+COMPARED = ("ring", "grid")  # where methods are compared; elsewhere the default recipe runs alone
+PUBLISHED = {
+    "ring": "PacGAN4 (Lin et al. 2018, table 1): 7.8 modes, 95.9 % HQ, reverse KL .07, after 400,000 iterations, on 2,500 samples",
+    "grid": "PacGAN4 (Lin et al. 2018, table 1): 24.8 modes, 93.6 % HQ, reverse KL .04, after 400,000 iterations, on 2,500 samples",
+    "mixture1200": "VEEGAN (Srivastava et al. 2017, table 1): 5.5 of 10 modes, 28.3 % HQ within 10 sigma",
+    "stacked-digits": "stacked MNIST, other data: PacDCGAN2 1000 modes, KL .06 (table 2); R3GAN 1000, .029 (Huang et al. 2024)",
+}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Train, export, judge; print the table."""
+
+    datasets: tuple[str, ...] = ("ring", "grid", "digits")
+    """Built-in data sets."""
+    data: str | None = None
+    """Where the files of mnist lie."""
+    seeds: tuple[int, ...] = ()
+    """By default 100, 101, ... as many as the data set gets."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Rows of the comparison on ring and grid."""
+    steps: int | None = None
+    """In place of the recipe's; such rows are marked by their number of steps."""
+    quick: bool = False
+    """One seed of the default recipe and two contrasts, on ring and grid."""
+    out: Path | None = None
+    """Directory of rows and pictures."""
+
+
+def row(dataset: Dataset, config: Config, out: Path) -> dict[str, Any]:
+    """One trained and exported generator, with the figures of its ONNX samples."""
+    begin, cpu = time.monotonic(), time.process_time()
+    try:
+        generator, last = adversarial_training(config, dataset)
+    except TrainingStopped as stopped:
+        return {"stopped": str(stopped)}
+    spent = {"seconds": time.monotonic() - begin, "cpu_seconds": time.process_time() - cpu}
+    latent = build(config, dataset)[0]
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "model.onnx"
+        example = {"z": torch.from_numpy(latent.sample(seed=0, count=64))}
+        export_onnx(Served(generator, dataset), path, example, ("samples",), tolerance=1e-5)
+        source = Source(session(path), session(path), latent, ())
+        samples = np.concatenate([source.samples(seed=7, offset=i, count=2000) for i in range(0, MANY, 2000)])
+    picture(samples[:128] if dataset.is_image else samples).save(out.with_suffix(".png"))
+    return spent | {"alarms": last["failing"]} | figures(dataset, samples)
+
+
+def figures(dataset: Dataset, samples: np.ndarray) -> dict[str, Any]:
+    if dataset.mixture is not None:
+        fits = {"": mixture_fit(dataset.mixture, samples), "_2500": mixture_fit(dataset.mixture, samples[:FEW])}
+        return {f"{name}{suffix}": value for suffix, fit in fits.items() for name, value in fit.items()}
+    sight = fit_eye(dataset, seed=0)
+    share = np.bincount(dataset.labels, minlength=len(dataset.classes)) / len(dataset.labels)
+    probability = np.concatenate([sight.eye(torch.from_numpy(samples[i : i + 2000]))[3].numpy() for i in range(0, len(samples), 2000)])
+    train, held_out = dataset.normalised(slice(min(dataset.trained, 3000))), dataset.normalised(slice(dataset.trained, None))[:3000]
+    fake = (samples[: len(train)].reshape(-1, dataset.dim) - dataset.shift) / dataset.scale
+    return class_fit(probability, share) | prdc(train, fake) | {"nearest_ratio": nearest_ratio(train, held_out, fake)}
+
+
+def perfect(dataset: Dataset) -> dict[str, Any]:
+    """The same figures of real samples: of fresh ones where the law is known, else of held-out ones drawn with replacement."""
+    rng = np.random.default_rng(99)
+    return figures(dataset, dataset.samples[rng.integers(dataset.trained, len(dataset.samples), size=MANY)])
+
+
+def main(bench: Bench) -> None:
+    torch.set_num_threads(1)
+    out = bench.out or ganwatch_home() / "bench"
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "training.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = {(r["dataset"], r["method"], r["seed"], r["steps"]) for r in rows}
+    names = COMPARED if bench.quick else bench.datasets
+    for name in names:
+        dataset = DATASETS[name](*([bench.data] if bench.data and "mnist" in name else []))
+        methods = ("default", *list(METHODS)[2:4]) if bench.quick else bench.methods if name in COMPARED else ("default",)
+        seeds = bench.seeds or range(100, 100 + (1 if bench.quick else SEEDS[name]))
+        for method, seed in [("perfect sampler", 0), *((m, s) for m in methods for s in seeds)]:
+            key = (name, method, seed, bench.steps if method in METHODS else None)
+            if key in done:
+                continue
+            config = Config(dataset=name, seed=seed, steps=bench.steps, **METHODS.get(method, {}))
+            stem = out / f"{name}-{method}-{seed}".replace(" ", "_").replace(",", "")
+            found = row(dataset, config, stem) if method in METHODS else perfect(dataset)
+            rows.append(dict(zip(("dataset", "method", "seed", "steps"), key, strict=True)) | {"recipe": asdict(config.recipe)} | found)
+            with open(file, "a") as lines:
+                lines.write(json.dumps(rows[-1]) + "\n")
+            print(f"{name} {method} seed {seed}: {found.get('seconds', 0):.0f} s", flush=True)
+    for name in names:
+        show(name, [r for r in rows if r["dataset"] == name])
+
+
+def show(name: str, rows: list[dict[str, Any]]) -> None:
+    columns = [c for c in dict.fromkeys(c for r in rows for c in r) if c not in ("dataset", "method", "seed", "recipe", "stopped")]
+    table = Table("method", "seed", *columns, title=name, caption=PUBLISHED.get(name))
+    for r in rows:
+        cells = [f"{v:.4g}" if isinstance(v, float | int) else "; ".join(a.split(":")[0] for a in v or []) for v in map(r.get, columns)]
+        table.add_row(r["method"] + (f" (stopped: {r['stopped']})" if "stopped" in r else ""), str(r["seed"]), *cells)
+    Console(width=240).print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Bench, description=__doc__))

@@ -1,0 +1,106 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from training.checkpoints import CheckpointError, read_state, refuse_other
+from training.data import DATASETS
+from training.train import Config, adversarial_training
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return DATASETS["digits"]()
+
+
+@pytest.mark.parametrize("options", [{"dataset": "digits"}, {"dataset": "digits", "noise": 0.1, "noise_schedule": "controlled", "conditional": True}])
+def test_a_resumed_run_is_the_same_run_bit_by_bit(tmp_path, digits, options):
+    def save(state, step, losses):
+        if step == 50:
+            state.save(tmp_path, step, losses, rank=0, world=1)
+
+    config = Config(steps=120, **options)
+    whole, losses = adversarial_training(config, digits, save=save)
+    assert read_state(tmp_path)["step"] == 50
+    resumed, again = adversarial_training(config, digits, resume=tmp_path)
+    assert losses == again
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_a_finished_run_resumes_at_its_end(tmp_path, digits):
+    config = Config(steps=50)
+    whole, losses = adversarial_training(config, digits, save=lambda state, *so_far: state.save(tmp_path, *so_far, rank=0, world=1))
+    again, same = adversarial_training(config, digits, resume=tmp_path)
+    assert losses == same and all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_another_number_of_workers_goes_on_with_other_noise(tmp_path, digits):
+    config = Config(steps=60)
+    adversarial_training(config, digits, save=lambda state, step, losses: step == 50 and state.save(tmp_path, step, losses, rank=0, world=1))
+    (tmp_path / "random-0-of-1.pt").unlink()
+    adversarial_training(config, digits, resume=tmp_path)
+
+
+def test_damaged_checkpoints_are_named(tmp_path):
+    (tmp_path / "state.pt").write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(CheckpointError, match=r"state\.pt cannot be read"):
+        read_state(tmp_path)
+
+
+def test_other_settings_are_refused_with_the_differences():
+    saved = {"dataset": "ring", "steps": 5, "workers": 1, "learning_rate": None}
+    with pytest.raises(CheckpointError) as refusal:
+        refuse_other(saved, saved | {"learning_rate": 0.1, "steps": 6, "workers": 2}, free=("workers",))
+    assert re.findall(r"--\S+ is .*", str(refusal.value)) == ["--steps is 6, the run has 5", "--learning-rate is 0.1, the run has None"]
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_seconds_and_an_interrupted_run_goes_on(tmp_path):
+    env = {**os.environ, "GANWATCH_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    env.pop("RAY_ADDRESS", None)
+    script = [sys.executable, "training/train.py"]
+    command = [*script, "--dataset", "ring", "--steps", "20000", "--checkpoint-seconds", "0.5", "--certify-samples", "2000"]
+    run = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        said = []
+
+        def until(words):
+            for line in run.stdout:
+                said.append(line)
+                if words in line:
+                    return line
+            raise AssertionError("".join(said) + run.stderr.read())
+
+        until("step ")
+        worker = next(p for p in psutil.Process(run.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline()))
+        until("step ")
+        worker.kill()
+        assert "goes on from step-" in until("goes on")
+        until("step ")
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=60)
+    finally:
+        run.kill()
+        run.communicate()
+    assert run.returncode == 130, errors
+    assert "Traceback" not in errors, errors
+    directory = re.search(r"interrupted; go on with: python training/train.py --resume (\S+)", errors)[1]
+
+    other = subprocess.run([*script, "--resume", directory, "--steps", "7"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert other.returncode == 2 and "--steps is 7, the run has 20000" in other.stderr
+    resumed = subprocess.Popen([*script, "--resume", directory], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        line = next(line for line in resumed.stdout if "goes on from" in line)
+        assert int(line.split("step-")[1].split()[0]) >= 200
+    finally:
+        resumed.terminate()
+        resumed.communicate(timeout=60)

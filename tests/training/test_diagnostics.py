@@ -1,0 +1,237 @@
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from training.bundle import SignGaussian, open_bundle, write_card
+from training.data import DATASETS, Dataset
+from training.diagnostics import (
+    ALARMS,
+    PATIENCE,
+    Cells,
+    Diagnosis,
+    Look,
+    hill,
+    pairs_told_apart,
+    signal_to_noise,
+    two_nn,
+)
+from training.gate import QualityRefused, publish
+from training.objectives import OBJECTIVES
+from training.registry import Registry
+from training.train import Config, TrainingStopped, adversarial_training
+
+HEALTHY = {
+    "divergence": 0.05, "saturation": 0.07, "accuracy": 0.7, "overfitting": 0.02, "weight": 0.5, "pull": 0.1, "tail_index": 6.0,
+    "signal_to_noise": 30.0, "mode_coverage": 1.0, "forward_kl": 0.01, "reverse_kl": 0.01, "dimension": 2.0, "data_dimension": 2.1,
+    "latent_dimension": 12.0,
+}  # fmt: skip
+FAILING = {
+    "vanishing_gradient": {"accuracy": 1.0, "saturation": 0.99, "weight": 1e-4},
+    "perfect_critic": {"accuracy": 0.999, "saturation": 0.98, "weight": 1.0},
+    "mode_dropping": {"mode_coverage": 0.625},
+    "unstable_gradient": {"tail_index": 0.9},
+    "heavy_tailed_gradient": {"tail_index": 1.5},
+    "critic_overfits": {"overfitting": 0.3},
+    "collapse_within_modes": {"dimension": 0.4},
+    "latent_too_small": {"latent_dimension": 1.0},
+}
+
+
+@pytest.mark.parametrize("index", [0.8, 1.5, 3.0])
+def test_hill_finds_the_index_of_a_power_law(index):
+    sizes = np.random.default_rng(0).pareto(index, 40_000) + 1
+    assert hill(sizes) == pytest.approx(index, rel=0.1)
+
+
+def test_hill_of_what_has_no_tail():
+    assert hill(np.ones(100)) == math.inf
+    assert hill(np.random.default_rng(0).uniform(size=2000)) > 10
+
+
+def test_two_nn_counts_the_dimensions_that_data_fill():
+    rng = np.random.default_rng(0)
+    angle = rng.uniform(0, 2 * np.pi, 2000)
+    circle = np.stack([np.cos(angle), np.sin(angle), 0 * angle], axis=1)
+    plane = rng.normal(size=(2000, 2)) @ rng.normal(size=(2, 7))
+    assert two_nn(circle) == pytest.approx(1, abs=0.1)
+    assert two_nn(plane) == pytest.approx(2, abs=0.2)
+    assert two_nn(np.concatenate([plane, plane])) == two_nn(plane)
+    assert two_nn(np.zeros((50, 2))) == 0
+
+
+def test_pairs_told_apart_counts_pairs():
+    rng = np.random.default_rng(0)
+    real, fake = rng.integers(0, 5, 30).astype(float), rng.integers(0, 4, 40).astype(float)
+    by_hand = np.mean([(r > f) + (r == f) / 2 for r in real for f in fake])
+    assert pairs_told_apart(real, fake) == pytest.approx(by_hand)
+    assert pairs_told_apart(real + 10, fake) == 1
+
+
+def test_signal_to_noise_of_a_known_step():
+    rng = np.random.default_rng(0)
+    noisy = rng.normal(size=(400, 3)) + np.array([1.0, 0, 0])
+    assert signal_to_noise(noisy) == pytest.approx(400 / 3, rel=0.3)
+
+
+def test_cells_know_which_modes_are_there():
+    ring = DATASETS["ring"]()
+    cells = Cells(ring)
+    x = ring.normalised()[:8000]
+    kept = x[cells.tree.query(x)[1] < 6]
+    figures = cells.figures(kept)
+    assert figures["mode_coverage"] == 0.75
+    assert figures["forward_kl"] > 1 > figures["reverse_kl"] > 0.25  # dropped modes cost KL(p, q) more
+    assert figures["reverse_kl"] == pytest.approx(math.log(8 / 6), abs=0.02)
+    assert cells.figures(x)["mode_coverage"] == 1
+
+
+class Shift(nn.Module):
+    """G(z) = z + delta."""
+
+    def __init__(self, delta):
+        super().__init__()
+        self.delta = nn.Parameter(torch.tensor(delta))
+
+    def forward(self, z, y=None):
+        return z + self.delta
+
+
+class Linear(nn.Module):
+    """C(x) = -slope x + offset."""
+
+    def __init__(self, slope, offset=0.0):
+        super().__init__()
+        self.slope, self.offset = nn.Parameter(torch.tensor(slope)), offset
+
+    def forward(self, x, y=None):
+        return -self.slope * x[:, 0] + self.offset
+
+
+@pytest.fixture(scope="module")
+def line():
+    return Dataset("line", np.random.default_rng(0).normal(size=(20_000, 1)).astype(np.float32), cells=4)
+
+
+@pytest.mark.parametrize("name", ["non_saturating", "relativistic", "f_js"])
+def test_a_look_reads_the_divergence_of_two_gaussians_from_their_optimal_critic(line, name):
+    delta = 1.5  # log N(x; 0, 1) / N(x; delta, 1) = -delta x + delta^2 / 2
+    grid = torch.linspace(-9, 11, 4001, dtype=torch.float64)
+    p, q = (torch.exp(-((grid - m) ** 2) / 2) / math.sqrt(2 * math.pi) for m in (0.0, delta))
+    js = float((torch.xlogy(p, 2 * p / (p + q)) + torch.xlogy(q, 2 * q / (p + q))).sum() * 0.005 / 2)
+    gap, noise = delta**2, math.sqrt(2) * delta  # T(x) - T(y) over pairs is N(delta^2, 2 delta^2)
+    t = torch.linspace(gap - 9 * noise, gap + 9 * noise, 4001, dtype=torch.float64)
+    pairs = torch.exp(-(((t - gap) / noise) ** 2) / 2) / (noise * math.sqrt(2 * math.pi))
+    js_of_pairs = math.log(2) - float((pairs * nn.functional.softplus(-t)).sum() * (t[1] - t[0]))
+    look = Look(line, SignGaussian(0, 1, 1.0), OBJECTIVES[name], conditional=False, packing=1, seed=0)
+    figures = look(Shift(delta), Linear(delta, delta**2 / 2))
+    expected = {"non_saturating": js, "relativistic": js_of_pairs, "f_js": 2 * js}[name]
+    assert figures["divergence"] == pytest.approx(expected, abs=0.05)
+    assert figures["saturation"] == figures["divergence"] / OBJECTIVES[name].largest
+    assert figures["accuracy"] == pytest.approx(0.5 + 0.5 * math.erf(gap / noise / math.sqrt(2)), abs=0.03)
+    assert figures["dimension"] == pytest.approx(1, abs=0.2) and figures["overfitting"] == pytest.approx(0, abs=0.06)
+
+
+def test_a_look_reads_the_distance_of_shifted_laws_from_a_wasserstein_critic_of_any_slope(line):
+    look = Look(line, SignGaussian(0, 1, 1.0), OBJECTIVES["wasserstein"], conditional=False, packing=1, seed=0)
+    assert look(Shift(3.0), Linear(7.0))["divergence"] == pytest.approx(3.0, abs=0.15)
+
+
+def test_a_look_sees_the_gradient_of_gan0_vanish_and_not_of_gan1(line):
+    weights = {}
+    for name in ("minimax", "non_saturating"):
+        look = Look(line, SignGaussian(0, 1, 1.0), OBJECTIVES[name], conditional=False, packing=1, seed=0)
+        weights[name] = look(Shift(9.0), Linear(9.0, 40.5))["weight"]
+    assert weights["minimax"] < 1e-6 and weights["non_saturating"] > 0.99
+
+
+def test_looking_changes_nothing():
+    config = Config(dataset="ring", steps=100, width=16)
+    dataset = DATASETS["ring"]()
+    heard = []
+    adversarial_training(config, dataset, say=lambda **figures: heard.append(figures))
+    assert [h["step"] for h in heard] == [50, 100]
+    assert heard[-1].keys() >= {*HEALTHY, "alarms", "critic_loss"}
+    assert json.dumps([h["alarms"] for h in heard])
+
+
+def test_every_alarm_has_a_failing_example():
+    assert FAILING.keys() == ALARMS.keys()
+
+
+@pytest.mark.parametrize("name", ALARMS)
+def test_an_alarm_needs_patience_speaks_in_words_and_falls(name):
+    diagnosis = Diagnosis()
+    for look in range(PATIENCE):
+        assert diagnosis.words == {}
+        diagnosis.update(HEALTHY | FAILING[name], progress=0.5)
+    assert name in diagnosis.words and diagnosis.words.keys() <= {name, "perfect_critic"}
+    assert "{" not in diagnosis.words[name] and ALARMS[name].advice in diagnosis.words[name]
+    assert bool(diagnosis.failing) == ALARMS[name].fatal
+    diagnosis.update(HEALTHY, progress=0.6)
+    assert diagnosis.words == {} and diagnosis.failing == []
+
+
+def test_the_start_of_a_run_is_allowed_to_be_bad():
+    diagnosis = Diagnosis()
+    for _ in range(2 * PATIENCE):
+        diagnosis.update(HEALTHY | FAILING["mode_dropping"] | FAILING["perfect_critic"], progress=0.04)
+    assert diagnosis.words == {}
+
+
+class Enough(Exception):
+    pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dataset", "how", "reason"),
+    [
+        ("ring", {"penalty": "none"}, "perfect_critic"),
+        ("grid", {"penalty": "none"}, "perfect_critic"),
+        ("ring", {"penalty": "none", "objective": "minimax"}, "vanishing_gradient"),
+        ("ring", {}, None),
+        ("grid", {}, None),
+    ],
+    ids=lambda v: " ".join(f"{a}={b}" for a, b in v.items()) or "default" if isinstance(v, dict) else str(v),
+)
+def test_a_collapse_is_foreseen_in_the_first_fifth_of_a_run_and_a_healthy_run_is_left_alone(dataset, how, reason):
+    first = {}
+
+    def say(step, steps, alarms, **figures):
+        for name in alarms:
+            first.setdefault(name, step / steps)
+        if step >= 0.2 * steps:
+            raise Enough
+
+    torch.set_num_threads(1)
+    with pytest.raises(Enough):
+        adversarial_training(Config(dataset=dataset, **how), DATASETS[dataset](), say=say)
+    if reason:
+        assert first[reason] < 0.2
+    else:
+        assert not [name for name in first if ALARMS[name].fatal]
+
+
+def test_a_run_that_fails_is_stopped_on_request_with_the_reason():
+    config = Config(dataset="ring", steps=1000, penalty="none", stop_on_alarm=True)
+    with pytest.raises(TrainingStopped, match=r"stopped at step \d+ of 1000: perfect_critic: the critic tells .*--penalty r1r2"):
+        adversarial_training(config, DATASETS["ring"]())
+
+
+@pytest.mark.slow
+def test_a_run_that_ended_in_an_alarm_is_never_published_as_good(ring, tmp_path):
+    bundle = open_bundle(ring)
+    marked = tmp_path / "marked"
+    marked.mkdir()
+    for name in bundle.card.files:
+        (marked / name).write_bytes((ring / name).read_bytes())
+    write_card(marked, replace(bundle.card, training={"failing": ["mode_dropping: the generator covers 50% of the data's modes"]}))
+    registry = Registry(str(tmp_path / "registry"))
+    with pytest.raises(QualityRefused, match="training ended with an alarm: mode_dropping: the generator covers 50%"):
+        publish(marked, registry)
+    assert "alarm" in publish(marked, registry, force=True).card.forced

@@ -1,0 +1,84 @@
+"""Parts of the game that combine: each with the training loop, and the combinations that are refused."""
+
+import numpy as np
+import pytest
+import torch
+
+from training.data import DATASETS
+from training.train import Config, InputError, adversarial_training, check, check_shape, conflicts
+
+
+def train(dataset, **how):
+    """Ten steps on a tenth of the width, far enough to run each line."""
+    generator, losses = adversarial_training(Config(dataset=dataset, steps=10, width=16, **how), DATASETS[dataset]())
+    assert np.isfinite([losses[name] for name in ("critic_loss", "generator_loss", "penalty")]).all() and losses["failing"] == []
+    return torch.cat([p.flatten() for p in generator.parameters()]), losses
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return {dataset: train(dataset)[0] for dataset in ("ring", "digits")}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "part"),
+    [
+        ("ring", {"penalty": "gradient", "gamma": 20.0, "objective": "wasserstein"}),
+        ("ring", {"penalty": "r1"}),
+        ("ring", {"penalty": "r2"}),
+        ("ring", {"clip": 0.05, "penalty": "none", "objective": "wasserstein"}),
+        ("ring", {"spectral_norm": True, "penalty": "none", "objective": "hinge"}),
+        ("ring", {"noise": 0.3}),
+        ("ring", {"noise": 0.3, "noise_schedule": "linear"}),
+        ("ring", {"noise": 0.3, "noise_schedule": "controlled", "objective": "minimax"}),
+        ("ring", {"packing": 4}),
+        ("ring", {"unroll": 3, "penalty": "none", "objective": "non_saturating"}),
+        ("digits", {"augment": True}),
+        ("digits", {"network": "dcgan"}),
+        ("digits", {"network": "resnet", "conditional": True, "packing": 1}),
+        ("digits", {"augment": True, "packing": 2, "noise": 0.1, "spectral_norm": True, "objective": "f_js", "network": "dcgan"}),
+    ],
+    ids=lambda v: "+".join(v) if isinstance(v, dict) else v,
+)
+def test_a_part_trains_and_changes_what_is_learned(plain, dataset, part):
+    weights, losses = train(dataset, **part)
+    assert weights.shape != plain[dataset].shape or not torch.equal(weights, plain[dataset])
+    assert (losses["penalty"] == 0) == (part.get("penalty") == "none")
+
+
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        ({"unroll": 5, "clip": 0.01}, "--unroll with --clip: a clipped weight has no derivative"),
+        ({"unroll": 5, "spectral_norm": True}, "--unroll with --spectral-norm: the singular vectors"),
+        ({"clip": 0.01, "spectral_norm": True}, "--clip with --spectral-norm: the layers are divided"),
+        ({"packing": 2, "conditional": True}, "--packing with --conditional: one critic input would mix"),
+        ({"objective": "wasserstein", "penalty": "none"}, "wasserstein with nothing that holds the critic back: .* add --clip 0.01"),
+        ({"objective": "f_kl", "noise": 0.1, "noise_schedule": "controlled"}, "controlled with --objective f_kl: .* no upper end"),
+        ({"dataset": "ring", "noise_schedule": "linear"}, "linear without noise: give the first standard deviation by --noise"),
+        ({"packing": 3}, "--packing is 3; it must divide the 128 samples"),
+        ({"packing": 0}, "--packing is 0; it must be at least 1"),
+        ({"clip": -1.0}, "--clip is -1.0; it must be positive"),
+        ({"network": "dcgen"}, "there are no networks dcgen; did you mean dcgan"),
+    ],
+    ids=lambda v: "+".join(v) if isinstance(v, dict) else "",
+)
+def test_what_cannot_work_is_refused_with_the_reason(tmp_path, wish, words):
+    with pytest.raises(InputError, match=words):
+        check(Config(registry=str(tmp_path), **wish))
+
+
+@pytest.mark.parametrize("wish", [{"augment": True}, {"network": "resnet"}])
+def test_what_needs_images_is_refused_for_vectors(wish):
+    check_shape(Config(dataset="digits", **wish), DATASETS["digits"]())
+    with pytest.raises(InputError, match="needs images, and ring has vectors of 2 numbers"):
+        check_shape(Config(dataset="ring", **wish), DATASETS["ring"]())
+
+
+def test_other_games_get_the_recipes_damping():
+    gammas = {
+        how: Config(dataset="ring", **dict(how)).recipe.gamma[0]
+        for how in ((), (("objective", "hinge"),), (("penalty", "r1"),), (("gamma", 3.0), ("objective", "hinge")), (("penalty", "gradient"),))
+    }
+    assert list(gammas.values()) == pytest.approx([1.0, 2.0, 2.0, 3.0, 1.0])
+    assert conflicts(Config()) == []

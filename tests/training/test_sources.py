@@ -1,0 +1,132 @@
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from training.data import DataError
+from training.sources import READERS, as_served, find, label, open_dataset
+
+rng = np.random.default_rng(0)
+
+
+def read(path):
+    with open(path, "rb") as file:
+        chunks = list(READERS[path.suffix](file))
+    labels = [y for _, y in chunks if y is not None]
+    return np.concatenate([x for x, _ in chunks]), np.concatenate(labels) if labels else None
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.sampled_from(["u1", "<i4", ">f4", "<f8"]))
+def test_npy_gives_back_what_was_saved(shape, dtype):
+    array, file = rng.integers(100, size=shape).astype(dtype), io.BytesIO()
+    np.save(file, array)
+    file.seek(0)
+    np.testing.assert_array_equal(np.concatenate([x for x, _ in READERS[".npy"](file)]), array)
+
+
+def test_large_arrays_come_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.sources.CHUNK", 1000)
+    x, y = rng.integers(256, size=(300, 4, 4), dtype=np.uint8), np.arange(300) % 7
+    np.savez(tmp_path / "a.npz", x=x, y=y)
+    with open(tmp_path / "a.npz", "rb") as file:
+        assert max(part.nbytes for part, _ in READERS[".npz"](file)) <= 1000
+    found, labels = read(tmp_path / "a.npz")
+    np.testing.assert_array_equal(found, x)
+    np.testing.assert_array_equal(labels, y)
+
+
+def test_parquet_of_numbers_and_of_images(tmp_path):
+    x = rng.standard_normal((1500, 3))
+    pq.write_table(pa.table({"a": x[:, 0], "label": ["odd", "even"] * 750, "rest": x[:, 1:].tolist()}), tmp_path / "t.parquet")
+    found, labels = read(tmp_path / "t.parquet")
+    np.testing.assert_allclose(found, x)
+    assert labels[:2].tolist() == ["odd", "even"]
+    encoded = io.BytesIO()
+    Image.fromarray(np.full((6, 5), 7, np.uint8)).save(encoded, "png")
+    pq.write_table(pa.table({"image": [{"bytes": encoded.getvalue(), "path": "x"}] * 3, "y": [0, 1, 2]}), tmp_path / "i.parquet")
+    found, labels = read(tmp_path / "i.parquet")
+    assert found.shape == (3, 6, 5, 1) and (found == 7).all() and labels.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (np.array([[1.0, 2.0], [np.nan, 1.0]]), "1 of 2 samples hold NaN or infinity, the first in row 1"),
+        (np.full((2, 2), 1e300), "NaN or infinity"),
+        (np.full((2, 4, 4), 0.5), "pixels are float64 from 0.5 to 0.5; uint8 from 0 to 255"),
+        (np.full((2, 4, 4), 300), "pixels are int64 from 300 to 300"),
+        (np.zeros((2, 3, 28, 28), np.uint8), r"uint8 \[2, 3, 28, 28\]; channels come last"),
+        (np.zeros((2, 2, 2, 2, 2)), "images are uint8"),
+        (np.array([["a"]]), "images are uint8"),
+    ],
+)
+def test_what_is_neither_images_nor_vectors_is_refused(found, words):
+    with pytest.raises(ValueError, match=words):
+        as_served(found)
+
+
+def test_what_can_be_served_is_brought_into_form():
+    assert as_served(np.zeros((3, 4, 5), np.int64)).shape == (3, 4, 5, 1)
+    assert as_served(np.zeros(3)).dtype == np.float32 and as_served(np.zeros(3)).shape == (3, 1)
+
+
+def test_a_model_gets_a_name_from_the_path():
+    assert label("s3://bucket/My faces.v2.npz") == "My-faces" and label("digits") == "digits" and label("/data/x/") == "x"
+
+
+def test_unknown_file_systems_are_refused():
+    with pytest.raises(DataError, match="gopher://x, which cannot be opened"):
+        find("gopher://x")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning")  # Ray Data warns of its own doing
+def test_data_of_ones_own_go_through_ray(tmp_path, ray):
+    said: list[str] = []
+
+    def opened(name, **options):
+        return open_dataset(str(tmp_path / name), cache=tmp_path / "cache" / name, say=said.append, **options)
+
+    faces = tmp_path / "faces"
+    pixels = rng.integers(256, size=(120, 6, 5), dtype=np.uint8)
+    for k, image in enumerate(pixels):
+        path = faces / ("cat" if k % 3 else "dog") / f"{k:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    dataset = opened("faces")
+    assert dataset.samples.shape == (120, 6, 5, 1) and dataset.classes == ("cat", "dog") and dataset.trained == 96
+    by_content = {image.tobytes(): int(k % 3 == 0) for k, image in enumerate(pixels)}
+    assert [by_content[image.tobytes()] for image in dataset.samples] == dataset.labels.tolist()
+    assert dataset.samples[:2].tobytes() != pixels[:2].tobytes() and not list(tmp_path.rglob("samples.raw"))
+    (faces / "cat" / "001.png").unlink()  # what was read once is not read again
+    assert np.array_equal(opened("faces").samples, dataset.samples)
+
+    (faces / "cat" / "broken.png").write_bytes(b"\x89PNG but no more")
+    Image.fromarray(pixels[0, :4]).save(faces / "dog" / "small.png")
+    with pytest.raises(DataError, match=r"2 of 121 files cannot be used(.|\n)*broken\.png: (.|\n)*small\.png: holds images of 4 x 5 x 1; .*holds images of 6 x 5 x 1"):
+        open_dataset(str(faces), cache=tmp_path / "again", say=said.append)
+    kept = open_dataset(str(faces), cache=tmp_path / "again", skip_bad_files=True, say=said.append)
+    assert len(kept.samples) == 119 and [w for w in said if "left out" in w and "broken.png" in w]
+
+    x = rng.standard_normal((150, 2)).astype(np.float32)
+    np.save(tmp_path / "v.npy", x)
+    unlabelled = opened("v.npy")
+    assert unlabelled.labels is None and unlabelled.cells == 7 and np.isclose(unlabelled.samples.sum(), x.sum(), atol=1e-3)
+    x[7, 1] = np.inf
+    np.save(tmp_path / "bad.npy", x)
+    np.save(tmp_path / "one.npy", pixels[:1])
+    np.savez(tmp_path / "orphans.npz", x=pixels, y=np.arange(7))
+    np.savez(tmp_path / "other.npz", pixels=pixels, more=pixels)
+    for name, words in (
+        ("bad.npy", "1 of 150 samples hold NaN or infinity, the first in row 7"),
+        ("one.npy", "which holds 1 sample; at least 100 are needed"),
+        ("orphans.npz", "y holds 7 labels and x 120 samples"),
+        ("other.npz", "it holds more, pixels; samples are looked for under x, samples"),
+    ):
+        with pytest.raises(DataError, match=words):
+            opened(name)

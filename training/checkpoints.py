@@ -1,0 +1,77 @@
+"""What a run needs to go on as though it had never stopped: every number that changes from one step to the next.
+
+Batches, latents and schedules are functions of (seed, step), so the step is the cursor of all of them. It knows no Ray.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from training.diagnostics import Diagnosis
+from training.views import InstanceNoise
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged or belongs to another run. The text says which, the differences and what to do."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a training loop changes. Saved as `state.pt`, with a file of random state for each worker beside it."""
+
+    generator: nn.Module
+    critic: nn.Module
+    average: nn.Module
+    optimisers: list[torch.optim.Optimizer]
+    noise: InstanceNoise
+    diagnosis: Diagnosis
+    rng: torch.Generator  # of this worker
+
+    def save(self, directory: Path, step: int, metrics: dict[str, Any], *, rank: int, world: int) -> None:
+        """Write what worker `rank` contributes after `step` steps: rank 0 the state, everyone its random numbers."""
+        torch.save(self.rng.get_state(), directory / f"random-{rank}-of-{world}.pt")
+        if rank == 0:
+            networks = {name: getattr(self, name).state_dict() for name in ("generator", "critic", "average")}
+            optimisers = [optimiser.state_dict() for optimiser in self.optimisers]
+            state = {**networks, "optimisers": optimisers, "noise": self.noise.sigma, "diagnosis": vars(self.diagnosis)}
+            torch.save(state | {"step": step, "metrics": metrics}, directory / "state.pt")
+
+    def load(self, directory: Path, *, rank: int, world: int) -> tuple[int, dict[str, Any]]:
+        """Go back to what was saved; returns the steps that were done, and what was last measured. Raises CheckpointError.
+
+        Where the number of workers changed, their random numbers begin anew, from the seed of each and the step.
+        """
+        state = read_state(directory)
+        for name in ("generator", "critic", "average"):
+            getattr(self, name).load_state_dict(state[name])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        self.noise.sigma = state["noise"]
+        vars(self.diagnosis).update(state["diagnosis"])
+        own = directory / f"random-{rank}-of-{world}.pt"
+        if own.exists():
+            self.rng.set_state(torch.load(own, weights_only=True))
+        else:
+            self.rng.manual_seed(self.rng.initial_seed() + (state["step"] << 32))
+        return state["step"], state["metrics"]
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """The state that rank 0 saved, on the CPU. Raises CheckpointError."""
+    try:
+        return torch.load(directory / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # a cut-off file raises whatever the unpickler met
+        raise CheckpointError(f"{directory / 'state.pt'} cannot be read ({error}); delete that checkpoint and resume from the one before") from None
+
+
+def refuse_other(saved: dict[str, Any], wanted: dict[str, Any], free: tuple[str, ...]) -> None:
+    """Raise CheckpointError listing each setting of a run in which another differs, but for those that are `free` to change."""
+    names = [name for name in saved | wanted if name not in free and saved.get(name) != wanted.get(name)]
+    if names:
+        listed = "".join(f"\n  --{name.replace('_', '-')} is {wanted.get(name)}, the run has {saved.get(name)}" for name in names)
+        raise CheckpointError(f"this run was started with other settings; leave these out, or start a run of its own:{listed}")

@@ -1,0 +1,311 @@
+"""Opens a data set by name, or reads the user's own through Ray Data: npz, npy, parquet, a folder of images.
+
+    python training/train.py --dataset faces/                  images; labels are the names of subdirectories, where there are any
+    python training/train.py --dataset s3://bucket/table.parquet    whatever pyarrow opens
+
+Files stream through Ray's workers into one memory-mapped array, so data may be larger than memory. A file that cannot be used
+is named, with the reason. It knows neither networks nor training.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+import logging
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Shaped
+from numpy import ndarray
+from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+
+from training.data import DATASETS, ON_DISK, DataError, Dataset
+
+FEWEST = 100  # samples: a fifth is held out, and the outermost hundredth of that is looked at
+CHUNK = 8 << 20  # bytes of samples that travel together
+NAMED = 20  # bad files named in an error
+CELLS = 20  # modes that unlabelled data are divided into
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """An open binary file, of Python or of pyarrow."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+
+
+Chunk = tuple[ndarray, ndarray | None]  # samples as found, and their labels
+
+
+def open_dataset(
+    name: str, *, data: str | None = None, cache: Path, skip_bad_files: bool = False, say: Callable[[str], None] = print
+) -> Dataset:
+    """The built-in data set called `name`, or what lies at the path or URI `name`, read into the directory `cache` once.
+
+    `data` is where the files of mnist or fashion-mnist lie. Raises DataError.
+    """
+    if name in DATASETS:
+        return DATASETS[name](*([data] if data is not None else []))
+    if not (cache / "dataset.json").exists():
+        _read(name, cache, skip_bad_files=skip_bad_files, say=say)
+    about = json.loads((cache / "dataset.json").read_text())
+    labels = np.load(cache / "labels.npy") if about["classes"] else None
+    samples = np.load(cache / "samples.npy", mmap_mode="r")
+    return Dataset(about["name"], samples, about["cells"], labels, tuple(about["classes"]))
+
+
+def find(name: str) -> tuple[FileSystem, str, list[str]]:
+    """The file system, the root and the files at a path or URI, sorted. Raises DataError where there is nothing to read."""
+    try:
+        system, root = FileSystem.from_uri(name) if "://" in name else (LocalFileSystem(), str(Path(name).absolute()))
+        about = system.get_file_info(root)
+        inside = system.get_file_info(FileSelector(root, recursive=True)) if about.type == FileType.Directory else [about]
+    except (OSError, ValueError) as error:
+        raise DataError(f"--dataset is {name}, which cannot be opened: {error}") from None
+    if about.type == FileType.NotFound:
+        near = difflib.get_close_matches(name, DATASETS, n=1)
+        words = f"did you mean {near[0]}? " if near else ""
+        raise DataError(f"--dataset is {name}, neither a path that exists nor built in; {words}built in are {', '.join(DATASETS)}")
+    files = sorted(f.path for f in inside if f.type == FileType.File and f".{f.extension.lower()}" in READERS)
+    if not files:
+        raise DataError(f"--dataset is {name}, where no file ends in {', '.join(READERS)}")
+    return system, root.rstrip("/"), files
+
+
+def label(name: str) -> str:
+    """A short name for the data at a path, fit for a model: `/data/My faces.npz` is `My-faces`."""
+    return name if name in DATASETS else re.sub(r"[^A-Za-z0-9_-]+", "-", name.rstrip("/").split("/")[-1].split(".")[0]).strip("-_") or "data"
+
+
+# One reader for each kind of file: an open file gives chunks of samples as they were found --------------------------------------
+
+
+def npy(file: Stream) -> Iterator[Chunk]:
+    for part in _rows(file):
+        yield part, None
+
+
+def npz(file: Stream) -> Iterator[Chunk]:
+    """x (or samples, images, data) with y (or labels), or x_train, y_train, x_test, y_test."""
+    with zipfile.ZipFile(file) as archive:
+        names = {member.removesuffix(".npy") for member in archive.namelist()}
+        given = [(x, y) for x, y in _ARRAYS if x in names]
+        if not given and len(names) == 1:
+            given = [(names.pop(), "")]
+        if not given:
+            raise ValueError(f"it holds {', '.join(sorted(names))}; samples are looked for under {', '.join(x for x, _ in _ARRAYS)}")
+        for x, y in given:
+            labels = np.lib.format.read_array(archive.open(f"{y}.npy"), allow_pickle=False) if y in names else None
+            done = 0
+            for part in _rows(archive.open(f"{x}.npy")):
+                yield part, None if labels is None else labels[done : done + len(part)]
+                done += len(part)
+            if labels is not None and len(labels) != done:
+                raise ValueError(f"{y} holds {len(labels):,} labels and {x} {done:,} samples")
+
+
+_ARRAYS = [("x", "y"), ("samples", "labels"), ("images", "labels"), ("data", "labels"), ("x_train", "y_train"), ("x_test", "y_test")]
+
+
+def _rows(file: Stream) -> Iterator[Shaped[ndarray, "n ..."]]:
+    """The array of an .npy stream, a few rows at a time."""
+    version = np.lib.format.read_magic(file)
+    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if header is None:
+        raise ValueError(f"its npy format is {version}, (1, 0) or (2, 0) is expected")
+    shape, by_column, dtype = header(file)
+    if dtype.hasobject or not shape or by_column and len(shape) > 1:
+        raise ValueError(f"its array is {dtype} {shape}{' by column' * by_column}; numbers, one sample a row, are expected")
+    width = dtype.itemsize * int(np.prod(shape[1:]))
+    step = max(1, CHUNK // max(1, width))
+    for first in range(0, shape[0], step):
+        count = min(step, shape[0] - first)
+        raw = file.read(count * width)
+        if len(raw) < count * width:
+            raise ValueError(f"it is cut off: {shape[0]:,} rows are announced, and row {first + len(raw) // width:,} is missing")
+        yield np.frombuffer(raw, dtype).reshape(count, *shape[1:])
+
+
+def parquet(file: Stream) -> Iterator[Chunk]:
+    """A column `image` of encoded images, or else all numeric columns as coordinates; a column `label` or `y`, if any."""
+    import pyarrow.parquet
+
+    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+        names = batch.schema.names
+        named = next((n for n in ("label", "labels", "y") if n in names), None)
+        labels = None
+        if named is not None:
+            if batch[named].null_count:
+                raise ValueError(f"column {named} misses {batch[named].null_count} labels")
+            labels = np.asarray(batch[named].to_pylist())
+        if "image" in names:
+            encoded = [v["bytes"] if isinstance(v, dict) else v for v in batch["image"].to_pylist()]
+            for i, raw in enumerate(encoded):
+                for pixels, _ in image(io.BytesIO(raw)):
+                    yield pixels, None if labels is None else labels[i : i + 1]
+            continue
+        columns = [np.asarray(batch[n].to_pylist()) for n in names if n != named]
+        wrong = [n for n, c in zip((n for n in names if n != named), columns, strict=True) if c.dtype.kind not in "iuf"]
+        if wrong or not columns:
+            raise ValueError(f"columns {', '.join(wrong) or 'with samples'} are no numbers; give coordinates, or encoded images in `image`")
+        yield np.concatenate([c[:, None] if c.ndim == 1 else c for c in columns], axis=1), labels
+
+
+def image(file: Stream) -> Iterator[Chunk]:
+    """Grey images stay grey [1, h, w, 1], all others become RGB [1, h, w, 3]; transparency is dropped."""
+    from PIL import Image
+
+    with Image.open(file) as opened:
+        if opened.mode.startswith(("I", "F")):
+            raise ValueError(f"its pixels are {opened.mode}; 8 bits a channel are expected")
+        pixels = np.asarray(opened.convert("L" if opened.mode in ("1", "L", "LA") else "RGB"))
+    yield pixels.reshape(1, *pixels.shape[:2], -1), None
+
+
+READERS: dict[str, Callable[[Stream], Iterator[Chunk]]] = {
+    ".npz": npz, ".npy": npy, ".parquet": parquet, ".png": image, ".jpg": image, ".jpeg": image, ".webp": image, ".bmp": image,
+}  # fmt: skip
+
+
+def as_served(found: Shaped[ndarray, "n ..."]) -> Shaped[ndarray, "n ..."]:
+    """uint8 [n, h, w, c] or float32 [n, d]. Raises ValueError where what was found is neither images nor vectors."""
+    form = f"{found.dtype} [{', '.join(map(str, found.shape))}]"
+    if found.dtype.kind not in "iuf" or not 1 <= found.ndim <= 4:
+        raise ValueError(f"samples are {form}; images are uint8 [n, h, w, c] and vectors float32 [n, d]")
+    if found.ndim <= 2:
+        with np.errstate(over="ignore"):
+            vectors = found.reshape(len(found), -1).astype(np.float32)
+        if (bad := ~np.isfinite(vectors).all(axis=1)).any():
+            raise ValueError(f"{bad.sum():,} of {len(bad):,} samples hold NaN or infinity, the first in row {bad.argmax():,}")
+        return vectors
+    low, high = found.min(), found.max()
+    if found.dtype.kind == "f" or low < 0 or high > 255:
+        raise ValueError(f"pixels are {found.dtype} from {low:.4g} to {high:.4g}; uint8 from 0 to 255 is expected")
+    images = found.astype(np.uint8).reshape(*found.shape[:3], -1)
+    if images.shape[3] > 4:
+        raise ValueError(f"images are {form}; channels come last, and at most 4 are expected")
+    return images
+
+
+# Through Ray Data to disk ----------------------------------------------------------------------------------------------------
+
+
+def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], None]) -> None:
+    """Write samples.npy and labels.npy in a random order, and then dataset.json."""
+    import ray
+
+    system, root, files = find(name)
+    folders = [file.removeprefix(f"{root}/").split("/")[:-1] for file in files]
+    by_folder = len(files) > 1 and READERS[Path(files[0]).suffix.lower()] is image and all(folders)
+    items = [{"file": file, "folder": folder[0] if by_folder else ""} for file, folder in zip(files, folders, strict=True)]
+
+    rows = _through_ray(items, system) if ray.is_initialized() else _here(items, system)
+
+    cache.mkdir(parents=True, exist_ok=True)
+    bad: dict[str, str] = {}
+    labels: list[ndarray] = []
+    first: tuple[ndarray, str] | None = None
+    count = 0
+    current, before = "", (0, 0, 0)  # the file being read, and what had been kept when it began
+    with open(cache / "samples.raw", "wb") as raw:
+        for row in rows:
+            file, samples = row["file"], _unpacked(row["samples"])
+            if file != current:
+                current, before = file, (raw.tell(), count, len(labels))
+            if file in bad:
+                continue
+            if not row["problem"] and first is not None:
+                if (form := _form(samples)) != (expected := _form(first[0])):
+                    row["problem"] = f"holds {form}; {first[1]} holds {expected}"
+                elif bool(row["labels"]) != bool(labels):
+                    row["problem"] = f"{'has' if row['labels'] else 'lacks'} labels, unlike {first[1]}"
+            if row["problem"]:
+                bad[file] = row["problem"]
+                position, count, kept = before  # a file counts as a whole or not at all
+                raw.seek(position)
+                raw.truncate()
+                del labels[kept:]
+                continue
+            first = first or (samples[:1], file)
+            raw.write(samples.tobytes())
+            count += len(samples)
+            labels += [_unpacked(row["labels"])] if row["labels"] else []
+    if bad and not (skip_bad_files and count):
+        listed = "".join(f"\n  {file}: {why}" for file, why in list(bad.items())[:NAMED])
+        more = f"\n  and {len(bad) - NAMED:,} more" if len(bad) > NAMED else ""
+        raise DataError(f"{len(bad):,} of {len(files):,} files cannot be used; mend them, or leave them out with --skip-bad-files:{listed}{more}")
+    for file, why in bad.items():
+        say(f"left out {file}: {why}")
+    if count < FEWEST:
+        raise DataError(f"--dataset is {name}, which holds {count} sample{'s' * (count != 1)}; at least {FEWEST} are needed")
+
+    order = np.random.default_rng(0).permutation(count)
+    found = np.memmap(cache / "samples.raw", first[0].dtype, "r", shape=(count, *first[0].shape[1:]))
+    shuffled = np.lib.format.open_memmap(cache / "samples.npy", "w+", found.dtype, found.shape)
+    step = max(1, CHUNK // found[0].nbytes)
+    for begin in range(0, count, step):
+        shuffled[begin : begin + step] = found[order[begin : begin + step]]
+    shuffled.flush()
+    (cache / "samples.raw").unlink()
+    classes: list[str] = []
+    if labels:
+        values, index = np.unique(np.concatenate(labels), return_inverse=True)
+        if values.dtype.kind not in "iuU" or not 2 <= len(values) <= 1000:
+            raise DataError(f"{name} has {len(values):,} labels of {values.dtype}; 2 to 1,000 classes, as whole numbers or text, are expected")
+        classes = [str(v) for v in values]
+        np.save(cache / "labels.npy", index[order].astype(np.int64))
+    cells = len(classes) or min(CELLS, count // 20)
+    (cache / "dataset.json").write_text(json.dumps({"name": label(name), "cells": cells, "classes": classes, "source": name}))
+    say(f"read     {count:,} samples of {_form(first[0])} from {len(files) - len(bad):,} files")
+
+
+def _through_ray(items: list[dict[str, str]], system: FileSystem) -> Iterator[dict[str, Any]]:
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it reports each plan, and that progress bars are off
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.execution_options.verbose_progress = False
+    with ray.data.DataContext.current(context):
+        stream = ray.data.from_items(items).map_batches(_decoded, fn_kwargs={"system": system}, batch_size=64)
+    yield from stream.iter_rows()
+
+
+def _here(items: list[dict[str, str]], system: FileSystem) -> Iterator[dict[str, Any]]:
+    """Where no Ray runs, as when a generator of somebody else's is published, files are read one after another."""
+    for item in items:
+        yield from ({k: v[0] for k, v in row.items()} for row in _decoded({k: np.array([v]) for k, v in item.items()}, system))
+
+
+def _decoded(files: dict[str, Any], system: FileSystem) -> Iterator[dict[str, list[Any]]]:
+    """In a Ray worker: one row for each chunk, or for the problem that a file has."""
+    for file, folder in zip(files["file"].tolist(), files["folder"].tolist(), strict=True):
+        row: dict[str, Any] = {"file": file, "samples": b"", "labels": b"", "problem": ""}
+        try:
+            with system.open_input_file(file) as opened:
+                for samples, labels in READERS[Path(file).suffix.lower()](opened):
+                    labels = np.full(len(samples), folder) if folder else labels
+                    packed = b"" if labels is None else _packed(labels)
+                    yield {k: [v] for k, v in (row | {"samples": _packed(as_served(samples)), "labels": packed}).items()}
+        except Exception as error:  # whatever a decoder raises on a damaged file
+            yield {k: [v] for k, v in (row | {"problem": str(error) or type(error).__name__}).items()}
+
+
+def _packed(array: ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
+
+
+def _unpacked(raw: bytes) -> ndarray:
+    return np.load(io.BytesIO(raw), allow_pickle=False) if raw else np.empty(0)
+
+
+def _form(samples: ndarray) -> str:
+    return f"images of {' x '.join(map(str, samples.shape[1:]))}" if samples.ndim == 4 else f"vectors of {samples.shape[1]}"
