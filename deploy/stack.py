@@ -159,7 +159,7 @@ class Run:
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback),  # shared in silence by two stacks that do not name their own
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         }
-        inherited = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        inherited = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
         return {**inherited, **self.ray_variables(), **own}
 
 

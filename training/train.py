@@ -14,6 +14,7 @@ import copy
 import json
 import math
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -21,9 +22,9 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -35,6 +36,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints every line of a worker twice
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nothing here can be preempted, and it logs an error
 
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where `ray job submit` runs the script
+if __name__ == "__main__" and not {"RAY_ADDRESS", JOB} & set(os.environ):
+    # A Ray of our own: it takes 127.0.0.1 only where it believes that no cluster is possible, and answers only who has the token.
+    os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
 import numpy as np
 import ray
 import ray.train
@@ -43,7 +49,8 @@ import tyro
 from PIL import Image
 from ray.exceptions import RayActorError
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from rich.console import Console
 from rich.table import Table
 
@@ -60,8 +67,6 @@ from training.penalties import PENALTIES, clip_weights, critical_gamma, gradient
 from training.registry import Registry, RegistryError, ganwatch_home
 from training.sources import find, label, open_dataset
 from training.views import InstanceNoise, augment, pack
-
-JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where `ray job submit` runs the script
 
 
 @dataclass(frozen=True)
@@ -431,6 +436,30 @@ def adversarial_training(
     return average.cpu(), last
 
 
+@contextmanager
+def one_group(run: Path, device: torch.device) -> Iterator[None]:
+    """The workers as one process group of torch, gloo or NCCL.
+
+    They meet in a file of the run directory, which workers on several machines share, too: torch's usual meeting place is a
+    server on every interface of the machine that answers anybody.
+    """
+    context = ray.train.get_context()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if (world := context.get_world_size()) == 1:
+        yield
+        return
+    meeting = run / f"meeting-{broadcast_from_rank_zero(uuid.uuid4().hex)}"
+    if ray.util.get_node_ip_address().startswith("127."):
+        os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, init_method=meeting.as_uri(), rank=context.get_world_rank(), world_size=world)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def train_worker(job: dict[str, Any]) -> None:
     """What Ray Train runs in every worker. Rank 0 reports the generator; all report the reason where there is none."""
     context = ray.train.get_context()
@@ -474,7 +503,7 @@ def train_worker(job: dict[str, Any]) -> None:
     found = ray.train.get_checkpoint()
     try:
         dataset = open_data(config, Path(job["run"]))
-        with found.as_directory() if found else nullcontext() as directory:
+        with one_group(Path(job["run"]), device), found.as_directory() if found else nullcontext() as directory:
             resume = Path(directory) if directory else None
             if resume and rank == 0:
                 print(f"goes on from {resume.name}", flush=True)
@@ -521,11 +550,10 @@ def train(config: Config, run: Path, use_gpu: bool) -> tuple[dict[str, torch.Ten
     Raises TrainingStopped where the loop did or the workers died too often, KeyboardInterrupt on Ctrl-C.
     """
     workers = config.workers if config.min_workers is None else (config.min_workers, config.workers)
-    trainer = TorchTrainer(
+    trainer = DataParallelTrainer(
         train_worker,
         train_loop_config={"config": asdict(config), "run": str(run)},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         run_config=RunConfig(
             name="ray",
             storage_path=str(run),

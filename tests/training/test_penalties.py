@@ -146,7 +146,7 @@ def test_spectral_norm_makes_each_layer_a_contraction(name, shape):
         critic(torch.randn(2, critic.dim if name == "perceptron" else 64))
     for module in critic.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            largest = torch.linalg.matrix_norm(module.weight.flatten(1), ord=2)
+            largest = torch.linalg.matrix_norm(module.weight.detach().flatten(1), ord=2)
             assert float(largest) == pytest.approx(1, abs=0.02)
 
 
