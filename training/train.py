@@ -44,6 +44,7 @@ if __name__ == "__main__" and not {"RAY_ADDRESS", JOB} & set(os.environ):
 import numpy as np
 import ray
 import ray.train
+import ray.train.torch
 import torch
 import tyro
 from PIL import Image
