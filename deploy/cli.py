@@ -83,7 +83,7 @@ def demo(settings: SettingsFlags = Settings(), model: str = "digits", dataset: s
     Args:
         settings: how things run.
         model: name under which the generator is published.
-        dataset: what to train it on: ring, grid or digits.
+        dataset: what to train it on, such as ring, grid or digits: whatever training/train.py --dataset takes.
     """
     registry = Registry()
     run = stack.begin(settings, registry.root)
