@@ -30,11 +30,12 @@ $(TRITONCLIENT): $(READY)
 
 tritonclient: $(TRITONCLIENT)
 
+# Two files at a time: much of the time is spent waiting for processes to start.
 test: $(READY) $(TRITONCLIENT)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
 
 test-fast: $(READY)
-	@$(BIN)/python -m pytest -m "not slow and not e2e"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not e2e"
 
 # The theory that the product rests on, measured and drawn: minutes on a CPU.
 theory: $(READY)

@@ -81,7 +81,7 @@ def test_the_alarm_latches_until_it_is_acknowledged(make_bundle, draw):
     assert monitor.verdict.id == "mode_dropping"
     first = monitor.first_alarm
     monitor.acknowledge()
-    assert monitor.verdict.id == "healthy" and monitor.first_alarm is None and monitor.alarmed_at is None
+    assert monitor.verdict.id == "warming_up" and monitor.first_alarm is None and monitor.alarmed_at is None  # it knows nothing yet
     assert monitor.monitored == 3600
     monitor.update(draw(faulty, 600, seed=3), fresh=True, at=5.0)
     assert monitor.first_alarm > 3600 > first and monitor.alarmed_at == 5.0
@@ -104,7 +104,7 @@ def test_a_failed_replay_waits_for_the_samples_to_name_the_failure(make_bundle, 
     resumed.restore(monitor.state())
     assert resumed.snapshot() == monitor.snapshot() and resumed.snapshot()["replay"] == {"checked": 32, "mismatched": 1, "suspect": False}
     monitor.acknowledge()
-    assert monitor.verdict.id == "healthy" and monitor.first_alarm is None
+    assert monitor.verdict.id == "warming_up" and monitor.first_alarm is None
     monitor.update(draw(bundle, 2 * AUDIT_PATIENCE, seed=4), fresh=True, at=5.0)
     assert monitor.verdict.id == "healthy"
 

@@ -133,7 +133,7 @@ def test_what_a_person_sees_from_no_model_to_an_alarm_and_back(
     assert colours(page) > 300
 
     page.locator("#incidents li.open button").click()
-    see(page, "healthy")
+    see(page, "warming_up")
     page.locator("#incidents li.closed", has_text="acknowledged").wait_for()
     monitored.registry.rollback("grid")
     page.locator("#verdict", has_text="v1").wait_for()

@@ -223,7 +223,7 @@ def test_an_alarm_is_saved_before_it_is_told_and_lives_until_it_is_acknowledged(
     assert incident["closed_at"] is None and not any(again.publish(scene.now).alarms.values())  # it is the same incident, not another
     again.acknowledge("grid", scene.now)
     last = scene.watch()
-    assert last.publish(scene.now).models["grid"].snapshot["verdict"]["id"] == "healthy" and len(last.incidents.newest()) == 1
+    assert last.publish(scene.now).models["grid"].snapshot["verdict"]["id"] == "warming_up" and len(last.incidents.newest()) == 1
 
 
 @pytest.mark.parametrize("when", ["before the incident", "before the unlatching"])
