@@ -65,6 +65,8 @@ class Ports:
     """HAProxy's statistics."""
     haproxy_metrics: int = 0
     """HAProxy's metrics."""
+    ingress: int = 0
+    """The first of 50 on which the replicas answer HAProxy."""
     fallback: int = 0
     """Ray Serve's own proxy, which answers only where no replica does."""
 
@@ -157,6 +159,8 @@ class Run:
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.haproxy_metrics),
             "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # else each request costs a datagram to a Python actor; the tap counts them already
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback),  # shared in silence by two stacks that do not name their own
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports.ingress),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.ingress + 50),
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         }
         inherited = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
