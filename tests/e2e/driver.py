@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -109,8 +110,14 @@ class Stack:
     def assert_gone(self, run: dict[str, Any]) -> None:
         """No process, no listening port and no temporary file of that run is left."""
         assert not (self.home / "run.json").exists() and not Path(run["temp"]).exists()
-        assert [port for port in run["settings"]["ports"].values() if stack.port_holder(port)] == []
+        assert [port for port in run["settings"]["ports"].values() if _listens(port)] == []
         assert [p.pid for p in psutil.process_iter() if run["run_id"] in _environment(p)] == []
+
+
+def _listens(port: int) -> bool:
+    """Whether somebody answers there. A port whose last connections the system still remembers is free."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _environment(process: psutil.Process) -> set[str]:
