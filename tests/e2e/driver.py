@@ -22,7 +22,6 @@ import psutil
 import pytest
 from PIL import Image
 
-
 ROOT = Path(__file__).resolve().parents[2]
 PORTS = ("http", "grpc", "monitor", "dashboard", "prometheus", "alertmanager")  # the rest is chosen by `up`
 
