@@ -24,7 +24,7 @@ from jaxtyping import Shaped
 from numpy import ndarray
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
-from training.data import DATASETS, ON_DISK, DataError, Dataset
+from training.data import DATASETS, DataError, Dataset
 
 FEWEST = 100  # samples: a fifth is held out, and the outermost hundredth of that is looked at
 CHUNK = 8 << 20  # bytes of samples that travel together

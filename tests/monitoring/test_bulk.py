@@ -6,7 +6,6 @@ import copy
 from dataclasses import MISSING, fields, replace
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
