@@ -4,8 +4,9 @@
     ray job submit --working-dir . -- python training/train.py --dataset digits                 # on a running cluster
     python training/train.py --dataset digits --steps 1000 --penalty none --learning-rate 0.02  # a collapse, which is refused
 
-Reads top to bottom: configuration, the loop of one worker, the run. Data, networks, objectives and penalties are registries
-in the files beside it. It knows nothing of serving or monitoring: its product is a bundle (bundle.py).
+Reads top to bottom: the loop of one worker, the run. What may be asked for is in config.py, what was found to work in
+recipes.py; data, networks, objectives and penalties are registries in the files beside them. It knows nothing of serving or
+monitoring: its product is a bundle (bundle.py).
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, sys.path[0] is training/
@@ -57,202 +58,28 @@ from rich.table import Table
 
 from training.bundle import Bundle, SignGaussian
 from training.checkpoints import CheckpointError, State, read_state, refuse_other
-from training.data import DATASETS, ON_DISK, DataError, Dataset
+from training.config import MAY_CHANGE, Config, InputError, check, check_shape
+from training.data import DATASETS, DataError, Dataset
 from training.diagnostics import Diagnosis, Look
 from training.export import ExportError, open_source, write_bundle
 from training.features import fit_eye
 from training.gate import QualityRefused, publish
+from training.journal import Journal
 from training.networks import family
 from training.objectives import OBJECTIVES
-from training.penalties import PENALTIES, clip_weights, critical_gamma, gradients_for, normalise_spectrally, unrolled_pull
+from training.penalties import PENALTIES, clip_weights, gradients_for, normalise_spectrally, unrolled_pull
 from training.registry import Registry, RegistryError, ganwatch_home
-from training.sources import find, label, open_dataset
+from training.sources import label, open_dataset
 from training.views import InstanceNoise, augment, pack
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """What was found to work for one data set. Rates and gamma fall exponentially over the whole run: coarse to fine."""
-
-    steps: int
-    signs: int  # latent coordinates of +-1: they make the jumps between separate modes
-    normals: int  # latent coordinates of N(0, scale^2)
-    scale: float
-    width: int  # of both hidden layers, in both networks
-    fourier: int  # random directions in the critic's input; 0 = none
-    learning_rate: tuple[float, float]  # first and last step
-    gamma: tuple[float, float]  # weight of R1 + R2, first and last step
-    noise: float  # standard deviation added to the critic's inputs, real and fake; 0 = none
-    batch: int = 128  # over all workers
+# The loop of one worker -------------------------------------------------------------------------------------------------------
 
 
-PLANE = Recipe(5000, 10, 2, 1.0, 128, 32, (4e-3, 1.2e-5), (1.0, 1e-4), 0.0)
-IMAGES = Recipe(8000, 48, 16, 0.5, 256, 0, (2e-3, 2e-5), (1.0, 0.1), 0.02)
-RECIPES = {
-    "ring": PLANE,
-    "grid": PLANE,
-    "mixture1200": Recipe(5000, 10, 16, 1.0, 512, 0, (2e-3, 2e-5), (1.0, 0.1), 0.0),
-    "digits": IMAGES,
-    "stacked-digits": replace(IMAGES, steps=34_000, signs=72, width=384),
-    "mnist": replace(IMAGES, steps=12_000, width=512),
-    "fashion-mnist": replace(IMAGES, steps=12_000, width=512),
-}
-
-
-@dataclass(frozen=True)
-class Config:
-    """Train a GAN, certify it, publish it. Exit status: 0 published, 1 failed or refused, 2 bad input, 130 interrupted."""
-
-    dataset: str = "digits"
-    """Real data: ring, grid, mixture1200, digits, stacked-digits, mnist, fashion-mnist, or a path or URI: npz, npy, parquet, images."""
-    data: str | None = None
-    """Where the files of mnist or fashion-mnist lie: a directory of IDX files, or an npz."""
-    skip_bad_files: bool = False
-    """Leave out files that cannot be used, naming each; by default they end the run."""
-    like: str | None = None
-    """The built-in data set whose recipe to use; by default its own. Other images take that of digits, vectors that of grid."""
-    model: str | None = None
-    """Name of the model in the registry; by default that of the data set."""
-    registry: str | None = None
-    """Directory of the registry; by default GANWATCH_HOME/registry, or .ganwatch/registry here."""
-    seed: int = 0
-    """Fixes initial weights, batches and latents. The certificate always draws a seed of its own."""
-    workers: int = 1
-    """Ray Train workers, one CPU or one GPU each; the batch is split over them."""
-    min_workers: int | None = None
-    """Go on with as few as this while the cluster lacks workers, and take more as they come; by default all are waited for."""
-    max_failures: int = 3
-    """Workers that may die before the run does; training then goes on from the last checkpoint."""
-    checkpoint_seconds: float = 10.0
-    """Time between checkpoints: what a killed worker costs, at most."""
-    resume: str | None = None
-    """Directory of an interrupted run to go on with, in its own settings."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where the networks are trained; auto takes CUDA where Ray has a GPU for each worker."""
-    conditional: bool = False
-    """Train G(z, y) and D(x, y) on the labels, so that requests may name a class."""
-    steps: int | None = None
-    """Updates of each network; by default those of the recipe (5,000 in the plane, 8,000 for digits)."""
-    objective: Literal[
-        "relativistic", "minimax", "non_saturating", "least_squares", "least_squares_pearson", "wasserstein", "hinge",
-        "f_kl", "f_reverse_kl", "f_pearson", "f_neyman", "f_hellinger", "f_js", "f_total_variation",
-    ] = "relativistic"  # fmt: skip
-    """The game: paired logits (RpGAN) by default; minimax is GAN0, non_saturating GAN1, f_* the f-GANs."""
-    penalty: Literal["r1r2", "r1", "r2", "gradient", "none"] = "r1r2"
-    """On the critic's slope: at reals and fakes, at one of them, WGAN-GP's between them, or none, to see a collapse."""
-    gamma: float | None = None
-    """First weight of the penalty; it falls by the recipe's factor. By default the recipe's, scaled to the objective."""
-    clip: float | None = None
-    """Clip the critic's weights to +- this after each step (Wasserstein); None = off."""
-    spectral_norm: bool = False
-    """Divide each of the critic's layers by its largest singular value."""
-    noise: float | None = None
-    """Standard deviation of noise on the critic's inputs, real and fake, in place of the recipe's; 0 = off."""
-    noise_schedule: Literal["constant", "linear", "controlled"] = "constant"
-    """Let the noise stay, fall to zero over the run, or follow the divergence that the critic sees."""
-    packing: int = 1
-    """Samples that the critic judges together (PacGAN); 1 = off."""
-    unroll: int = 0
-    """Critic steps that the generator looks ahead; 0 = off."""
-    augment: bool = False
-    """Augment what the critic sees, real and fake (DiffAugment; images only)."""
-    network: str = "perceptron"
-    """perceptron, dcgan, resnet (images), or package.module:NAME of a training.networks.Family of your own."""
-    width: int | None = None
-    """Units of a hidden layer, or channels at the coarsest size of an image; by default the recipe's."""
-    learning_rate: float | None = None
-    """First learning rate of both networks, in place of the recipe's; it falls by the same factor."""
-    stop_on_alarm: bool = False
-    """End the run when diagnostics say that it fails; by default it goes on, and is refused if it ends that way."""
-    certify_samples: int = 1_000_000
-    """Fresh samples to certify with, as far as certify_seconds allow (never fewer than the smaller of this and 200,000)."""
-    certify_seconds: float = 10.0
-    """Time budget of certification."""
-    reference_points: bool = True
-    """Keep feature vectors of real data in the bundle; without them gauges that compare single samples are unavailable."""
-    force: bool = False
-    """Publish even when the quality gate objects; the objections are kept in the card."""
-
-    @property
-    def recipe(self) -> Recipe:
-        """The data set's recipe with what the user changed. Data that were not yet read count as images."""
-        recipe = RECIPES.get(self.like or self.dataset, IMAGES)
-        changed: dict[str, Any] = {} if self.steps is None else {"steps": self.steps}
-        for name in ("gamma", "learning_rate"):
-            if (first := getattr(self, name)) is not None:
-                old = getattr(recipe, name)
-                changed[name] = (first, first * old[1] / old[0])
-        if self.gamma is None and not PENALTIES[self.penalty].target and self.penalty != "none":
-            # The recipes were found with pairs and R1 + R2: other games get the same damping.
-            equal = critical_gamma(OBJECTIVES[self.objective], PENALTIES[self.penalty])
-            equal /= critical_gamma(OBJECTIVES["relativistic"], PENALTIES["r1r2"])
-            changed["gamma"] = (recipe.gamma[0] * equal, recipe.gamma[1] * equal)
-        changed |= {name: value for name in ("noise", "width") if (value := getattr(self, name)) is not None}
-        return replace(recipe, **changed)
-
-
-MAY_CHANGE = (  # from one part of a run to the next
-    "model", "registry", "workers", "min_workers", "max_failures", "checkpoint_seconds", "resume", "device", "skip_bad_files",
-    "certify_samples", "certify_seconds", "reference_points", "force",
-)  # fmt: skip
+SAID = ("critic_loss", "generator_loss", "penalty", "divergence", "accuracy", "mode_coverage")  # on the terminal
 
 
 class TrainingStopped(RuntimeError):
     """Training ended without a usable generator. The text says why."""
-
-
-class InputError(ValueError):
-    """A wish that cannot be granted. The text says which value, what is expected and what to do."""
-
-
-def check(config: Config) -> None:
-    """Raise InputError, DataError or RegistryError before anything expensive begins."""
-    given = {name: value for name, value in asdict(config).items() if value is not None}
-    for name, low in (("workers", 1), ("min_workers", 1), ("max_failures", 0), ("steps", 1), ("certify_samples", 1000), ("seed", 0), ("packing", 1), ("unroll", 0), ("width", 1), ("noise", 0)):
-        if given.get(name, low) < low:
-            raise InputError(f"--{name.replace('_', '-')} is {given[name]}; it must be at least {low}")
-    for name in ("gamma", "learning_rate", "certify_seconds", "clip", "checkpoint_seconds"):
-        if not (math.isfinite(given.get(name, 1.0)) and given.get(name, 1.0) > 0):
-            words = "; --penalty none switches the penalty off" if name == "gamma" else ""
-            raise InputError(f"--{name.replace('_', '-')} is {given[name]}; it must be positive{words}")
-    if config.seed >= 2**32:
-        raise InputError(f"--seed is {config.seed}; it must lie below 2^32")
-    if config.like is not None and config.like not in RECIPES:
-        raise InputError(f"--like is {config.like}; recipes are those of {', '.join(RECIPES)}")
-    if config.data is not None and config.dataset not in ON_DISK:
-        raise InputError(f"--data is for {' and '.join(ON_DISK)}; data of your own are named by --dataset PATH")
-    if config.dataset in ON_DISK:
-        open_dataset(config.dataset, data=config.data, cache=Path())
-    elif config.dataset not in DATASETS:
-        find(config.dataset)
-    fewest = config.workers if config.min_workers is None else config.min_workers
-    if fewest > config.workers:
-        raise InputError(f"--min-workers is {fewest}; it must not exceed --workers, {config.workers}")
-    for workers in range(fewest, config.workers + 1):
-        if config.recipe.batch % workers:
-            words = f"--workers is {workers}" if fewest == config.workers else f"--min-workers is {fewest}, so there may be {workers} workers"
-            raise InputError(f"{words}; it must divide the batch of {config.recipe.batch}")
-    if (config.recipe.batch // config.workers) % config.packing:
-        local = config.recipe.batch // config.workers
-        raise InputError(f"--packing is {config.packing}; it must divide the {local} samples of a worker's batch")
-    for reason in conflicts(config):
-        raise InputError(reason)
-    try:
-        family(config.network)
-    except ValueError as error:
-        raise InputError(f"--network: {error}") from None
-    if config.device == "cuda" and torch.version.cuda is None:
-        raise InputError(f"--device is cuda, but torch {torch.__version__} is built without CUDA; use --device cpu")
-    registry = Registry(config.registry)
-    model = config.model or label(config.dataset)
-    try:
-        with registry.staging(model):
-            pass
-        with suppress(OSError):  # not empty: it has versions
-            (registry.root / model).rmdir()
-    except OSError as error:
-        words = f"--registry is {registry.root}, which cannot be written ({error.strerror}); choose a writable directory"
-        raise InputError(words) from None
 
 
 def open_data(config: Config, run: Path) -> Dataset:
@@ -261,60 +88,6 @@ def open_data(config: Config, run: Path) -> Dataset:
     if config.conditional and dataset.labels is None:
         raise DataError(f"--conditional needs labelled data, and {config.dataset} has no labels")
     return dataset
-
-
-def conflicts(config: Config) -> list[str]:
-    """Parts that cannot work together, one sentence each with the reason."""
-    objective, held = OBJECTIVES[config.objective], config.clip or config.spectral_norm or config.penalty != "none"
-    schedule = f"--noise-schedule {config.noise_schedule}"
-    found = {
-        "--unroll with --clip: a clipped weight has no derivative, so the generator would look ahead at a critic that stands "
-        "still; use --penalty gradient in place of clipping": config.unroll and config.clip,
-        "--unroll with --spectral-norm: the singular vectors are estimated anew at each look, so there is no fixed critic to "
-        "differentiate; use --penalty r1r2": config.unroll and config.spectral_norm,
-        "--clip with --spectral-norm: the layers are divided by their norm after clipping, so the bound has no effect; choose "
-        "one of them": config.clip and config.spectral_norm,
-        "--packing with --conditional: one critic input would mix samples of different classes; use one of "
-        "them": config.packing > 1 and config.conditional,
-        f"--objective {config.objective} with nothing that holds the critic back: its best loss is minus infinity; add "
-        "--clip 0.01, --penalty gradient or --spectral-norm": objective.optimal is None and not held,
-        f"--noise-schedule controlled with --objective {config.objective}: its divergence has no upper end to hold half of; use "
-        "--noise-schedule linear": config.noise_schedule == "controlled" and math.isinf(objective.largest),
-        f"{schedule} without noise: give the first standard deviation by --noise": config.noise_schedule != "constant"
-        and not config.recipe.noise,
-    }
-    return [reason for reason, applies in found.items() if applies]
-
-
-def check_shape(config: Config, dataset: Dataset) -> None:
-    """Raise InputError where a wish needs images and the data are vectors."""
-    wishes = {"--augment": config.augment, f"--network {config.network}": family(config.network).images_only}
-    for wish in (wish for wish, set_ in wishes.items() if set_ and not dataset.is_image):
-        raise InputError(f"{wish} needs images, and {dataset.name} has vectors of {dataset.dim} numbers")
-
-
-# The loop of one worker -------------------------------------------------------------------------------------------------------
-
-
-SAID = ("critic_loss", "generator_loss", "penalty", "divergence", "accuracy", "mode_coverage")  # on the terminal
-
-
-class Journal:
-    """What a run says: JSON lines in `<run>/status.jsonl` for programs, and a line per ended stage for people."""
-
-    def __init__(self, run: Path) -> None:
-        run.mkdir(parents=True, exist_ok=True)  # a worker may run on another machine
-        self.path, self.said = run / "status.jsonl", time.monotonic()
-
-    def write(self, stage: str, **values: Any) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"at": time.time(), "stage": stage, **values}) + "\n")
-
-    def done(self, stage: str, **values: Any) -> None:
-        now = time.monotonic()
-        seconds, self.said = now - self.said, now
-        self.write(stage, **{"seconds": seconds} | values)
-        print(f"{stage:<8} {seconds:6.1f} s", flush=True)
 
 
 def decayed(ends: tuple[float, float], progress: float) -> float:

@@ -23,12 +23,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from training.config import Config
 from training.data import DATASETS, Dataset
 from training.evaluation import class_fit, mixture_fit, nearest_ratio, prdc
 from training.export import Served, Source, export_onnx, session
 from training.features import fit_eye
 from training.registry import ganwatch_home
-from training.train import Config, TrainingStopped, adversarial_training, build, picture
+from training.train import TrainingStopped, adversarial_training, build, picture
 
 MANY, FEW = 26_000, 2_500  # samples: ours, and those of the published protocols
 METHODS: dict[str, dict[str, Any]] = {

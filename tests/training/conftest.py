@@ -3,10 +3,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from training.config import Config
 from training.data import DATASETS
 from training.export import write_bundle
 from training.features import fit_eye
-from training.train import Config, adversarial_training, build
+from training.train import adversarial_training, build
 
 
 def train_bundle(config: Config, directory: Path, *, samples: int) -> Path:

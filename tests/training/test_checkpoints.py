@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from training.checkpoints import CheckpointError, read_state, refuse_other
+from training.config import Config
 from training.data import DATASETS
-from training.train import Config, adversarial_training
+from training.train import adversarial_training
 
 ROOT = Path(__file__).resolve().parents[2]
 

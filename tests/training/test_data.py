@@ -7,7 +7,7 @@ from scipy.spatial.distance import pdist
 
 from training.data import DATASETS, ON_DISK, DataError, mnist
 from training.evaluation import mixture_fit
-from training.train import RECIPES
+from training.recipes import RECIPES
 
 MNIST = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist.npz"
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from training.bundle import SignGaussian, open_bundle, write_card
+from training.config import Config
 from training.data import DATASETS, Dataset
 from training.diagnostics import (
     ALARMS,
@@ -23,7 +24,7 @@ from training.diagnostics import (
 from training.gate import QualityRefused, publish
 from training.objectives import OBJECTIVES
 from training.registry import Registry
-from training.train import Config, TrainingStopped, adversarial_training
+from training.train import TrainingStopped, adversarial_training
 
 HEALTHY = {
     "divergence": 0.05, "saturation": 0.07, "accuracy": 0.7, "overfitting": 0.02, "weight": 0.5, "pull": 0.1, "tail_index": 6.0,

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from training.config import Config
 from training.objectives import F_DIVERGENCES, OBJECTIVES
-from training.train import Config
 
 RATIO_GAMES = [name for name, objective in OBJECTIVES.items() if objective.optimal]
 

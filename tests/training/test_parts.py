@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from training.config import Config, InputError, check, check_shape, conflicts
 from training.data import DATASETS
-from training.train import Config, InputError, adversarial_training, check, check_shape, conflicts
+from training.train import adversarial_training
 
 
 def train(dataset, **how):

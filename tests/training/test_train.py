@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from training.bundle import open_bundle
+from training.config import Config, InputError, check
 from training.data import DATASETS, DataError
 from training.registry import Registry
-from training.train import Config, InputError, TrainingStopped, adversarial_training, check, decayed, open_data
+from training.train import TrainingStopped, adversarial_training, decayed, open_data
 
 ROOT = Path(__file__).resolve().parents[2]
 

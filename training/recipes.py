@@ -1,0 +1,34 @@
+"""What was found to work for each data set that is built in. Pure numbers; config.py says what a user may put in their place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What was found to work for one data set. Rates and gamma fall exponentially over the whole run: coarse to fine."""
+
+    steps: int
+    signs: int  # latent coordinates of +-1: they make the jumps between separate modes
+    normals: int  # latent coordinates of N(0, scale^2)
+    scale: float
+    width: int  # of both hidden layers, in both networks
+    fourier: int  # random directions in the critic's input; 0 = none
+    learning_rate: tuple[float, float]  # first and last step
+    gamma: tuple[float, float]  # weight of R1 + R2, first and last step
+    noise: float  # standard deviation added to the critic's inputs, real and fake; 0 = none
+    batch: int = 128  # over all workers
+
+
+PLANE = Recipe(5000, 10, 2, 1.0, 128, 32, (4e-3, 1.2e-5), (1.0, 1e-4), 0.0)
+IMAGES = Recipe(8000, 48, 16, 0.5, 256, 0, (2e-3, 2e-5), (1.0, 0.1), 0.02)
+RECIPES = {
+    "ring": PLANE,
+    "grid": PLANE,
+    "mixture1200": Recipe(5000, 10, 16, 1.0, 512, 0, (2e-3, 2e-5), (1.0, 0.1), 0.0),
+    "digits": IMAGES,
+    "stacked-digits": replace(IMAGES, steps=34_000, signs=72, width=384),
+    "mnist": replace(IMAGES, steps=12_000, width=512),
+    "fashion-mnist": replace(IMAGES, steps=12_000, width=512),
+}
