@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Recipe:
-    """What was found to work for one data set. Rates and gamma fall exponentially over the whole run: coarse to fine."""
+    """What was found to work for one data set. Gamma falls exponentially over the whole run, the rates after `hold`: coarse to fine."""
 
     steps: int
     signs: int  # latent coordinates of +-1: they make the jumps between separate modes
@@ -19,10 +19,11 @@ class Recipe:
     gamma: tuple[float, float]  # weight of R1 + R2, first and last step
     noise: float  # standard deviation added to the critic's inputs, real and fake; 0 = none
     batch: int = 128  # over all workers
+    hold: float = 0.0  # share of the run that keeps the first learning rate
 
 
 PLANE = Recipe(5000, 10, 2, 1.0, 128, 32, (4e-3, 1.2e-5), (1.0, 1e-4), 0.0)
-IMAGES = Recipe(8000, 48, 16, 0.5, 256, 0, (2e-3, 2e-5), (1.0, 0.1), 0.02)
+IMAGES = Recipe(8000, 48, 16, 0.5, 256, 0, (2e-3, 2e-5), (1.0, 0.1), 0.02, hold=0.4)
 RECIPES = {
     "ring": PLANE,
     "grid": PLANE,

@@ -90,9 +90,9 @@ def open_data(config: Config, run: Path) -> Dataset:
     return dataset
 
 
-def decayed(ends: tuple[float, float], progress: float) -> float:
-    """From the first to the second value, exponentially, as progress goes from 0 to 1."""
-    return ends[0] * (ends[1] / ends[0]) ** progress
+def decayed(ends: tuple[float, float], progress: float, hold: float = 0.0) -> float:
+    """From the first to the second value, exponentially, as progress goes from `hold` to 1."""
+    return ends[0] * (ends[1] / ends[0]) ** max(0.0, (progress - hold) / (1 - hold))
 
 
 def average_gradients(networks: tuple[torch.nn.Module, ...], world: int) -> None:
@@ -179,7 +179,7 @@ def adversarial_training(
         average_gradients((generator, critic), world)
         for optimiser in optimisers:
             group = optimiser.param_groups[0]
-            group["lr"] = decayed(recipe.learning_rate, progress)
+            group["lr"] = decayed(recipe.learning_rate, progress, recipe.hold)
             group["betas"] = (0.0, 0.9 + 0.09 * min(1.0, progress / 0.2))
             optimiser.step()
         if config.clip:

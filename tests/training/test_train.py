@@ -28,6 +28,8 @@ def test_rates_fall_exponentially_between_their_ends():
     assert decayed((1.0, 1e-4), 0.0) == 1.0
     assert decayed((1.0, 1e-4), 0.5) == pytest.approx(1e-2)
     assert decayed((1.0, 1e-4), 1.0) == pytest.approx(1e-4)
+    assert decayed((1.0, 1e-4), 0.3, hold=0.4) == 1.0 and decayed((1.0, 1e-4), 0.7, hold=0.4) == pytest.approx(1e-2)
+    assert decayed((1.0, 1e-4), 1.0, hold=0.4) == pytest.approx(1e-4)
 
 
 def test_recipe_keeps_its_ratio_under_other_first_values():
