@@ -1,18 +1,23 @@
 """The monitoring benchmark: `make bench-monitoring`. Ours and its rivals on the same streams at equal measured run length.
 
-    python tests/benchmarks/bench_monitoring.py [--quick] [--out DIR] [--only delays,lengths,modes,cost]
+    python tests/benchmarks/bench_monitoring.py [--quick] [--out DIR] [--arl 10000] [--bundle DIR] [--only delays,lengths,modes,cost,nulls,intervals]
 
 delays: mean samples from a change to the alarm, detectors warm (300 samples of the old law first), thresholds such that the
-    measured mean run length without a change is 1,000. A run without an alarm counts with the horizon and is shown as a miss.
-    Every chunk of streams has its own reference, so that results are averaged over references too.
-lengths: run lengths of ours at its own, guaranteed threshold, over independent certificates.
+    measured mean run length without a change is 1,000 (--arl 10000: the best of them at ten times that). A run without an alarm
+    counts with the horizon and is shown as a miss. Every chunk of streams has its own reference, so that results are averaged
+    over references too. --bundle adds the features of a certified generator as one more space.
+lengths: run lengths of ours at its own, guaranteed threshold, over independent certificates; alibi-detect's at the threshold
+    which it calibrates for the same.
 modes: delay of ours when one of K equal modes drops, at its own threshold 1e4, against log A / KL.
 cost: microseconds a sample and thread.
+nulls: alarms of ours at A = 1e9 in ten million samples without a change, and what memory grew meanwhile.
+intervals: how often an `exact` interval misses the truth at any sample of a block, each looked at.
 
 Ours has one configuration in all rows: strict, whole default mixture, certificate of N_cert samples; rivals have the reference
-that they are published with, 1,000 samples. That is what each can use, and it favours ours; MEWMA, which can use more, is shown
-with both. Streams with an alarm in samples 101 .. 300 are left out, for every method alike. `oracle` is the CUSUM that knows
-both laws. Rows are kept as they are made, under DIR: a run that was broken off goes on where it stood.
+that they are published with, 1,000 samples. That is what each can use, and it favours ours; those that can use more are shown
+with N_cert samples too. Streams with an alarm in samples 101 .. 300 are left out, for every method alike. `oracle` is the CUSUM
+that knows both laws. Rows are kept as they are made, under DIR: a run that was broken off goes on where it stood.
+The packages river, frouros and alibi-detect run in a venv of their own (foreign.py); the others come from their papers (rivals.py).
 
 What takes time in ours (profiled at d = 64, K = 1,000, two scores): at batch 1, the overhead of about 120 numpy calls; `moved` takes
 a quarter, of which half is the whitening, `shares`, duplicates and the 5,000 bets on modes a tenth each. At batch 64, a quarter
@@ -29,24 +34,39 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
+import psutil  # noqa: E402
 from numpy import ndarray  # noqa: E402
+from scipy.special import rel_entr  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from rivals import RIVALS, _radius, mewma  # noqa: E402
-from scenarios import SPACES, Space, certify, streams  # noqa: E402
+from rivals import CERTIFIED, RIVALS, mewma  # noqa: E402
+from scenarios import SPACES, Space, certify, served, streams  # noqa: E402
 
+from monitoring.coverage import RHO, mode_coverage  # noqa: E402
+from monitoring.divergences import DIVERGENCES, INTERVALS, ShareSet  # noqa: E402
 from monitoring.edetectors import CHUNK, EDetector  # noqa: E402
-from training.bundle import Certificate, Reference  # noqa: E402
+from monitoring.monitor import GAUGE_DELTA, PRIOR_SAMPLES  # noqa: E402
+from training.bundle import Certificate, Reference, clopper_pearson  # noqa: E402
 
-ARL, WARM, QUIET, NULL = 1000, 300, 100, 1500
-RIVER = ROOT / ".ganwatch" / "bench-venv" / "bin" / "python"
+WARM, QUIET = 300, 100
+FOREIGN = ROOT / ".ganwatch" / "bench-venv" / "bin" / "python"
+PACKAGES = {"adwin": 8, "kswin": 2, "page_hinkley_all": 2, "frouros": 2, "alibi": 1, "alibi_cvm": 1}  # chunks at most: hours otherwise
+LONG = ("ours", "oracle", "mewma", "page_hinkley", "newma", "certified")  # of the run length of 10,000
+AIMS = {  # at a run length of 1,000; None: the best rival of the row
+    "gauss": {"0.7 N(0, 4I)": 1.6, "0.3 N(0, 4I)": 4.0, "mean + 0.3": 18, "variance x 0.8": 27, "5 % N(0, 9I)": 21},
+    "grid": {"one mode of 25 drops": 160},
+    "grid-16": {"one mode of 25 drops": 260},
+    "grid-40": {"one mode of 25 drops": 260},
+    "digits": {"one class of 10 drops": 105},
+}
 
 
 def ours(space: Space, seed: int, count: int, parts: list[ndarray]) -> list[ndarray]:
@@ -64,12 +84,13 @@ def ours(space: Space, seed: int, count: int, parts: list[ndarray]) -> list[ndar
     return found
 
 
-def adwin(reference: ndarray, x: ndarray) -> dict[str, ndarray]:
+def foreign(method: str, reference: ndarray, x: ndarray) -> dict[str, ndarray]:
+    """A detector of river, frouros or alibi-detect over the streams, in their own venv and process."""
     with tempfile.TemporaryDirectory() as folder:
-        source, target = f"{folder}/in.npy", f"{folder}/out.npy"
-        np.save(source, _radius(reference, x))
-        subprocess.run([RIVER, Path(__file__).with_name("river_adwin.py"), source, target], check=True)
-        return {"river ADWIN on the radius": np.load(target)}
+        np.savez(f"{folder}/in.npz", reference=reference, x=x)
+        subprocess.run([FOREIGN, Path(__file__).with_name("foreign.py"), method, f"{folder}/in.npz", f"{folder}/out.npz"], check=True)
+        with np.load(f"{folder}/out.npz") as found:
+            return dict(found)
 
 
 def oracle(space: Space, parts: list[ndarray]) -> dict[str, list[ndarray]]:
@@ -89,15 +110,16 @@ def oracle(space: Space, parts: list[ndarray]) -> dict[str, list[ndarray]]:
     return found
 
 
-def measure(name: str, space: Space, chunk: int, size: int, count: int, methods: tuple[str, ...], out: Path) -> None:
+def measure(name: str, space: Space, chunk: int, size: int, count: int, arl: int, methods: tuple[str, ...], out: Path) -> None:
     """Statistics of each method on the null and on every change, kept in one file a method and chunk."""
-    missing = [m for m in methods if not (out / f"{name}.{chunk}.{m}.npz").exists()]
+    missing = [m for m in methods if chunk < PACKAGES.get(m, 99) and not (out / f"{name}.{chunk}.{m}.npz").exists()]
     if not missing:
         return
-    parts = [streams(space, 1000 + chunk, size, WARM, NULL)]
+    parts = [streams(space, 1000 + chunk, size, WARM, arl * 3 // 2)]
     parts += [streams(space, 2000 + 100 * i + chunk, size, WARM, c.horizon, c) for i, c in enumerate(space.changes)]
     rng = np.random.default_rng((chunk, 5))
     reference = space.draw(rng, 1000, 0)
+    large = space.draw(rng, count, 0) if "certified" in missing else reference
     for method in missing:
         begin = time.perf_counter()
         found: dict[str, list[ndarray]] = {}
@@ -105,12 +127,10 @@ def measure(name: str, space: Space, chunk: int, size: int, count: int, methods:
             found["ours"] = ours(space, chunk, count, parts)
         elif method == "oracle":
             found = oracle(space, parts)
-        elif method == "mewma-certified":
-            large = space.draw(rng, count, 0)
-            found["MEWMA 0.1, N_cert"] = [mewma(large, x, rate=0.1) for x in parts]
         else:
             for x in parts:
-                for label, path in (adwin if method == "adwin" else RIVALS[method])(reference, x).items():
+                known = foreign(method, reference, x) if method in PACKAGES else (RIVALS | CERTIFIED)[method](large if method == "certified" else reference, x)
+                for label, path in known.items():
                     found.setdefault(label, []).append(path)
         flat = {f"{label}|{i}": path.astype(np.float32) for label, paths in found.items() for i, path in enumerate(paths)}
         staged = out / f"{name}.{chunk}.{method}.partial.npz"
@@ -126,13 +146,13 @@ def run_length(path: ndarray, threshold: float) -> tuple[float, int]:
     return np.where(alarmed, over.argmax(axis=0) + 1, len(over)).sum() / max(1, alarmed.sum()), int(alarmed.sum())
 
 
-def fitted(path: ndarray) -> float:
-    """The threshold at which the run length is ARL, or the next above it."""
+def fitted(path: ndarray, arl: float) -> float:
+    """The threshold at which the run length is `arl`, or the next above it."""
     peaks = np.unique(np.maximum.accumulate(path[WARM:], axis=0))
     low, high = 0, len(peaks) - 1
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if run_length(path, peaks[middle])[0] >= ARL else (middle + 1, high)
+        low, high = (low, middle) if run_length(path, peaks[middle])[0] >= arl else (middle + 1, high)
     return float(peaks[low])
 
 
@@ -145,12 +165,14 @@ def delay(path: ndarray, threshold: float) -> dict[str, float]:
     return {"delay": float(samples.mean()), "error": float(error), "missed": float(1 - alarmed.mean()), "runs": int(quiet.sum())}
 
 
-def delays(names: tuple[str, ...], chunks: int, size: int, count: int, methods: tuple[str, ...], out: Path) -> list[dict]:
+def delays(
+    spaces: dict[str, Callable[[], Space]], chunks: int, size: int, count: int, arl: int, methods: tuple[str, ...], out: Path
+) -> list[dict]:
     rows = []
-    for name in names:
-        space = SPACES[name]()
+    for name, make in spaces.items():
+        space = make()
         for chunk in range(chunks):
-            measure(name, space, chunk, size, count, methods, out)
+            measure(name, space, chunk, size, count, arl, methods, out)
         joined: dict[str, list[list[ndarray]]] = {}
         for path in sorted(out.glob(f"{name}.*.npz")):
             with np.load(path) as data:
@@ -159,19 +181,32 @@ def delays(names: tuple[str, ...], chunks: int, size: int, count: int, methods: 
                     joined.setdefault(label, [[] for _ in range(1 + len(space.changes))])[int(part)].append(data[key])
         for label, parts in joined.items():
             null, *changed = (np.concatenate(part, axis=1) for part in parts)
-            threshold = fitted(null)
+            threshold = fitted(null, arl)
             length, alarms = run_length(null, threshold)
             row = {"space": name, "method": label.split(" ")[0] if label.startswith("oracle") else label}
             for i, (change, path) in enumerate(zip(space.changes, changed, strict=True)):
                 if not label.startswith("oracle") or label == f"oracle {i}":
                     found = {"change": change.name, "threshold": threshold, "arl": length, "alarms": alarms, **delay(path, threshold)}
                     if label == "ours":
-                        found |= {"guaranteed_" + k: v for k, v in delay(path, float(np.log(ARL))).items()}
+                        found |= {"guaranteed_" + k: v for k, v in delay(path, float(np.log(arl))).items()}
                     rows.append(row | found)
         for change in space.changes:
-            missed = float((1 - 1 / ARL) ** change.horizon)
-            rows.append({"space": name, "method": "dummy", "change": change.name, "arl": ARL, "delay": ARL * (1 - missed), "missed": missed})
+            missed = float((1 - 1 / arl) ** change.horizon)
+            rows.append({"space": name, "method": "dummy", "change": change.name, "arl": arl, "delay": arl * (1 - missed), "missed": missed})
     return rows
+
+
+def judged(rows: list[dict]) -> list[dict]:
+    """Ours in each row against its aim, which is the best rival where none is stated, and against the best rival."""
+    found = []
+    for mine in (r for r in rows if r["method"] == "ours"):
+        others = [r for r in rows if (r["space"], r["change"]) == (mine["space"], mine["change"]) and r["method"] not in ("ours", "oracle", "dummy")]
+        best = min(others, key=lambda r: r["delay"], default=None)
+        aim = AIMS.get(mine["space"], {}).get(mine["change"], best and best["delay"])
+        if aim is not None:
+            rival = {"rival": best["method"], "its": best["delay"]} if best else {"rival": "-", "its": float("nan")}
+            found.append({k: mine[k] for k in ("space", "change", "delay", "error")} | rival | {"aim": aim, "met": mine["delay"] <= aim})
+    return found
 
 
 def lengths(space: Space, certificates: int, runs: int, arl: float, count: int) -> dict:
@@ -191,6 +226,17 @@ def lengths(space: Space, certificates: int, runs: int, arl: float, count: int) 
             found.append(done if detector.crossed is None else detector.crossed + 1)
     means = np.random.default_rng(0).choice(np.array(found, float), (2000, len(found))).mean(axis=1)
     return {"asked": arl, "measured": float(np.mean(found)), "low_99": float(np.quantile(means, 0.01)), "runs": len(found), "N_cert": count}
+
+
+def foreign_lengths(references: int, size: int) -> dict:
+    """Run length of alibi-detect's MMD at the threshold that its bootstrap gives for 1,000, over references. Runs are cut at 2,500."""
+    space, exposure, alarms = SPACES["gauss"](), 0, 0
+    for seed in range(references):
+        reference = space.draw(np.random.default_rng((seed, 5)), 1000, 0)
+        for path in foreign("own", reference, streams(space, 9000 + seed, size, 0, 2500)).values():
+            first = np.where(path.any(axis=0), path.argmax(axis=0) + 1, len(path))
+            exposure, alarms = exposure + first.sum(), alarms + path.any(axis=0).sum()
+    return {"method": "alibi-detect MMD 25, own threshold", "asked": 1000.0, "measured": float(exposure / max(1, alarms)), "runs": references * size}
 
 
 def blank(modes: int, width: int, count: int, rng: np.random.Generator) -> tuple[Certificate, Reference, tuple[str, ...]]:
@@ -256,6 +302,58 @@ def cost(modes: int = 1000, width: int = 64) -> list[dict]:
     return rows
 
 
+def nulls(total: int, arl: float = 1e9) -> dict:
+    """Samples of the certified law of 25 modes at threshold `arl`: alarms, and the growth of memory once warm."""
+    space = SPACES["grid"]()
+    eye, certificate, reference = certify(space, 900, 1_000_000)
+    detector, rng = EDetector(certificate, reference, tuple(map(str, range(eye.count))), threshold=arl), np.random.default_rng(11)
+    alarms, start = 0, 0
+    for done in range(0, total, 10_000):
+        scores, features, cells = eye.look(space.draw(rng, 10_000, 0))
+        detector.update(scores, features, cells, np.arange(done, done + 10_000), index=done)
+        if detector.crossed is not None:
+            alarms += 1
+            detector.restart()
+        if done == 200_000:
+            start = psutil.Process().memory_info().rss
+    return {"asked": arl, "samples": total, "alarms": alarms, "rss_growth": psutil.Process().memory_info().rss / start - 1}
+
+
+def intervals(runs: int, block: int = 2000, modes: int = 10) -> list[dict]:
+    """In how many runs a statement about the shares was false at any time within its block, one mode being at a tenth of its share.
+
+    The set of shares is looked at after every sample, what is derived from it after every fiftieth; low_99 is the lower 99 % bound.
+    `pointwise` promises nothing to somebody who looks all the time: its rate is printed for comparison.
+    """
+    p = np.append(np.full(modes, 0.98 / modes), 0.02)
+    truth = p * np.append([0.1], np.ones(modes))
+    truth /= truth.sum()
+    exact = {name: measure(p, truth) for name, measure in DIVERGENCES.items()}
+    covered = (truth[:-1] >= RHO * p[:-1]).mean()
+    priors = np.stack([np.full(modes + 1, 0.5), 0.5 + PRIOR_SAMPLES * p])  # the monitor's
+    missed = dict.fromkeys(("set of shares", "bounds of cells", *exact, "modes covered", "pointwise bounds of cells"), 0)
+    for run in range(runs):
+        counts = np.cumsum(np.random.default_rng((run, 13)).multinomial(1, truth, size=block), axis=0)
+        wrong: set[str] = set()
+        for n in range(block):
+            shares = ShareSet.observed(counts[n], priors=priors, delta=GAUGE_DELTA)
+            if rel_entr(shares.centre, truth).sum() > shares.radius:
+                wrong.add("set of shares")
+            if (n + 1) % 50:
+                continue
+            point = ShareSet.pointwise(counts[n].astype(float), count=float(n + 1), delta=GAUGE_DELTA)
+            coverage = mode_coverage(p, shares)
+            stated = {name: INTERVALS[name](p, shares) for name in exact} | {"modes covered": (coverage.low, coverage.high)}
+            true = exact | {"modes covered": covered}
+            wrong |= {name for name, (low, high) in stated.items() if not low <= true[name] <= high}
+            for name, found in (("bounds of cells", shares), ("pointwise bounds of cells", point)):
+                wrong |= {name} if ((truth < found.low) | (truth > found.high)).any() else set()
+        for name in wrong:
+            missed[name] += 1
+    low = {name: float(clopper_pearson(hits, runs, 0.02)[0]) for name, hits in missed.items()}
+    return [{"interval": name, "missed": hits / runs, "low_99": low[name], "delta": GAUGE_DELTA, "runs": runs} for name, hits in missed.items()]
+
+
 def table(rows: list[dict]) -> str:
     lines = []
     for space in dict.fromkeys(r["space"] for r in rows):
@@ -293,40 +391,63 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two chunks of 25 streams, three spaces, certificates of 200,000 samples")
     parser.add_argument("--out", type=Path, default=ROOT / ".ganwatch" / "bench" / "monitoring")
-    parser.add_argument("--only", default="delays,lengths,modes,cost")
+    parser.add_argument("--only", default="delays,lengths,modes,cost,nulls,intervals")
+    parser.add_argument("--arl", type=int, default=1000, help="measured run length at which delays are compared")
+    parser.add_argument("--bundle", type=Path, default=None, help="a certified bundle, whose features are one more space")
     parser.add_argument("--spaces", default=None, help="comma separated, of " + ", ".join(SPACES))
-    parser.add_argument("--methods", default=None, help="comma separated, of ours, oracle, mewma-certified, adwin, " + ", ".join(RIVALS))
+    parser.add_argument("--methods", default=None, help="comma separated, of ours, oracle, " + ", ".join((*CERTIFIED, *RIVALS, *PACKAGES)))
     parser.add_argument("--chunks", type=int, default=None, help="references to average over; 8, or 2 with --quick")
     chosen = parser.parse_args()
-    out, count = chosen.out / ("quick" if chosen.quick else "full"), 200_000 if chosen.quick else 1_000_000
+    length = "" if chosen.arl == 1000 else f"-{chosen.arl}"
+    out, count = chosen.out / (("quick" if chosen.quick else "full") + length), 200_000 if chosen.quick else 1_000_000
     out.mkdir(parents=True, exist_ok=True)
     wanted = chosen.only.split(",")
-    names = tuple(chosen.spaces.split(",")) if chosen.spaces else tuple(SPACES)[: 3 if chosen.quick else None]
-    methods = ("ours", "oracle", "mewma-certified", *RIVALS)
-    methods = tuple(chosen.methods.split(",")) if chosen.methods else tuple(m for m in methods if m != "mmdew" or not chosen.quick)
-    if not chosen.methods and RIVER.exists():
-        methods += ("adwin",)
+    names = chosen.spaces.split(",") if chosen.spaces else list(SPACES)[: 3 if chosen.quick else None]
+    spaces = {name: SPACES[name] for name in names if name}
+    if chosen.bundle:
+        spaces[f"features of {chosen.bundle.parent.name}"] = lambda: served(chosen.bundle)
+    methods = ("ours", "oracle", *CERTIFIED, *RIVALS, *PACKAGES) if chosen.arl <= 1000 else LONG
+    methods = tuple(chosen.methods.split(",")) if chosen.methods else methods
+    slow = {m for m in methods if m in PACKAGES and (chosen.quick or not FOREIGN.exists())} | ({"mmdew"} if chosen.quick else set())
+    if slow and not chosen.methods:
+        print("left out" + (", as this is quick: " if chosen.quick else f", as {FOREIGN} is not there: ") + ", ".join(sorted(slow)))
+        methods = tuple(m for m in methods if m not in slow)
     print(f"ours: mode strict, whole default mixture, N_cert = {count:,}; rivals: reference of 1,000 samples unless they say otherwise")
-    report: dict = {"mode": "strict", "N_cert": count}
+    kept = out / "report.json"
+    report: dict = (json.loads(kept.read_text()) if kept.exists() else {}) | {"mode": "strict", "N_cert": count, "arl": chosen.arl}
+
+    def keep(name: str, rows: list[dict]) -> list[dict]:
+        report[name] = rows
+        kept.write_text(json.dumps(report, indent=1))
+        return rows
+
     if "delays" in wanted:
-        report["delays"] = delays(names, chosen.chunks or (2 if chosen.quick else 8), 25 if chosen.quick else 50, count, methods, out)
-        print(table(report["delays"]))
-        plot(report["delays"], out / "delays.svg")
+        rows = keep("delays", delays(spaces, chosen.chunks or (2 if chosen.quick else 8), 25 if chosen.quick else 50, count, chosen.arl, methods, out))
+        print(table(rows))
+        plot(rows, out / "delays.svg")
+        print("\n| space: change | ours | best rival | aim | |\n|---|---|---|---|---|")
+        for row in keep("judged", judged(rows)):
+            says = f"{row['delay']:.1f} +- {row['error']:.1f} | {row['rival']} {row['its']:.1f} | {row['aim']:.1f} | {'met' if row['met'] else 'MISSED'}"
+            print(f"| {row['space']}: {row['change']} | {says} |")
     if "lengths" in wanted:
         certificates, runs = (4, 10) if chosen.quick else (20, 25)
-        report["lengths"] = [lengths(SPACES["gauss"](), certificates, runs, arl, 200_000) for arl in ((1e3,) if chosen.quick else (1e3, 1e4))]
-        for row in report["lengths"]:
-            print(f"asked for {row['asked']:,.0f}: {row['measured']:,.0f} over {row['runs']} runs, 99 % lower bound {row['low_99']:,.0f}")
+        found = [lengths(SPACES["gauss"](), certificates, runs, arl, 200_000) for arl in ((1e3,) if chosen.quick else (1e3, 1e4))]
+        for row in keep("lengths", found + ([foreign_lengths(2, 50)] if FOREIGN.exists() and not chosen.quick else [])):
+            bound = f", 99 % lower bound {row['low_99']:,.0f}" if "low_99" in row else ""
+            print(f"{row.get('method', 'ours')} asked for {row['asked']:,.0f}: {row['measured']:,.0f} over {row['runs']} runs{bound}")
     if "modes" in wanted:
-        report["modes"] = [dropped(k, 10 if chosen.quick else 100) for k in (10, 100, 1000)]
-        for row in report["modes"]:
+        for row in keep("modes", [dropped(k, 10 if chosen.quick else 100) for k in (10, 100, 1000)]):
             print(f"one of {row['modes']} modes drops, A = 1e4: {row['delay']:,.0f} samples, {row['ratio']:.2f} x log A / KL")
     if "cost" in wanted:
-        report["cost"] = cost()
-        for row in report["cost"]:
+        for row in keep("cost", cost()):
             print(f"{row['method']}: " + (f"{row['us']:.1f} us a sample" if "us" in row else f"{row['seconds']:.2f} s"))
-    (out / "report.json").write_text(json.dumps(report, indent=1))
-    print(f"written: {out}/report.json" + (", delays.svg" if "delays" in wanted else ""))
+    if "nulls" in wanted:
+        for row in keep("nulls", [nulls(500_000 if chosen.quick else 10_000_000)]):
+            print(f"A = {row['asked']:.0e}, {row['samples']:,} samples without a change: {row['alarms']} alarms, memory {row['rss_growth']:+.1%}")
+    if "intervals" in wanted:
+        for row in keep("intervals", intervals(20 if chosen.quick else 500)):
+            print(f"interval, {row['interval']}: missed in {row['missed']:.1%} of {row['runs']} runs (at least {row['low_99']:.2%}); allowed {row['delta']:.0%}")
+    print(f"written: {kept}" + (", delays.svg" if "delays" in wanted else ""))
 
 
 if __name__ == "__main__":

@@ -191,3 +191,10 @@ RIVALS: dict[str, Rival] = {
     "kernel_cusum": kernel_cusum,
     "mmdew": mmdew,
 }
+
+CERTIFIED: dict[str, Rival] = {  # with as many reference samples as ours is certified on
+    "certified": lambda r, x: {
+        "MEWMA 0.1, N_cert": mewma(r, x, rate=0.1),
+        "PageHinkley 0.15 on the radius, N_cert": page_hinkley(r, x, delta=0.15),
+    },
+}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,8 @@ from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import QuadraticDiscriminantAnalysis
 
-from training.bundle import DUPLICATE_BLOCK, Certificate, Reference, whiten, whitening
+from training.bundle import DUPLICATE_BLOCK, Certificate, Reference, open_bundle, whiten, whitening
+from training.export import open_source
 
 LEVELS = 2.0 ** -np.arange(1.0, 17.0)
 DELTA = 0.01
@@ -44,14 +46,14 @@ class Space:
     label: Callable[[ndarray], ndarray] | None = None  # [n, d] -> [n] in 0 .. cells - 1
 
 
-def _normal(sd: float = 1.0, mean: float = 0.0, mixed: float = 1.0, d: int = 20, turn: ndarray | None = None) -> Draw:
-    """`mixed` of N(mean, sd^2 I) and the rest of N(0, I), seen through the matrix `turn`."""
+def _normal(sd: float = 1.0, mean: float = 0.0, mixed: float = 1.0, d: int = 20) -> Draw:
+    """`mixed` of N(mean, sd^2 I) and the rest of N(0, I)."""
 
     def draw(rng: np.random.Generator, n: int, stream: int) -> ndarray:
         x = rng.standard_normal((n, d), np.float32)
         other = rng.random(n) < mixed
         x[other] = x[other] * sd + mean
-        return x if turn is None else x @ turn
+        return x
 
     return draw
 
@@ -78,12 +80,21 @@ def gauss() -> Space:
     return Space("gauss", 20, _normal(), tuple(Change(name, _normal(**law), h, _ratio(**law)) for name, law, h in GAUSSIAN))
 
 
-def mixed() -> Space:
-    """The same seen through a fixed random matrix of condition number about 30: no coordinate means anything by itself."""
+def _turn(d: int) -> ndarray:
+    """A fixed random matrix of condition number 30: through it, no coordinate means anything by itself."""
     rng = np.random.default_rng(1)
-    turn = np.linalg.qr(rng.standard_normal((20, 20)))[0] * np.geomspace(0.2, 6, 20) @ np.linalg.qr(rng.standard_normal((20, 20)))[0]
-    turn = turn.astype(np.float32)
-    return Space("mixed", 20, _normal(turn=turn), tuple(Change(name, _normal(**law, turn=turn), h) for name, law, h in GAUSSIAN))
+    left, right = (np.linalg.qr(rng.standard_normal((d, d)))[0] for _ in range(2))
+    return (left * np.geomspace(0.2, 6, d) @ right).astype(np.float32)
+
+
+def mixed(space: Space) -> Space:
+    """The same laws and changes, seen through that matrix."""
+    turn = _turn(space.dim)
+    back = np.linalg.inv(turn.astype(np.float64)).astype(np.float32)
+    through = lambda draw: lambda rng, n, stream: draw(rng, n, stream) @ turn  # noqa: E731
+    changes = tuple(c._replace(draw=through(c.draw), oracle=None) for c in space.changes)
+    label = space.label and (lambda x: space.label(x @ back))
+    return Space(f"mixed {space.name}", space.dim, through(space.draw), changes, space.cells, label)
 
 
 def grid(cells: int = 25) -> Space:
@@ -122,11 +133,41 @@ def digits() -> Space:
     return Space("digits", 16, draw, (change,), 10, eye.predict)
 
 
+def served(folder: Path) -> Space:
+    """The features of a certified generator's own samples, where nothing is aligned with the radius.
+
+    The law is that of a pool of 100,000 samples, drawn from again and again, so that it is known without error. Scales and means
+    change about the pool's centre, in its whitened coordinates; a stream loses the class of its number.
+    """
+    bundle = open_bundle(folder)
+    source = open_source(bundle.path, bundle.card)
+    pool = [source.see(source.samples(seed=7, offset=at, count=1000)) for at in range(0, 100_000, 1000)]
+    points, target = np.concatenate([features for features, _, _ in pool]), np.concatenate([mode for _, _, mode in pool])
+    centre, classes = points.mean(axis=0), len(bundle.card.modes)
+    values, vectors = np.linalg.eigh(np.cov(points.T.astype(np.float64)))
+    shift = ((vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T).sum(axis=0).astype(np.float32)  # one sd in each white coordinate
+    kept = [np.flatnonzero(target != k) for k in range(classes)]
+
+    def draw(rng: np.random.Generator, n: int, stream: int, sd: float = 1.0, mean: float = 0.0, mixed: float = 1.0, lost: bool = False) -> ndarray:
+        among = kept[stream % classes] if lost else np.arange(len(points))
+        x = points[among[rng.integers(len(among), size=n)]]
+        other = (rng.random(n) < mixed)[:, None]
+        return np.where(other, centre + sd * (x - centre) + mean * shift, x).astype(np.float32)
+
+    changes = tuple(Change(name, lambda rng, n, stream, law=law: draw(rng, n, stream, **law), h) for name, law, h in GAUSSIAN)
+    changes += (Change(f"one class of {classes} drops", lambda rng, n, stream: draw(rng, n, stream, lost=True), 1000),)
+    on = np.flatnonzero(target >= 0)
+    look = QuadraticDiscriminantAnalysis(reg_param=0.01).fit(points[on[:20_000]], target[on[:20_000]])
+    return Space(bundle.card.model, points.shape[1], draw, changes, classes, look.predict)
+
+
 SPACES: dict[str, Callable[[], Space]] = {
     "gauss": gauss,
     "grid": grid,
     "digits": digits,
-    "mixed": mixed,
+    "mixed-gauss": lambda: mixed(gauss()),
+    "mixed-grid": lambda: mixed(grid()),
+    "mixed-digits": lambda: mixed(digits()),
     "grid-16": lambda: grid(16),
     "grid-40": lambda: grid(40),
 }
@@ -151,6 +192,7 @@ class Eye(NamedTuple):
     cells: ndarray
     limit: float  # of the distance to the nearest cell: farther is off the manifold
     label: Callable[[ndarray], ndarray] | None
+    count: int  # of modes
 
     def look(self, x: ndarray) -> tuple[ndarray, ndarray, ndarray]:
         """scores [n, 2] (distance to the nearest cell, radius), features [n, d], cells [n]."""
@@ -163,9 +205,6 @@ class Eye(NamedTuple):
         kind = nearest if self.label is None else self.label(x)
         return np.stack([distance, radius], axis=1), x, np.where(distance > self.limit, self.count, kind).astype(np.int64)
 
-    @property
-    def count(self) -> int:
-        return 10 if self.label is not None else len(self.cells)
 
 
 def _white(x: ndarray) -> ndarray:
@@ -179,7 +218,7 @@ def certify(space: Space, seed: int, count: int) -> tuple[Eye, Certificate, Refe
     x = space.draw(rng, 20_000, 0)
     found = KMeans(space.cells if space.label is None else 100, n_init=1, random_state=0).fit(x[:10_000])
     centres = found.cluster_centers_
-    eye = Eye(x.mean(axis=0), _white(x), _white(x - centres[found.predict(x)]), centres, np.inf, space.label)
+    eye = Eye(x.mean(axis=0), _white(x), _white(x - centres[found.predict(x)]), centres, np.inf, space.label, space.cells)
     eye = eye._replace(limit=float(np.quantile(eye.look(x[10_000:])[0][:, 0], 0.99)))
 
     scores, features, _ = eye.look(space.draw(rng, count // 5, 0))

@@ -74,8 +74,8 @@ def test_the_oracle_knows_the_ratio_of_the_laws():
 def test_thresholds_are_fitted_and_misses_counted():
     rng = np.random.default_rng(1)
     path = rng.random((bench.WARM + 1500, 400))
-    threshold = bench.fitted(path)
-    assert threshold == pytest.approx(1 - 1 / bench.ARL, abs=2e-4) and bench.run_length(path, threshold)[0] == pytest.approx(1000, rel=0.05)
+    threshold = bench.fitted(path, 1000)
+    assert threshold == pytest.approx(1 - 1 / 1000, abs=2e-4) and bench.run_length(path, threshold)[0] == pytest.approx(1000, rel=0.05)
     path[bench.WARM :, 7] = 0
     path[bench.WARM + 3, :5] = 2
     found = bench.delay(path, 1.5)
@@ -85,10 +85,10 @@ def test_thresholds_are_fitted_and_misses_counted():
 @pytest.mark.slow
 def test_a_short_benchmark_and_its_resumption(tmp_path):
     methods = ("ours", "oracle", "mewma", "page_hinkley")
-    rows = bench.delays(("gauss",), 1, 6, 100_000, methods, tmp_path)
+    rows = bench.delays({"gauss": SPACES["gauss"]}, 1, 6, 100_000, 1000, methods, tmp_path)
     found = {(r["method"], r["change"]): r["delay"] for r in rows}
     made = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
-    assert bench.delays(("gauss",), 1, 6, 100_000, methods, tmp_path) == rows
+    assert bench.delays({"gauss": SPACES["gauss"]}, 1, 6, 100_000, 1000, methods, tmp_path) == rows
     assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == made and len(made) == len(methods)
     for change, most in (("0.7 N(0, 4I)", 4), ("0.3 N(0, 4I)", 10), ("mean + 0.3", 30), ("variance x 0.8", 60), ("5 % N(0, 9I)", 90)):
         assert found["ours", change] <= most and found["oracle", change] < found["dummy", change]
@@ -97,3 +97,19 @@ def test_a_short_benchmark_and_its_resumption(tmp_path):
     assert (tmp_path / "delays.svg").read_text().count("<circle") == len([r for r in rows if r["method"] != "dummy"])
     small = bench.dropped(10, 5, count=100_000)
     assert small["ratio"] < 1.8 and small["runs"] == 5
+    verdicts = bench.judged(rows)
+    assert [v["aim"] for v in verdicts] == [1.6, 4.0, 18, 27, 21] and all(v["met"] == (v["delay"] <= v["aim"]) for v in verdicts)
+
+
+@pytest.mark.slow
+def test_exact_intervals_hold_while_everybody_looks():
+    found = {row["interval"]: row for row in bench.intervals(8, block=300)}
+    assert all(row["missed"] <= 0.125 for name, row in found.items() if not name.startswith("pointwise"))
+    assert found["pointwise bounds of cells"]["missed"] >= found["bounds of cells"]["missed"]
+
+
+@pytest.mark.slow
+def test_a_space_seen_through_a_matrix_has_the_same_cells():
+    plain, seen = SPACES["digits"](), SPACES["mixed-digits"]()
+    x, y = (space.draw(np.random.default_rng(3), 500, 0) for space in (plain, seen))
+    assert not np.allclose(x, y) and (plain.label(x) == seen.label(y)).mean() > 0.99
