@@ -95,6 +95,8 @@ class Settings:
     """Let an alarm act: a canary loses its traffic, production goes back to the last healthy version. Recorded as an alias change."""
     probe_rate: int = 50
     """The monitor sends its own requests when fresh samples per second fall below this; 0 = off."""
+    access_log: bool = True
+    """One JSON line a request in `<home>/logs/access-*.jsonl`, 128 MiB a replica at most."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +264,8 @@ def deploy_serve(run: Run) -> None:
     settings = run.settings
     command = [sys.executable, "-m", "deploy.app", "--registry", run.registry, "--monitor-url", run.monitor_url]
     command += ["--port", str(settings.ports.http), "--grpc-port", str(settings.ports.grpc), "--replicas", str(settings.replicas), "--device", settings.device]
+    if settings.access_log:
+        command += ["--access-log", str(run.logs)]
     if settings.device != "cpu" and (gpus := cuda_devices()):
         command += ["--num-gpus", str(min(1.0, gpus / settings.replicas))]  # Ray hides GPUs from an actor that asks for none
     process = _spawn(run, "serve", command, {"RAY_ADDRESS": f"127.0.0.1:{settings.ports.gcs}"})

@@ -1,4 +1,4 @@
-"""What every HTTP surface here needs of ASGI: bodies read within a limit, answers, and clients that leave.
+"""What every HTTP surface here needs of ASGI: requests with an id, bodies read within a limit, answers, clients that leave.
 
 Knows nothing of models.
 """
@@ -6,12 +6,14 @@ Knows nothing of models.
 from __future__ import annotations
 
 import asyncio
+import zlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, NoReturn
 
 from numpy import ndarray
 
-from serving.errors import BodyTooLarge, MethodNotAllowed, ServingError
+from serving.errors import BadRequest, BodyTooLarge, MethodNotAllowed, ServingError, UnsupportedEncoding
+from serving.logs import Entry
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -22,6 +24,30 @@ _PATIENCE_S = 30.0  # with a client that reads nothing
 
 class ClientGone(Exception):
     """Nobody reads the answer any more."""
+
+
+class ClientStuck(ClientGone):
+    """Somebody keeps the connection and reads nothing."""
+
+
+class Call(Entry):
+    """One HTTP request with what became of it. `echo`: whether the answer carries its id; Ray Serve adds it by itself."""
+
+    __slots__ = ("_head", "_send", "headers", "scope")
+
+    def __init__(self, scope: Scope, send: Send, echo: bool) -> None:
+        self.scope, self._send = scope, send
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        super().__init__(self.headers.get(b"x-request-id", b"").decode("latin-1"), scope["method"], scope["path"])
+        self._head = [(b"x-request-id", self.id.encode())] if echo else []
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] += self._head
+        else:
+            self.bytes += len(message["body"])
+        await self._send(message)
 
 
 async def unless_gone(answer: asyncio.Future[ndarray], receive: Receive) -> ndarray:
@@ -44,7 +70,11 @@ async def _disconnect(receive: Receive) -> None:
 
 
 async def read_body(headers: dict[bytes, bytes], receive: Receive, limit: int) -> bytes:
-    """Raises BodyTooLarge as soon as more than `limit` bytes are declared or come, ClientGone where the client leaves."""
+    """The body, inflated where it is compressed.
+
+    Raises BodyTooLarge as soon as more than `limit` bytes are declared, come or unfold, ClientGone where the client leaves,
+    UnsupportedEncoding and BadRequest where a compressed body cannot be read.
+    """
     declared = headers.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > limit:
         _refuse_body(int(declared), limit)
@@ -57,7 +87,34 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, limit: int) -
         if len(body) > limit:
             _refuse_body(len(body), limit)
         if not message.get("more_body", False):
-            return bytes(body)
+            break
+    encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
+    return bytes(body) if encoding == "identity" else await asyncio.to_thread(_inflated, bytes(body), encoding, limit)
+
+
+def _inflated(body: bytes, encoding: str, limit: int) -> bytes:
+    """`body` without its content coding. Never holds more than `limit` bytes and a few: a small body may announce terabytes."""
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise UnsupportedEncoding(
+            f"Content-Encoding is {encoding[:100]!r}",
+            field="Content-Encoding",
+            value=encoding,
+            expected="gzip, deflate, or a body as it is",
+            headers={"Accept-Encoding": "gzip, deflate"},
+        )
+    plain = bytearray()
+    try:
+        while body:  # gzip allows several members, one after the other
+            member = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, whichever it is
+            plain += member.decompress(body, limit + 1 - len(plain))
+            if len(plain) > limit:
+                _refuse_body(len(plain), limit)
+            if not member.eof:
+                raise zlib.error("it ends too early")
+            body = member.unused_data
+    except zlib.error as error:
+        raise BadRequest(f"the body is no {encoding}: {error}", field="body", expected=f"what {encoding} writes") from None
+    return bytes(plain)
 
 
 def _refuse_body(size: int, limit: int) -> NoReturn:
@@ -75,8 +132,9 @@ def check_method(scope: Scope, *allowed: str) -> None:
         )
 
 
-async def respond_error(send: Send, error: ServingError) -> None:
-    await respond(send, error.status, error.body(), "application/json", error.headers)
+async def respond_error(call: Call, error: ServingError) -> None:
+    error.request_id = call.id
+    await respond(call.send, error.status, error.body(), "application/json", error.headers)
 
 
 async def respond(send: Send, status: int, body: bytes, media_type: str, headers: dict[str, str] | None = None) -> None:
@@ -92,8 +150,8 @@ async def begin(send: Send, status: int, media_type: str, length: int | None, he
 
 
 async def send_chunk(send: Send, chunk: bytes, *, more: bool) -> None:
-    """Raises ClientGone where the client does not read on for half a minute: what waits for it would fill the memory."""
+    """Raises ClientStuck where the client does not read on for half a minute: what waits for it would fill the memory."""
     try:
         await asyncio.wait_for(send({"type": "http.response.body", "body": chunk, "more_body": more}), _PATIENCE_S)
     except TimeoutError:
-        raise ClientGone from None
+        raise ClientStuck from None

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from pathlib import Path
 
 from ray import serve
 
 from serving.batcher import Batcher
+from serving.logs import AccessLog, structured
 from serving.models import ModelTable
 from serving.pool import Pool
 from serving.rest import App
@@ -36,6 +38,7 @@ class Settings:
     grpc_port: int | None = None  # on 127.0.0.1, shared by the replicas of a machine; None: no gRPC
     pool: int = 0  # samples of each version drawn ahead while the device is idle
     deterministic: bool = False  # pixels bitwise the same whatever else is computed
+    access_log: str | None = None  # directory, where each replica writes one JSON line a request; None: nowhere
 
 
 @serve.ingress()
@@ -43,14 +46,17 @@ class Replica:
     """Loads every aliased version before it takes traffic; a model that fails to load does not keep the others from serving."""
 
     async def __init__(self, settings: Settings) -> None:
+        structured()
         table = ModelTable(Registry(settings.registry), settings.device, settings.threads, settings.deterministic)
         await asyncio.to_thread(table.refresh)
         batcher = Batcher(lanes=2 if settings.device != "cpu" and cuda_devices() else 1)  # one is copied, one is computed
-        self.service = Service(table, batcher, Tap(settings.monitor_url, settings.tap_rate), Pool(settings.pool))
+        tap = Tap(settings.monitor_url, settings.tap_rate)
+        log = AccessLog(settings.access_log and Path(settings.access_log) / f"access-{tap.replica}.jsonl")
+        self.service = Service(table, batcher, tap, Pool(settings.pool), log=log)
         self.rpc = Rpc(self.service, settings.grpc_port) if settings.grpc_port is not None else None
 
     def __serve_build_asgi_app__(self) -> App:
-        return App(self.service, self.rpc)
+        return App(self.service, self.rpc, echo=False)
 
     async def check_health(self) -> None:
         if problem := self.service.batcher.problem():
@@ -68,6 +74,7 @@ def build(
     grpc_port: int | None = None,
     pool: int = 0,
     deterministic: bool = False,
+    access_log: str | None = None,
 ) -> serve.Application:
     """The application, for `serve.run`. `num_gpus`: of each replica, a fraction lets replicas share a device."""
     deployment = serve.deployment(
@@ -77,7 +84,7 @@ def build(
         health_check_period_s=5,
         health_check_timeout_s=20,
         graceful_shutdown_wait_loop_s=0.2,
-        logging_config={"enable_access_log": False},  # requests are counted, and the counts reach the monitor
+        logging_config={"enable_access_log": False},  # ours is off the hot path
         ray_actor_options={"num_cpus": 0.5, "num_gpus": num_gpus},
     )(Replica)
-    return deployment.bind(Settings(registry, monitor_url, device, tap_rate, threads, grpc_port, pool, deterministic))
+    return deployment.bind(Settings(registry, monitor_url, device, tap_rate, threads, grpc_port, pool, deterministic, access_log))

@@ -30,6 +30,7 @@ class ServingError(Exception):
         super().__init__(message)
         self.message, self.field, self.value, self.expected = message, field, value, expected
         self.headers = headers or {}
+        self.request_id = ""  # of the request that it answers, by which the server's logs can be searched
 
     def body(self) -> bytes:
         fields = {
@@ -38,6 +39,7 @@ class ServingError(Exception):
             "field": self.field,
             "value": _echo(self.value),
             "expected": self.expected,
+            "request_id": self.request_id,
         }
         return json.dumps({"error": fields}).encode()
 
@@ -48,7 +50,7 @@ class ServingError(Exception):
             fields = json.loads(body)["error"]
             kind = next((kind for kind in KINDS if kind.code == fields["code"]), ServingError)
             error = kind(fields["message"], field=fields["field"], value=fields["value"], expected=fields["expected"])
-            error.code = fields["code"]
+            error.code, error.request_id = fields["code"], fields.get("request_id", "")
         except (ValueError, KeyError, TypeError):
             error = ServingError(f"HTTP {status}: {body[:_LONGEST_ECHO].decode(errors='replace') or 'empty answer'}")
         error.status = status
@@ -73,6 +75,10 @@ class NotAcceptable(ServingError):
 
 class BodyTooLarge(ServingError):
     status, code = 413, "body_too_large"
+
+
+class UnsupportedEncoding(ServingError):
+    status, code = 415, "unsupported_encoding"
 
 
 class InvalidValue(ServingError):
@@ -112,6 +118,7 @@ KINDS = (
     Overloaded,
     SamplingFailed,
     Unavailable,
+    UnsupportedEncoding,
 )
 
 

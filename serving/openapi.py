@@ -13,7 +13,8 @@ _ERROR_WORDS = {
     "404": "No such model or version; `expected` lists those there are.",
     "405": "Another method is expected, see the header Allow.",
     "406": "None of the accepted media types can be given; `expected` lists those that can.",
-    "413": "The body exceeds 4 MiB.",
+    "413": "The body exceeds 4 MiB, as it is or unfolded.",
+    "415": "The body's Content-Encoding is none of those in Accept-Encoding.",
     "422": "A field has a wrong type or value, or is unknown.",
     "429": "Too many samples are waiting; retry after the seconds in Retry-After.",
     "500": "The model failed, or gave values that the format cannot hold.",
@@ -86,7 +87,7 @@ def _sample(operation: str, parameters: list[dict[str, Any]]) -> dict[str, Any]:
                 "required": True,
                 "content": {"application/json": {"schema": {"$ref": "#/components/schemas/SampleRequest"}}},
             },
-            "responses": {"200": _SAMPLES, **_errors("400", "404", "406", "413", "422", "429", "500", "503", "504")},
+            "responses": {"200": _SAMPLES, **_errors("400", "404", "406", "413", "415", "422", "429", "500", "503", "504")},
         },
     }
 
@@ -108,7 +109,7 @@ def _tensors(suffix: str, parameters: list[dict[str, Any]]) -> dict[str, Any]:
     path = "/v2/models/{model}" + ("/versions/{version}" if suffix else "")
     text = {"application/json": {"schema": {"$ref": "#/components/schemas/TensorError"}}}
     errors = {status: {"description": _ERROR_WORDS[status], "content": text} for status in ("404", "503")}
-    refused = ("400", "413", "422", "429", "500", "504")
+    refused = ("400", "413", "415", "422", "429", "500", "504")
     all_errors = errors | {status: {"description": _ERROR_WORDS[status], "content": text} for status in refused}
     return {
         path: {
@@ -359,13 +360,14 @@ DOCUMENT: dict[str, Any] = {
                 "properties": {
                     "error": {
                         "type": "object",
-                        "required": ["code", "message", "field", "value", "expected"],
+                        "required": ["code", "message", "field", "value", "expected", "request_id"],
                         "properties": {
                             "code": {"type": "string"},
                             "message": {"type": "string"},
                             "field": {"type": ["string", "null"]},
                             "value": {"description": "What was sent, shortened."},
                             "expected": {"type": "string"},
+                            "request_id": {"type": "string", "description": "As in X-Request-Id; the server's logs have it, too."},
                         },
                     }
                 },

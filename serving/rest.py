@@ -18,7 +18,9 @@ from typing import Any
 
 from serving import oip
 from serving.asgi import (
+    Call,
     ClientGone,
+    ClientStuck,
     Receive,
     Scope,
     Send,
@@ -37,7 +39,7 @@ from serving.openapi import DOCUMENT, MAX_SAMPLES
 from serving.request import SampleRequest, one_of
 from serving.rpc import Rpc
 from serving.sampler import Sampler, Window
-from serving.service import Service, Wait
+from serving.service import Service, Wait, note
 from training.bundle import Card
 
 _BODY_LIMIT = 4 << 20  # bytes: a few thousand latents as text
@@ -58,10 +60,13 @@ logger = logging.getLogger(__name__)
 
 
 class App:
-    """The ASGI application over `service`. Its lifespan starts and stops what it is made of, and gRPC where there is `rpc`."""
+    """The ASGI application over `service`. Its lifespan starts and stops what it is made of, and gRPC where there is `rpc`.
 
-    def __init__(self, service: Service, rpc: Rpc | None = None) -> None:
-        self.service, self.rpc = service, rpc
+    `echo`: answers carry X-Request-Id. Ray Serve sends it by itself.
+    """
+
+    def __init__(self, service: Service, rpc: Rpc | None = None, echo: bool = True) -> None:
+        self.service, self.rpc, self.echo = service, rpc, echo
         self._routes: dict[str, Callable[[], tuple[int, bytes]]] = {
             "/v1/models": self._models,
             "/v2": lambda: (200, json.dumps(oip.SERVER).encode()),
@@ -75,59 +80,68 @@ class App:
             return await self._lifespan(receive, send)
         if scope["type"] == "websocket":
             return await send({"type": "websocket.close"})
-        path = scope["path"][len(scope.get("root_path", "")) :]
+        call = Call(scope, send, self.echo)
+        try:
+            await self._route(call, receive)
+        finally:
+            self.service.log.add(call)
+
+    async def _route(self, call: Call, receive: Receive) -> None:
+        path = call.path[len(call.scope.get("root_path", "")) :]
         match path.split("/"):
             case ["", "v1", "models", model, "sample"]:
-                await self._work(self._sample, scope, receive, send, model, None)
+                await self._work(self._sample, call, receive, model, None)
             case ["", "v1", "models", model, "versions", reference, "sample"]:
-                await self._work(self._sample, scope, receive, send, model, reference)
+                await self._work(self._sample, call, receive, model, reference)
             case ["", "v2", "models", model, "infer"]:
-                await self._work(self._infer, scope, receive, send, model, None)
+                await self._work(self._infer, call, receive, model, None)
             case ["", "v2", "models", model, "versions", reference, "infer"]:
-                await self._work(self._infer, scope, receive, send, model, reference)
+                await self._work(self._infer, call, receive, model, reference)
             case ["", "v2", "models", model, *rest] if rest in ([], ["ready"]):
-                await self._metadata(scope, send, model, None, rest == ["ready"])
+                await self._metadata(call, model, None, rest == ["ready"])
             case ["", "v2", "models", model, "versions", reference, *rest] if rest in ([], ["ready"]):
-                await self._metadata(scope, send, model, reference, rest == ["ready"])
+                await self._metadata(call, model, reference, rest == ["ready"])
             case _:
-                await self._document(scope, send, path)
+                await self._document(call, path)
 
-    async def _document(self, scope: Scope, send: Send, path: str) -> None:
+    async def _document(self, call: Call, path: str) -> None:
         try:
             if path not in self._routes:
                 known = [*self._routes, *_PATTERNS]
                 raise NotFound(f"no such path {path!r}", field="path", value=path, expected=f"one of {', '.join(known)}")
-            check_method(scope, "GET", "HEAD")
+            check_method(call.scope, "GET", "HEAD")
             status, body = self._routes[path]()
         except ServingError as error:
-            return await respond_error(send, error)
-        await respond(send, status, body, "application/json")
+            return await respond_error(call, error)
+        await respond(call.send, status, body, "application/json")
 
-    async def _work(
-        self, handler: Callable[..., Awaitable[None]], scope: Scope, receive: Receive, send: Send, name: str, reference: str | None
-    ) -> None:
+    async def _work(self, handler: Callable[..., Awaitable[None]], call: Call, receive: Receive, name: str, reference: str | None) -> None:
         """Runs `handler`, answers its errors in the words of its protocol, and counts how it ended."""
-        status, fail = 200, _respond_text if handler == self._infer else respond_error
+        fail = _respond_text if handler == self._infer else respond_error
+        counters = self.service.tap.counters
         try:
-            check_method(scope, "POST")
-            await handler(dict(scope["headers"]), receive, send, name, reference)
+            check_method(call.scope, "POST")
+            await handler(call, receive, name, reference)
         except ServingError as error:
-            status = error.status
-            await fail(send, error)
-        except ClientGone:
-            status = 499  # the client left before it had its answer
+            await fail(call, error)
+        except _BrokenOff:
+            call.status = 500  # 200 is what the client has heard
+        except ClientGone as error:
+            call.status = 499  # the client left before it had its answer
+            if isinstance(error, ClientStuck):
+                counters["slow_readers_total"] += 1
         except asyncio.CancelledError:  # Ray's way of saying so
-            status = 499
+            call.status = 499
             raise
         except Exception as error:
             logger.exception("sampling from model %s failed", name)
-            status = 500
-            await fail(send, SamplingFailed(f"model {name} failed: {type(error).__name__}: {error}"))
+            await fail(call, SamplingFailed(f"model {name} failed: {type(error).__name__}: {error}"))
         finally:
             counted = name if name in self.service.table.models else ""
-            self.service.tap.counters[f'requests_total{{model="{counted}",status="{status}"}}'] += 1
+            counters[f'requests_total{{model="{counted}",status="{call.status}"}}'] += 1
 
-    async def _sample(self, headers: Headers, receive: Receive, send: Send, name: str, reference: str | None) -> None:
+    async def _sample(self, call: Call, receive: Receive, name: str, reference: str | None) -> None:
+        headers = call.headers
         sampler = await self.service.find(name, reference)
         card = sampler.card
         media_type = negotiate(headers.get(b"accept", b"").decode("latin-1"), card.sample_shape)
@@ -141,24 +155,26 @@ class App:
         if reference is None:
             sampler = self.service.divert(sampler, request)
         origin = "probe" if request.origin == "server_seed" and b"x-ganwatch-probe" in headers else request.origin
+        note(call, sampler, request.window)
         wait = partial(unless_gone, receive=receive)
         if request.stream:
-            return await self._stream(send, sampler, request, media_type, wait)
+            return await self._stream(call, sampler, request, media_type, wait)
         window, samples = await self.service.draw(sampler, request, origin=origin, timeout=timeout, wait=wait)
+        call.seed = window.seed
         about = _about(sampler, window)
         encode = FORMATS[media_type]
         if samples.size <= _INLINE_VALUES:
             answer = encode(as_dtype(samples, request.dtype), about)
         else:
             answer = await asyncio.to_thread(lambda: encode(as_dtype(samples, request.dtype), about))
-        await respond(send, 200, answer, media_type, _headers(about, media_type, samples.shape, request.dtype))
+        await respond(call.send, 200, answer, media_type, _headers(about, media_type, samples.shape, request.dtype))
 
-    async def _stream(self, send: Send, sampler: Sampler, request: SampleRequest, media_type: str, wait: Wait) -> None:
+    async def _stream(self, call: Call, sampler: Sampler, request: SampleRequest, media_type: str, wait: Wait) -> None:
         window, about = request.window, _about(sampler, request.window)
         shape = (window.count, *sampler.card.sample_shape)
         form = STREAMS[media_type](shape, request.dtype, about)
         rows = min(MAX_SAMPLES, max(1, _CHUNK_BYTES // form.row_bytes))
-        begun = False
+        begun, send = False, call.send
         try:
             async with aclosing(self.service.stream(sampler, request, rows, wait=wait)) as pieces:
                 async for samples in pieces:
@@ -173,28 +189,30 @@ class App:
                 raise
             # Too late for words: the answer stays incomplete, which the client can tell, and the server closes the connection.
             logger.exception("a stream from model %s broke off", sampler.card.model)
-            raise ClientGone from None
+            raise _BrokenOff from None
 
-    async def _infer(self, headers: Headers, receive: Receive, send: Send, name: str, reference: str | None) -> None:
+    async def _infer(self, call: Call, receive: Receive, name: str, reference: str | None) -> None:
+        headers = call.headers
         sampler = await self.service.find(name, reference)
         timeout = _timeout(headers)
         length = headers.get(oip.HEADER_LENGTH.lower().encode())
         body = await read_body(headers, receive, _TENSOR_LIMIT)
         inference = await asyncio.to_thread(oip.decode, body, length and length.decode("latin-1"), sampler.card)
+        note(call, sampler, inference.request.window)
         wait = partial(unless_gone, receive=receive)
         _, samples = await self.service.draw(sampler, inference.request, origin="client_z", timeout=timeout, wait=wait)
         answer, about = await asyncio.to_thread(oip.encode, inference, sampler.card, samples)
-        await respond(send, 200, answer, "application/octet-stream" if about else "application/json", about)
+        await respond(call.send, 200, answer, "application/octet-stream" if about else "application/json", about)
 
-    async def _metadata(self, scope: Scope, send: Send, name: str, reference: str | None, ready: bool) -> None:
+    async def _metadata(self, call: Call, name: str, reference: str | None, ready: bool) -> None:
         try:
-            check_method(scope, "GET", "HEAD")
+            check_method(call.scope, "GET", "HEAD")
             sampler = await self.service.find(name, reference)
         except ServingError as error:
-            return await _respond_text(send, error)
+            return await _respond_text(call, error)
         versions = self.service.table.registry.versions(name)
         body = {"name": name, "ready": True} if ready else oip.metadata(sampler.card, versions)
-        await respond(send, 200, json.dumps(body).encode(), "application/json")
+        await respond(call.send, 200, json.dumps(body).encode(), "application/json")
 
     def _models(self) -> tuple[int, bytes]:
         models = self.service.table.models
@@ -227,6 +245,10 @@ class App:
                     await self.rpc.stop()
                 await self.service.close()
                 return await send({"type": "lifespan.shutdown.complete"})
+
+
+class _BrokenOff(Exception):
+    """An answer that had begun when the model failed."""
 
 
 def _about(sampler: Sampler, window: Window) -> dict[str, Any]:
@@ -263,9 +285,9 @@ def _check_form(request: SampleRequest, media_type: str, card: Card) -> None:
         raise InvalidValue("a picture holds bytes", field="dtype", value=request.dtype, expected="uint8, or another media type")
 
 
-async def _respond_text(send: Send, error: ServingError) -> None:
+async def _respond_text(call: Call, error: ServingError) -> None:
     body = json.dumps({"error": oip.error_text(error)}).encode()
-    await respond(send, error.status, body, "application/json", error.headers)
+    await respond(call.send, error.status, body, "application/json", error.headers)
 
 
 def _describe(name: str, model: Model) -> dict[str, Any]:

@@ -17,11 +17,12 @@ from numpy import ndarray
 
 from serving import oip
 from serving.errors import InvalidValue, ServingError
+from serving.logs import Entry
 from serving.protocol import ganwatch_pb2 as own
 from serving.protocol import inference_pb2 as pb
 from serving.request import SampleRequest
 from serving.sampler import Sampler
-from serving.service import Service
+from serving.service import Service, note
 
 _MESSAGE_LIMIT = 64 << 20  # bytes of a request; an answer has no limit
 _PIECE_BYTES = 1 << 20
@@ -61,12 +62,12 @@ class Rpc:
         }
         inference = {
             name: grpc.unary_unary_rpc_method_handler(
-                self._guarded(call), request_deserializer=kind.FromString, response_serializer=lambda answer: answer.SerializeToString()
+                self._guarded(f"/inference.GRPCInferenceService/{name}", call), request_deserializer=kind.FromString, response_serializer=lambda answer: answer.SerializeToString()
             )
             for name, (kind, call) in calls.items()
         }
         sampling = grpc.unary_stream_rpc_method_handler(
-            self._guarded(self._sample),
+            self._guarded("/ganwatch.v1.Generator/Sample", self._sample),
             request_deserializer=own.SampleRequest.FromString,
             response_serializer=lambda piece: piece.SerializeToString(),
         )
@@ -83,54 +84,61 @@ class Rpc:
         if self._server is not None:
             await self._server.stop(_GRACE_S)
 
-    def _guarded(self, call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    def _guarded(self, method: str, call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         """`call` with errors told in gRPC's own codes; those that ask for samples are counted like their HTTP siblings."""
 
         async def guarded(message: Any, context: grpc.aio.ServicerContext) -> Any:
-            status = 499  # stays where the client has left, or reads nothing
+            given = next((value for key, value in context.invocation_metadata() or () if key == "x-request-id"), None)
+            entry = Entry(given if isinstance(given, str) else None, "gRPC", method)
+            context.set_trailing_metadata((("x-request-id", entry.id),))
+            entry.status = 499  # stays where the client has left
             try:
-                answer = await call(message, context)
-                status = 200
+                answer = await call(message, context, entry)
+                entry.status = 200
                 return answer
             except ServingError as error:
-                status = error.status
-                await context.abort(_CODES.get(status, grpc.StatusCode.INTERNAL), oip.error_text(error))
+                entry.status = error.status
+                await context.abort(_CODES.get(error.status, grpc.StatusCode.INTERNAL), oip.error_text(error))
             except TimeoutError:
+                self.service.tap.counters["slow_readers_total"] += 1
                 await context.abort(grpc.StatusCode.ABORTED, f"the client has read nothing for {_PATIENCE_S:g} s")
             except Exception as error:
                 logger.exception("a gRPC call failed")
-                status = 500
+                entry.status = 500
                 await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
             finally:
+                self.service.log.add(entry)
                 if call in (self._infer, self._sample):
                     name = message.model_name if call == self._infer else message.model
                     counted = name if name in self.service.table.models else ""
-                    self.service.tap.counters[f'requests_total{{model="{counted}",status="{status}"}}'] += 1
+                    self.service.tap.counters[f'requests_total{{model="{counted}",status="{entry.status}"}}'] += 1
 
         return guarded
 
-    async def _live(self, message: pb.ServerLiveRequest, context: Any) -> pb.ServerLiveResponse:
+    async def _live(self, message: pb.ServerLiveRequest, context: Any, entry: Entry) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=self.service.batcher.problem() is None)
 
-    async def _ready(self, message: pb.ServerReadyRequest, context: Any) -> pb.ServerReadyResponse:
+    async def _ready(self, message: pb.ServerReadyRequest, context: Any, entry: Entry) -> pb.ServerReadyResponse:
         return pb.ServerReadyResponse(ready=all(model.is_ready for model in self.service.table.models.values()))
 
-    async def _server_metadata(self, message: pb.ServerMetadataRequest, context: Any) -> pb.ServerMetadataResponse:
+    async def _server_metadata(self, message: pb.ServerMetadataRequest, context: Any, entry: Entry) -> pb.ServerMetadataResponse:
         return pb.ServerMetadataResponse(**oip.SERVER)
 
-    async def _model_ready(self, message: pb.ModelReadyRequest, context: Any) -> pb.ModelReadyResponse:
+    async def _model_ready(self, message: pb.ModelReadyRequest, context: Any, entry: Entry) -> pb.ModelReadyResponse:
         await self.service.find(message.name, message.version or None)
         return pb.ModelReadyResponse(ready=True)
 
-    async def _model_metadata(self, message: pb.ModelMetadataRequest, context: Any) -> pb.ModelMetadataResponse:
+    async def _model_metadata(self, message: pb.ModelMetadataRequest, context: Any, entry: Entry) -> pb.ModelMetadataResponse:
         sampler = await self.service.find(message.name, message.version or None)
         return pb.ModelMetadataResponse(**oip.metadata(sampler.card, self.service.table.registry.versions(message.name)))
 
-    async def _infer(self, message: pb.ModelInferRequest, context: grpc.aio.ServicerContext) -> pb.ModelInferResponse:
+    async def _infer(self, message: pb.ModelInferRequest, context: grpc.aio.ServicerContext, entry: Entry) -> pb.ModelInferResponse:
         sampler = await self.service.find(message.model_name, message.model_version or None)
         card = sampler.card
         request = oip.to_request(_tensors(message), [output.name for output in message.outputs], card)
+        note(entry, sampler, request.window)
         _, samples = await self.service.draw(sampler, request, origin="client_z", timeout=context.time_remaining())
+        entry.bytes = samples.nbytes
         output = pb.ModelInferResponse.InferOutputTensor(
             name="samples", datatype=oip.DATATYPE_NAMES[card.sample_dtype], shape=samples.shape
         )
@@ -138,18 +146,20 @@ class Rpc:
             model_name=card.model, model_version=card.version, id=message.id, outputs=[output], raw_output_contents=[samples.tobytes()]
         )
 
-    async def _sample(self, message: own.SampleRequest, context: grpc.aio.ServicerContext) -> None:
+    async def _sample(self, message: own.SampleRequest, context: grpc.aio.ServicerContext, entry: Entry) -> None:
         sampler = await self.service.find(message.model, message.version or None)
         optional = {name: getattr(message, name) for name in ("seed", "label", "truncation") if message.HasField(name)}
         fields = {"n": message.n, "offset": message.offset, "stream": True, **optional}
         request = SampleRequest.parse(json.dumps(fields).encode(), sampler.card)
         if not message.version:
             sampler = self.service.divert(sampler, request)
+        note(entry, sampler, request.window)
         at = request.window.offset
         rows = min(65536, max(1, _PIECE_BYTES // sampler.sample_bytes))
         async for samples in self.service.stream(sampler, request, rows):
             await asyncio.wait_for(context.write(_piece(sampler, request.window.seed, at, samples)), _PATIENCE_S)
             at += len(samples)
+            entry.bytes += samples.nbytes
 
 
 def _piece(sampler: Sampler, seed: int, offset: int, samples: ndarray) -> own.Piece:

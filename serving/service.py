@@ -16,6 +16,7 @@ from numpy import ndarray
 
 from serving.batcher import Batcher, Spare
 from serving.errors import NotFound, Overloaded, Unavailable
+from serving.logs import AccessLog, Entry
 from serving.models import ModelTable
 from serving.pool import Pool
 from serving.records import Origin, Record
@@ -37,9 +38,12 @@ async def _simply(answer: asyncio.Future[ndarray]) -> ndarray:
 
 
 class Service:
-    """`timeout`: seconds that a request waits for its samples at most."""
+    """`timeout`: seconds that a request waits for its samples at most. `log`: where the surfaces write what they answered."""
 
-    def __init__(self, table: ModelTable, batcher: Batcher, tap: Tap, pool: Pool | None = None, timeout: float = 60.0) -> None:
+    def __init__(
+        self, table: ModelTable, batcher: Batcher, tap: Tap, pool: Pool | None = None, timeout: float = 60.0, log: AccessLog | None = None
+    ) -> None:
+        self.log = log or AccessLog()
         self.table, self.batcher, self.tap, self.pool, self.timeout = table, batcher, tap, pool or Pool(), timeout
         self._shadows: deque[Spare] = deque()
         tap.gauges = self._gauges
@@ -53,11 +57,13 @@ class Service:
         self.follow()
         self.table.start()
         self.tap.start()
+        self.log.start()
 
     async def close(self) -> None:
         await self.batcher.close(_GRACE_S)
         await asyncio.to_thread(self.table.close)
         await asyncio.to_thread(self.tap.close)
+        await asyncio.to_thread(self.log.close)
 
     def follow(self) -> None:
         """The table has changed: nothing is kept of a version that clients do not get."""
@@ -175,6 +181,8 @@ class Service:
             "oldest_wait_seconds": self.batcher.oldest_wait,
             "batches_total": self.batcher.batches,
             "batched_samples_total": self.batcher.batched,
+            "access_log_dropped_total": self.log.dropped,
+            "slow_readers_total": self.tap.counters["slow_readers_total"],
         }
         for name, model in self.table.models.items():
             gauges[f'load_failures_total{{model="{name}"}}'] = self.table.load_failures[name]
@@ -186,6 +194,11 @@ class Service:
                     gauges[f'pool_samples{{model="{name}",version="{sampler.card.version}"}}'] = self.pool.left(sampler)
             gauges |= {f'device_info{{provider="{sampler.provider}"}}': 1.0 for sampler in model.serving.values()}
         return gauges
+
+
+def note(entry: Entry, sampler: Sampler, window: Window) -> None:
+    """Write down what is asked of whom."""
+    entry.model, entry.version, entry.n, entry.seed = sampler.card.model, sampler.card.version, window.count, window.seed
 
 
 def _alike(one: Sampler, other: Sampler) -> bool:

@@ -53,8 +53,9 @@ def served(sampler: Sampler) -> Model:
 
 def error(answer: httpx.Response) -> dict:
     fields = json.loads(answer.content)["error"]
-    assert fields.keys() == {"code", "message", "field", "value", "expected"}
+    assert fields.keys() == {"code", "message", "field", "value", "expected", "request_id"}
     assert fields["message"]
+    assert fields["request_id"] == answer.headers["x-request-id"]
     return fields
 
 
@@ -477,6 +478,6 @@ def test_a_client_says_how_long_it_waits(registry, samplers):
 def test_every_answer_is_in_the_document(registry):
     """The statuses that the tests above provoke are those that the document lists."""
     listed = DOCUMENT["paths"]["/v1/models/{model}/sample"]["post"]["responses"].keys()
-    assert listed == {"200", "400", "404", "406", "413", "422", "429", "500", "503", "504"}
+    assert listed == {"200", "400", "404", "406", "413", "415", "422", "429", "500", "503", "504"}
     for path, item in DOCUMENT["paths"].items():
         assert ("post" in item) == path.endswith(("/sample", "/infer"))
