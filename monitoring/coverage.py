@@ -12,8 +12,9 @@ from jaxtyping import Bool
 from numpy import ndarray
 
 from monitoring.divergences import Shares, ShareSet
+from training.bundle import MODE_FLOOR
 
-RHO = 0.25
+RHO = MODE_FLOOR
 
 
 class Coverage(NamedTuple):

@@ -47,6 +47,12 @@ VERDICTS: dict[str, Verdict] = {
             null="A",
         ),
         Verdict(
+            "memorisation",
+            "Samples come that are training data, or all but: the model repeats what it has learned by heart.",
+            "Take it out of service where the training data are private; compare the newest samples with the data, then roll back.",
+            null="A",
+        ),
+        Verdict(
             "off_manifold",
             "More samples than certified look unlike any real data.",
             "Look at the newest samples, roll back if they are junk; suspect wrong weights, preprocessing or precision.",
@@ -81,6 +87,7 @@ VERDICTS: dict[str, Verdict] = {
 EXPLANATIONS = {
     "duplicates": "latent_fault",
     "drop": "mode_dropping",
+    "copies": "memorisation",
     "upper": "off_manifold",
     "lower": "within_mode_collapse",
     "wider": "off_manifold",

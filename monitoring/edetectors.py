@@ -29,9 +29,9 @@ from scipy.special import ndtri
 
 from monitoring.bulk import RATES, Moments
 from monitoring.coverage import RHO
-from training.bundle import DUPLICATE_BLOCK, Certificate, Reference
+from training.bundle import DUPLICATE_BLOCK, NEAREST_TRAIN, OFF_MANIFOLD_EXCESS, Certificate, Reference
 
-FAMILIES = {"modes": 0.26, "tails": 0.20, "bulk": 0.50, "duplicates": 0.01, "quality": 0.03}
+FAMILIES = {"modes": 0.26, "tails": 0.20, "bulk": 0.49, "copies": 0.01, "duplicates": 0.01, "quality": 0.03}
 """Family -> its share of the false-alarm budget. A family that has no bet leaves its share unused, which is valid too."""
 
 NULLS = {family: "B" if family == "quality" else "A" for family in FAMILIES}
@@ -45,7 +45,8 @@ KINDS = {
     "lower": ("tails", 0.02),
     "wider": ("bulk", 0.02),
     "narrower": ("bulk", 0.14),
-    "moved": ("bulk", 0.34),
+    "moved": ("bulk", 0.33),
+    "copies": ("copies", 0.01),
     "duplicates": ("duplicates", 0.01),
     "quality": ("quality", 0.03),
 }
@@ -53,12 +54,12 @@ KINDS = {
 
 TAIL_BETS = (0.01, 0.1, 0.6)  # theta; used where above the bound
 TAIL_FROM = 1 / 16  # shallower levels are the bulk's
+COPIES_FROM = 1 / 1024  # what is merely close to the training data is no copy: only the deepest levels tell
 TILTS = (0.3, 0.8, 2.0)  # of a score's normal quantile: the shift, in standard deviations, that a bet is best for
 DROP_BETS = (0.0, 0.35)  # theta / m: what is left of a mode
 INFLATE_BETS = (1.5, 3.0)  # theta / m
-QUALITY_BETS = (0.0, 0.25, 0.5)  # theta / m: what is left of the least share that null B allows
+QUALITY_BETS = (0.0, 0.25, 0.5)  # theta / m: what is left of the least share that null B allows, RHO of the real one
 EXCESS_BETS = (0.1, 0.3, 0.7)  # (theta - m) / (1 - m) for off-manifold samples under null B
-OFF_MANIFOLD_TOLERANCE = 0.1  # null B allows this much above the certified off-manifold share
 SHARE_RATES = (1 / 256, 1 / 2048)  # at which `shares` forget
 LEAST_EXPECTED_HITS = 10  # a tail level is usable where the certificate expects at least as many hits
 
@@ -96,11 +97,13 @@ def tilted(payoff: Float64[ndarray, "... b"], low: Float64[ndarray, "e"], high: 
 class Scores:
     """Bets on where the scores of a sample lie among their certified quantiles: on each tail, and on the bulk as a whole.
 
+    The lower tail of score number `nearest_train` is a kind of its own, `copies`.
+
     Tails: a step at one level. Bulk: exp(+-lambda h) for h the normal quantile of the middle of the bin, the likelihood ratio
     of a score that was shifted by lambda standard deviations, on the scale on which the certified score is normal.
     """
 
-    def __init__(self, certificate: Certificate) -> None:
+    def __init__(self, certificate: Certificate, nearest_train: int | None = None) -> None:
         usable, count = tail_levels(certificate), certificate.count
         levels = certificate.levels[usable]
         beneath, above = certificate.lower_hits[:, usable][:, ::-1], certificate.upper_hits[:, usable]
@@ -116,6 +119,8 @@ class Scores:
         theta = np.array(TAIL_BETS)
         deep = np.concatenate([levels[::-1], levels]) <= TAIL_FROM
         allowed = (theta > bound) & deep[:, None]  # [score, edge, bet]
+        if nearest_train is not None:
+            allowed[nearest_train, :split] &= (levels[::-1] <= COPIES_FROM)[:, None]
         bound = np.where(allowed, bound, 0.5)
         tails = np.where(hit[:, None], (theta / bound)[..., None], ((1 - theta) / (1 - bound))[..., None])
 
@@ -125,8 +130,9 @@ class Scores:
 
         flat = [part.reshape(len(low), -1, len(bins)) for part in (tails, bulk)]
         self._table = np.concatenate(flat, axis=1).transpose(0, 2, 1).copy()  # score, bin -> payoff of each bet
-        kinds = ("lower",) * (split * len(theta)) + ("upper",) * (split * len(theta)) + ("wider",) * len(TILTS) + ("narrower",) * len(TILTS)
-        self.kinds = kinds * len(low)
+        rest = ("upper",) * (split * len(theta)) + ("wider",) * len(TILTS) + ("narrower",) * len(TILTS)
+        lower = ["copies" if s == nearest_train else "lower" for s in range(len(low))]
+        self.kinds = tuple(kind for below in lower for kind in ((below,) * (split * len(theta)) + rest))
         self.allowed = np.concatenate([allowed.reshape(len(low), -1), np.ones(bulk.shape[:2], bool)], axis=1).ravel()
         self._scores = np.arange(len(low))
 
@@ -251,7 +257,8 @@ class Modes:
         low, high = mode_bounds(certificate)
         bound = np.repeat(np.stack([low, high], axis=1), (self._drops, len(INFLATE_BETS)), axis=1)
         self._shares = Cells(bound, bound * np.array(DROP_BETS + INFLATE_BETS))
-        m = np.append(RHO * reference.cell_share[:-1], certificate.upper(int(certificate.cell_count[-1]), certificate.count) + OFF_MANIFOLD_TOLERANCE)
+        real = reference.cell_share
+        m = np.append(RHO * real[:-1], real[-1] + OFF_MANIFOLD_EXCESS)  # from the real data alone: what was certified may be bad
         theta = m[:, None] * np.array(QUALITY_BETS)
         theta[-1] = m[-1] + (1 - m[-1]) * np.array(EXCESS_BETS)
         self._quality = Cells(np.repeat(m[:, None], len(QUALITY_BETS), axis=1), theta)
@@ -360,15 +367,19 @@ class EDetector:
     while at the crossing none had, the one with most evidence. `named` grows and never shrinks.
     """
 
-    def __init__(self, certificate: Certificate, reference: Reference, modes: tuple[str, ...], *, threshold: float) -> None:
+    def __init__(
+        self, certificate: Certificate, reference: Reference, modes: tuple[str, ...], *, threshold: float, scores: tuple[str, ...] = ()
+    ) -> None:
+        """scores: names of the certificate's scores, where one of them has a meaning of its own."""
         self.threshold = threshold
-        self._scores, self._moments, self._shares = Scores(certificate), Moments(certificate, chunk=CHUNK), Shares(certificate)
+        nearest = scores.index(NEAREST_TRAIN) if NEAREST_TRAIN in scores else None
+        self._scores, self._moments, self._shares = Scores(certificate, nearest), Moments(certificate, chunk=CHUNK), Shares(certificate)
         self._modes, self._duplicates = Modes(certificate, reference, modes), Duplicates(certificate)
         kinds = np.array(self._scores.kinds + self._moments.kinds + self._shares.kinds)
         part = np.concatenate([self._scores.allowed, self._moments.parts, np.ones(len(self._shares.kinds))])
         groups = tuple(kind for kind in KINDS if kind in kinds)
         mine = part[:, None] * (kinds[:, None] == groups)
-        self._weights = mine * np.array([KINDS[kind][1] for kind in groups]) / mine.sum(axis=0)
+        self._weights = mine * np.array([KINDS[kind][1] for kind in groups]) / np.maximum(mine.sum(axis=0), 1e-300)  # a kind may have no bet
         self.groups = (*groups, "duplicates", *self._modes.groups)
         self._families = np.array([KINDS[g.partition(":")[0]][0] for g in self.groups])
         self._r, self._few = np.zeros(len(kinds)), np.zeros(len(groups) + 1)

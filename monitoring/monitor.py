@@ -78,7 +78,7 @@ class Monitor:
         self.bundle, self.arl = bundle, arl
         certificate, reference = bundle.certificate, bundle.reference
         self._eye = Eye(bundle)
-        self._detector = EDetector(certificate, reference, bundle.card.modes, threshold=arl / share)
+        self._detector = EDetector(certificate, reference, bundle.card.modes, threshold=arl / share, scores=bundle.card.scores)
         cells, features = len(bundle.card.modes) + 1, len(reference.feature_mean)
         rng = np.random.default_rng(0)  # which of the real points: the same ones in every process
         real, self._spare = rng.permutation(reference.held_out_points)[:REAL_POINTS], rng.permutation(reference.train_points)[:BLOCK]

@@ -28,6 +28,9 @@ from scipy.stats import beta
 SCHEMA = 1
 FILES = ("model.onnx", "features.onnx", "reference.npz", "certificate.npz")
 SEED_LIMIT = 2**63  # seeds, offsets and offset + count lie in [0, 2^63)
+MODE_FLOOR = 0.25  # of a mode's real share: what is good enough, to the gate and to the monitor
+OFF_MANIFOLD_EXCESS = 1 / 3  # ... and how much more of what is generated than of the real data may lie off the manifold
+NEAREST_TRAIN = "nearest_train"  # the score that is 0 for a copy of a training sample
 DUPLICATE_BLOCK = 32  # samples looked at together when searching for exact repeats
 
 # Each use of a seed reads its own Philox key, so that classes never depend on how many words a latent takes.

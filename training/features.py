@@ -16,6 +16,7 @@ from sklearn.cluster import KMeans
 from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
 
+from training.bundle import NEAREST_TRAIN
 from training.data import Dataset
 
 MANIFOLD_QUANTILE = 0.99  # of held-out real data lies inside the manifold
@@ -24,7 +25,8 @@ NETS, WIDTH, STEPS = 3, 160, 1500  # the classifier of labelled data
 FEATURES, MOST_FEATURES = 32, 64
 MOST_INPUTS = 1024  # numbers of an image that are looked at: larger ones are seen through coarser pixels
 MOST_FITTED = 20_000  # samples to fit on
-SCORES = ("manifold_distance", "radius", "ambiguity")
+SCORES = ("manifold_distance", "radius", "ambiguity", NEAREST_TRAIN)
+REMEMBERED = 4096  # training samples, at most, whose copies are looked for
 
 
 class Lens(nn.Module):
@@ -62,6 +64,7 @@ class Eye(nn.Module):
     manifold_distance: Mahalanobis distance to the nearest cell; cells are k-means centres that share one covariance.
     radius: Mahalanobis distance to the mean of all data.
     ambiguity, only where data are labelled: 1 - the largest probability; blends of two classes are near the manifold, not here.
+    nearest_train, unless nothing is `remembered`: distance of the features to the nearest of some training samples; 0 is a copy.
     Modes are the cells themselves, or, where data are labelled, the classes of an ensemble of classifiers. Of stacked images
     the farthest channel counts, and the classes of the channels together are the mode.
     """
@@ -72,6 +75,7 @@ class Eye(nn.Module):
     threshold: Tensor
     projection: Tensor
     offset: Tensor
+    remembered: Tensor
 
     def __init__(self, lens: Lens, within: ndarray, cells: ndarray, overall: ndarray, centre: ndarray) -> None:
         super().__init__()
@@ -84,6 +88,7 @@ class Eye(nn.Module):
             "offset": centre @ overall,
             "threshold": np.inf,
             "projection": np.eye(len(centre)),
+            "remembered": np.zeros((0, len(centre))),  # features of training samples, [m, p]
         }.items():
             self.register_buffer(name, torch.as_tensor(np.asarray(value), dtype=torch.float32))
 
@@ -110,6 +115,10 @@ class Eye(nn.Module):
                 for part in range(1, self.lens.parts):
                     probability = (probability[:, :, None] * each[:, part, None, :]).flatten(1)
             scores = torch.stack([distance, radius.sqrt(), 1 - probability.amax(dim=1)], dim=1)
+        if len(self.remembered):
+            twin = (self.remembered.square().sum(dim=1) - 2 * features @ self.remembered.T).argmin(dim=1)
+            nearest = (features - self.remembered[twin]).square().sum(dim=1).sqrt()
+            scores = torch.cat([scores, nearest[:, None]], dim=1)
         mode = torch.where(distance > self.threshold, -1, probability.argmax(dim=1))
         return features, scores, mode, probability
 
@@ -146,8 +155,8 @@ class Sight:
     accuracy: float | None  # on held-out data; None without labels
 
 
-def fit_eye(dataset: Dataset, *, seed: int) -> Sight:
-    """Fit on the training part; set the manifold's threshold on the held-out part."""
+def fit_eye(dataset: Dataset, *, seed: int, remember: bool = True) -> Sight:
+    """Fit on the training part; set the manifold's threshold on the held-out part. `remember`: keep features of training samples."""
     lens = Lens(dataset)
     rows = np.sort(np.random.default_rng(seed).permutation(dataset.trained)[: MOST_FITTED // lens.parts])
     train = lens(torch.from_numpy(dataset.samples[rows])).numpy()
@@ -166,6 +175,12 @@ def fit_eye(dataset: Dataset, *, seed: int) -> Sight:
         eye.classifier = _fit_ensemble(train, labels, classes, seed=seed)
         eye.projection = _principal(eye.classifier, torch.from_numpy(train), min(FEATURES, MOST_FEATURES // lens.parts))
     eye.eval().requires_grad_(False)
+    scores = SCORES if dataset.labels is not None else (*SCORES[:2], NEAREST_TRAIN)
+    if remember:
+        some = rows[np.linspace(0, len(rows) - 1, min(REMEMBERED, len(rows))).astype(int)]
+        eye.remembered = torch.cat([eye(torch.from_numpy(dataset.samples[part]))[0] for part in np.array_split(some, 8)])
+    else:
+        scores = scores[:-1]
 
     held_out = [eye(torch.from_numpy(part)) for part in np.array_split(dataset.samples[dataset.trained :], len(dataset.samples) // 10_000 + 1)]
     distance = np.concatenate([scores[:, 0].numpy() for _, scores, _, _ in held_out])
@@ -173,9 +188,9 @@ def fit_eye(dataset: Dataset, *, seed: int) -> Sight:
     if dataset.labels is None:
         low = dataset.dim <= 3
         names = tuple(f"({', '.join(f'{v:.2f}' for v in place)})" if low else f"cell-{k}" for k, place in enumerate(sorted(places.tolist())))
-        return Sight(eye, names, SCORES[:2], None)
+        return Sight(eye, names, scores, None)
     seen = np.concatenate([probability.argmax(dim=1).numpy() for *_, probability in held_out])
-    return Sight(eye, dataset.classes, SCORES, float(np.mean(seen == dataset.labels[dataset.trained :])))
+    return Sight(eye, dataset.classes, scores, float(np.mean(seen == dataset.labels[dataset.trained :])))
 
 
 def _whitener(x: Float32[ndarray, "n d"]) -> Float[ndarray, "d d"]:

@@ -376,7 +376,7 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
         config = replace(config, like="digits" if dataset.is_image else "grid")
     check_shape(config, dataset)
     with ThreadPoolExecutor(1) as beside:  # this process only waits while the workers train
-        eye = beside.submit(fit_eye, dataset, seed=config.seed)
+        eye = beside.submit(fit_eye, dataset, seed=config.seed, remember=config.reference_points)
         weights, metrics = train(config, run, use_gpu)
         sight = eye.result()
     journal.done("train", **metrics)

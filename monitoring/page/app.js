@@ -10,6 +10,7 @@ const TITLES = {
   mode_dropping: "Modes are being dropped",
   off_manifold: "Samples unlike the real data",
   within_mode_collapse: "Collapse within modes",
+  memorisation: "Training data come back",
   latent_fault: "Samples repeat: latent fault",
   quality_outside_tolerance: "Quality outside tolerance",
   drift: "Drift",

@@ -25,6 +25,7 @@ from deploy.grafana import Apply, GrafanaError, apply
 from deploy.observability import RULES
 
 ADMIN, VIEWER = "glsa_admin_0123456789", "glsa_viewer_0123456789"
+CHANGES = 4 + len(yaml.safe_load(RULES.read_text())["groups"][0]["rules"])  # folder, datasource, dashboard, interval, and the rules
 ORGANISATION = 7
 JSON = Any
 
@@ -316,7 +317,7 @@ def test_the_first_run_creates_everything(fake: FakeGrafana, url: str) -> None:
         "created: dashboard ganwatch",
         *(f"created: alert rule {name}" for name in rules),
         "updated: interval of the alert rules, 10 s (interval)",
-        "16 changes; contact points and notification policies are untouched",
+        f"{CHANGES} changes; contact points and notification policies are untouched",
     ]
     assert fake.datasources["ganwatch-prom"]["url"] == "http://127.0.0.1:19090"
     assert fake.dashboards["ganwatch"]["meta"]["folderUid"] == "ganwatch"
@@ -338,7 +339,7 @@ def test_the_second_run_changes_nothing_and_says_so(fake: FakeGrafana, url: str)
 def test_a_dry_run_writes_nothing(fake: FakeGrafana, url: str) -> None:
     lines = apply(url, VIEWER, dry_run=True)
     assert all(line.startswith("would create: ") for line in lines[:-1])
-    assert lines[-1] == "16 changes to make; nothing was written"
+    assert lines[-1] == f"{CHANGES} changes to make; nothing was written"
     assert not fake.writes
     apply(url, ADMIN)
     assert apply(url, VIEWER, dry_run=True)[-1] == "no changes to make; nothing was written"
@@ -382,12 +383,12 @@ def test_a_panel_that_somebody_added_is_taken_away(fake: FakeGrafana, url: str) 
 
 def test_a_grafana_under_a_sub_path(fake: FakeGrafana) -> None:
     with running(fake, "/monitoring/grafana") as address:
-        assert apply(address + "/", ADMIN)[-1].startswith("16 changes")
+        assert apply(address + "/", ADMIN)[-1].startswith(f"{CHANGES} changes")
 
 
 def test_a_grafana_that_is_still_starting_is_waited_for(fake: FakeGrafana, url: str) -> None:
     fake.database = iter(["failing", "failing"])
-    assert apply(url, ADMIN)[-1].startswith("16 changes")
+    assert apply(url, ADMIN)[-1].startswith(f"{CHANGES} changes")
     fake.database = iter(["failing"] * 1000)
     with pytest.raises(GrafanaError, match="no working database: 'failing'"):
         apply(url, ADMIN, wait=0)
@@ -490,7 +491,7 @@ def test_both_kinds_of_provisioning_file_name_one_folder() -> None:
 def test_the_token_comes_from_the_environment(fake: FakeGrafana, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_TOKEN", ADMIN + "\n")
     lines = Apply(url=url, token_env="MY_TOKEN", prometheus_url="http://prometheus:9090")()
-    assert lines[-1].startswith("16 changes")
+    assert lines[-1].startswith(f"{CHANGES} changes")
     assert not any(ADMIN in line for line in lines)
     monkeypatch.delenv("MY_TOKEN")
     with pytest.raises(GrafanaError, match="environment variable MY_TOKEN is not set"):

@@ -26,6 +26,7 @@ ALERTS = [
     "GanModeDropped",
     "GanOffManifold",
     "GanWithinModeCollapse",
+    "GanMemorisation",
     "GanLatentFault",
     "GanQualityOutsideTolerance",
     "GanDrift",

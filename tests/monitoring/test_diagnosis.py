@@ -17,6 +17,7 @@ MODES = tuple(str(k) for k in range(10))
         (["drop:8", "drop:3"], "mode_dropping", ("3", "8"), "A"),
         (["drop:3", "inflate", "upper", "lower", "quality"], "mode_dropping", ("3",), "A"),
         (["duplicates", "drop:3", "lower"], "latent_fault", ("3",), "A"),
+        (["copies", "lower", "narrower"], "memorisation", (), "A"),
         (["upper", "lower", "quality"], "off_manifold", (), "A"),
         (["lower", "inflate", "quality"], "within_mode_collapse", (), "A"),
         (["quality", "inflate"], "quality_outside_tolerance", (), "B"),

@@ -14,7 +14,7 @@ from scipy.special import ndtri
 
 from monitoring.edetectors import CHUNK, FAMILIES, KINDS, TILTS, Cells, Duplicates, EDetector, Modes, Scores, Shares, mode_bounds, tail_levels, tilted
 from monitoring.features import Eye, Seen
-from training.bundle import DUPLICATE_BLOCK, Certificate
+from training.bundle import DUPLICATE_BLOCK, NEAREST_TRAIN, Certificate
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_the_budget_is_spent_once(healthy):
     modes = found._modes._weights
     spent |= {"drop": modes[0][:, :2].sum(), "inflate": modes[0][:, 2:].sum(), "quality": modes[1].sum()}
     spent["duplicates"] = Duplicates(healthy.certificate)._weights.sum()
-    assert spent == pytest.approx({kind: weight for kind, (_, weight) in KINDS.items()})
+    assert spent == pytest.approx({kind: weight for kind, (_, weight) in KINDS.items() if kind != "copies"})  # has no score here
     assert FAMILIES == pytest.approx({f: sum(w for family, w in KINDS.values() if family == f) for f in FAMILIES})
     assert sum(FAMILIES.values()) == pytest.approx(1)
 
@@ -282,3 +282,46 @@ def test_restart_forgets_everything(healthy, draw):
     feed(fresh, seen)
     feed(used, seen)
     assert used.crossed is None and not used.named.any() and np.array_equal(used.evidence, fresh.evidence)
+
+
+def test_copies_are_the_lower_tail_of_the_nearest_training_sample(healthy, make_bundle):
+    """1 % exact copies are found and named; samples that are merely near the training data are no copies."""
+    certificate, rng = healthy.certificate, np.random.default_rng(4)
+    found = EDetector(certificate, healthy.reference, healthy.card.modes, threshold=1e6, scores=("distance", NEAREST_TRAIN))
+    spent = dict(zip(found.groups, found._weights.sum(axis=0), strict=False))
+    assert spent["copies"] == pytest.approx(KINDS["copies"][1]) and spent["lower"] == pytest.approx(KINDS["lower"][1])
+    usual = certificate.upper_threshold[:, 0]  # the medians
+    for nearest, named in ((0.0, True), (float(certificate.lower_threshold[1, 5]) - 1e-6, False)):
+        found.restart()
+        scores = np.tile(usual, (3000, 1)) * rng.uniform(0.9, 1.1, (3000, 2))
+        scores[rng.random(3000) < 0.01, 1] = nearest
+        assert ("copies" in evidence_named(found, scores)) == named
+    small = make_bundle(count=4096).certificate  # knows no tail so deep
+    assert np.isfinite(EDetector(small, healthy.reference, healthy.card.modes, threshold=1e6, scores=("distance", NEAREST_TRAIN)).evidence).all()
+
+
+def evidence_named(found: EDetector, scores: np.ndarray) -> set[str]:
+    """The groups whose own evidence reaches the threshold on scores beside which all else is ordinary."""
+    n, rng = len(scores), np.random.default_rng(5)
+    features = rng.standard_normal((n, 2)) * 0.1 + found._moments._certificate.white_centre
+    path = found.trace(scores, features, rng.integers(10, size=n), np.arange(n))
+    return {group for group, most in zip(found.groups, path.max(axis=0), strict=True) if most >= found.threshold}
+
+
+@pytest.mark.parametrize("off_manifold", [0.043, 0.049, 0.15])  # as the recipes of grid and digits are certified, and far worse
+def test_quality_is_silent_while_fakes_are_few(healthy, off_manifold):
+    """Null B is about the real data alone; its bets lose on every law within the bound, so their evidence stays near what one sample brings."""
+    rng, peaks = np.random.default_rng(6), []
+    for _ in range(20):
+        bets = Modes(healthy.certificate, healthy.reference, healthy.card.modes)
+        share = np.append(np.full(10, (1 - off_manifold) / 10), off_manifold)
+        peaks.append(bets.path(rng.choice(11, 5000, p=share))[:, -1].max())
+    assert max(peaks) < 10
+
+
+def test_quality_finds_half_of_all_samples_to_be_fakes_whatever_was_certified(make_bundle):
+    bundle, rng = make_bundle(fakes=0.5, honest=True), np.random.default_rng(7)
+    bets = Modes(bundle.certificate, bundle.reference, bundle.card.modes)
+    share = bundle.certificate.cell_count / bundle.certificate.count
+    evidence = bets.path(rng.choice(11, 3000, p=share))[:, -1]
+    assert 0.45 < share[-1] < 0.55 and (evidence >= 2.6e9).argmax() in range(100, 2500)

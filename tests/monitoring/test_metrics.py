@@ -158,7 +158,7 @@ def test_the_values_are_those_of_the_monitor(watch: Watch) -> None:
 def test_every_verdict_is_there_before_it_is_needed(watch: Watch) -> None:
     scraped = Scraped(watch, START)
     active = {s.labels["verdict"]: s.value for s in scraped.samples if s.name == "ganwatch_alarm_active"}
-    assert active == {verdict: float(verdict == "mode_dropping") for verdict in ALARMS} and len(active) == 7
+    assert active == {verdict: float(verdict == "mode_dropping") for verdict in ALARMS} and len(active) == 8
     assert (
         scraped("ganwatch_alarms_total", verdict="mode_dropping") == 1 and scraped("ganwatch_alarms_total", verdict="drift") == 0
     )
