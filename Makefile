@@ -8,7 +8,7 @@ ifneq ($(shell uname -sm),Linux x86_64)
 $(warning ganwatch runs on x86-64 Linux: HAProxy and onnxruntime-gpu come as wheels for nothing else; this is $(shell uname -sm))
 endif
 
-.PHONY: demo test test-fast tritonclient theory bench-training bench-serving bench-monitoring clean
+.PHONY: demo test test-fast tritonclient reference-values theory bench-training bench-serving bench-monitoring clean
 
 $(READY): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"ganwatch needs Python 3.11 or newer; {sys.executable} is {v.major}.{v.minor}. Name another one: make PYTHON=python3.12")'
@@ -36,6 +36,21 @@ test: $(READY) $(TRITONCLIENT)
 
 test-fast: $(READY)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not e2e"
+
+# torch-fidelity's numbers, with which the tests compare ours. It needs torchvision, which needs another torch: a venv of 5.5 GB.
+REFERENCE := .venv/reference/bin/python
+
+.venv/reference/.ready: $(READY)
+	@echo "installing torch-fidelity with a torch of its own into .venv/reference/ (5.5 GB, once)"
+	@$(BIN)/python -m venv --clear .venv/reference
+	@.venv/reference/bin/pip install --quiet --disable-pip-version-check torch==2.14.1 torchvision==0.29.1 torch-fidelity==0.4.0 \
+		numpy==2.4.6 scipy==1.17.1 scikit-learn==1.9.1 onnx==1.23.2 onnxruntime==1.32.0 jaxtyping==0.3.11
+	@touch $@
+
+reference-values: .venv/reference/.ready
+	@rm -rf build/reference
+	@GANWATCH_HOME=$(CURDIR)/build/reference $(BIN)/python training/train.py --dataset digits --seed 1
+	@$(REFERENCE) tests/training/reference_values.py build/reference/registry/digits/v1
 
 # The theory that the product rests on, measured and drawn: minutes on a CPU.
 theory: $(READY)
