@@ -79,8 +79,8 @@ class Config:
     """Critic steps that the generator looks ahead; 0 = off."""
     augment: bool = False
     """Augment what the critic sees, real and fake (DiffAugment; images only)."""
-    network: str = "perceptron"
-    """perceptron, dcgan, resnet (images), or package.module:NAME of a training.networks.Family of your own."""
+    network: str | None = None
+    """perceptron, dcgan, resnet (images), or package.module:NAME of a training.networks.Family of your own; by default the recipe's."""
     width: int | None = None
     """Units of a hidden layer, or channels at the coarsest size of an image; by default the recipe's."""
     learning_rate: float | None = None
@@ -110,7 +110,7 @@ class Config:
             equal = critical_gamma(OBJECTIVES[self.objective], PENALTIES[self.penalty])
             equal /= critical_gamma(OBJECTIVES["relativistic"], PENALTIES["r1r2"])
             changed["gamma"] = (recipe.gamma[0] * equal, recipe.gamma[1] * equal)
-        changed |= {name: value for name in ("noise", "width") if (value := getattr(self, name)) is not None}
+        changed |= {name: value for name in ("noise", "width", "network") if (value := getattr(self, name)) is not None}
         return replace(recipe, **changed)
 
 
@@ -157,7 +157,7 @@ def check(config: Config) -> None:
     for reason in conflicts(config):
         raise InputError(reason)
     try:
-        family(config.network)
+        family(config.recipe.network)
     except ValueError as error:
         raise InputError(f"--network: {error}") from None
     if config.device == "cuda" and torch.version.cuda is None:
@@ -199,6 +199,6 @@ def conflicts(config: Config) -> list[str]:
 
 def check_shape(config: Config, dataset: Dataset) -> None:
     """Raise InputError where a wish needs images and the data are vectors."""
-    wishes = {"--augment": config.augment, f"--network {config.network}": family(config.network).images_only}
+    wishes = {"--augment": config.augment, f"--network {config.recipe.network}": family(config.recipe.network).images_only}
     for wish in (wish for wish, set_ in wishes.items() if set_ and not dataset.is_image):
         raise InputError(f"{wish} needs images, and {dataset.name} has vectors of {dataset.dim} numbers")

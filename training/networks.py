@@ -15,10 +15,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, leaky_relu, one_hot
+from torch.nn.functional import interpolate, leaky_relu, one_hot, pixel_shuffle
 
 SLOPE = 0.2
 COARSEST = 4  # images are halved until a side is odd or no larger than this
+PATCH = 2  # of these halvings are done at once, by taking 4 x 4 pixels as channels
+MIXED = 2  # convolutions at the coarsest size besides those that change it
 
 
 class Generator(nn.Module):
@@ -53,13 +55,13 @@ class Critic(nn.Module):
         self.dim, self.classes = dim, classes
         self.register_buffer("frequencies", fourier_scale * torch.randn(dim, fourier))
         self.hidden = _hidden(dim + 2 * fourier + classes, width)
-        self.head = _linear(width, 1, gain=1.0)
+        self.head = Judge(width)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         h = self.lift(x, y)
         for layer in self.hidden:
             h = leaky_relu(layer(h), SLOPE)
-        return self.head(h)[:, 0]
+        return self.head(h)
 
     def lift(self, x: Tensor, y: Tensor | None) -> Tensor:
         phase = x @ self.frequencies
@@ -82,54 +84,65 @@ class Critic(nn.Module):
 
 
 class ConvGenerator(nn.Module):
-    """z [n, z] and, where there are classes, y [n] -> image rows [n, h * w * c]: transposed convolutions (Radford et al. 2016).
+    """z [n, z] and, where there are classes, y [n] -> image rows [n, h * w * c].
 
-    `width` channels at the coarsest size, half as many after each doubling, never fewer than 8.
+    DCGAN (Radford et al. 2016) in the form in which processors are fastest: `width` channels and three 3 x 3 convolutions at the
+    coarsest size, each doubling to a finer one by a pixel shuffle (Shi et al. 2016), which makes a convolution a transposed one
+    of stride 2. The last two doublings are one shuffle of 4 x 4 pixels.
     """
 
     def __init__(self, latent: int, shape: tuple[int, ...], *, width: int, classes: int, bounded: bool) -> None:
         super().__init__()
         self.classes, self.bounded, halvings = classes, bounded, _halvings(shape)
-        height, side, channels = shape
-        self.start = (max(8, width), height >> halvings, side >> halvings)
-        widths = [max(8, width >> k) for k in range(halvings + 1)]
+        self.block, widths = 2 ** min(PATCH, halvings), [max(8, width >> k) for k in range(max(0, halvings - PATCH) + 1)]
+        self.start = (shape[0] >> halvings, shape[1] >> halvings, widths[0])
         self.project = _linear(latent + classes, math.prod(self.start), gain=1.0)
-        self.grow = nn.ModuleList(
-            # with a stride of 2 each output pixel sees a quarter of the 4 x 4 kernel
-            _initialised(nn.ConvTranspose2d(a, b, 4, stride=2, padding=1), fan_in=4 * a)
-            for a, b in zip(widths, widths[1:], strict=False)
-        )
-        self.head = _initialised(nn.Conv2d(widths[-1], channels, 3, padding=1), gain=1.0)
+        self.mix = nn.ModuleList(_initialised(nn.Conv2d(widths[0], widths[0], 3, padding=1)) for _ in range(MIXED))
+        self.grow = nn.ModuleList(_initialised(nn.Conv2d(a, 4 * b, 3, padding=1)) for a, b in zip(widths, widths[1:], strict=False))
+        self.head = _initialised(nn.Conv2d(widths[-1], self.block**2 * shape[2], 3, padding=1), gain=1.0)
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
-        h = self.project(_with_class(z, y, self.classes)).unflatten(1, self.start)
-        for layer in self.grow:
+        h = self.project(_with_class(z, y, self.classes)).unflatten(1, self.start).permute(0, 3, 1, 2)
+        for layer in self.mix:
             h = layer(leaky_relu(h, SLOPE))
-        x = self.head(leaky_relu(h, SLOPE)).permute(0, 2, 3, 1).flatten(1)
+        for layer in self.grow:
+            h = pixel_shuffle(layer(leaky_relu(h, SLOPE)), 2)
+        x = pixel_shuffle(self.head(leaky_relu(h, SLOPE)), self.block).permute(0, 2, 3, 1).flatten(1)
         return torch.tanh(x) if self.bounded else x
 
 
 class ConvCritic(nn.Module):
-    """Image rows [n, m * h * w * c] and, where there are classes, y [n] -> logit [n]: strided convolutions (Radford et al. 2016).
+    """Image rows [n, m * h * w * c] and, where there are classes, y [n] -> logit [n]: the mirror image of ConvGenerator.
 
-    m packed images are channels of one. Classes enter by projection (Miyato and Koyama 2018).
+    It first sees blocks of pixels, those of m packed images, as channels; further halvings are strided convolutions. Classes
+    enter by projection (Miyato and Koyama 2018). As in Critic, `lift` is what the first layer sees.
     """
 
     def __init__(self, shape: tuple[int, ...], *, width: int, classes: int, packing: int) -> None:
         super().__init__()
         halvings = _halvings(shape)
-        self.look = Look(shape, packing)
-        widths = [max(8, width >> k) for k in reversed(range(halvings + 1))]
+        self.look = Look(shape, packing, block=2 ** min(PATCH, halvings))
+        widths = [max(8, width >> k) for k in reversed(range(max(0, halvings - PATCH) + 1))]
         first = _initialised(nn.Conv2d(self.look.channels, widths[0], 3, padding=1))
         shrink = (_initialised(nn.Conv2d(a, b, 4, stride=2, padding=1)) for a, b in zip(widths, widths[1:], strict=False))
-        self.layers = nn.ModuleList([first, *shrink])
+        mix = (_initialised(nn.Conv2d(widths[-1], widths[-1], 3, padding=1)) for _ in range(MIXED))
+        self.hidden = nn.ModuleList([first, *shrink, *mix])
         self.head = Judge(widths[-1] * (shape[0] >> halvings) * (shape[1] >> halvings), classes)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        h = self.look(x)
-        for layer in self.layers:
+        h = self.lift(x, y)
+        for layer in self.hidden:
             h = leaky_relu(layer(h), SLOPE)
-        return self.head(h.flatten(1), y)
+        return self.head(h, y)
+
+    def lift(self, x: Tensor, y: Tensor | None) -> Tensor:
+        return self.look(x)
+
+    def push_forward(self, x: Tensor, tangent: Tensor) -> Tensor:
+        return self.look(tangent)
+
+    def pull_back(self, x: Tensor, cotangent: Tensor) -> Tensor:
+        return self.look.back(cotangent)
 
 
 class ResidualGenerator(nn.Module):
@@ -177,7 +190,7 @@ class ResidualCritic(nn.Module):
         h = self.stages[0](self.first(self.look(x)))
         for change, stage in zip(self.change, self.stages[1:], strict=True):
             h = stage(change(interpolate(h, scale_factor=0.5, mode="bilinear", align_corners=False)))
-        return self.head(self.basis(h).flatten(1), y)
+        return self.head(self.basis(h), y)
 
 
 class ResidualBlock(nn.Module):
@@ -199,29 +212,46 @@ class ResidualBlock(nn.Module):
 
 
 class Look(nn.Module):
-    """Rows of m packed images, channels last -> [n, m * c, h, w]."""
+    """Rows of m packed images, channels last -> [n, m * b * b * c, h / b, w / b]: blocks of b x b pixels become channels."""
 
-    def __init__(self, shape: tuple[int, ...], packing: int) -> None:
+    def __init__(self, shape: tuple[int, ...], packing: int, block: int = 1) -> None:
         super().__init__()
-        self.rows, self.channels = (packing, *shape), packing * shape[2]
+        height, width, channels = shape
+        self.rows = (packing, height // block, block, width // block, block, channels)
+        self.seen = (height // block, width // block, packing, block, block, channels)
+        self.channels = packing * block**2 * channels
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.unflatten(1, self.rows).permute(0, 1, 4, 2, 3).flatten(1, 2)
+        # laid out with channels last, which convolutions on processors are faster with
+        return x.unflatten(1, self.rows).permute(0, 2, 4, 1, 3, 5, 6).flatten(3).permute(0, 3, 1, 2)
+
+    def back(self, h: Tensor) -> Tensor:
+        """The inverse, which is the transpose too: pixels only change their places."""
+        return h.permute(0, 2, 3, 1).unflatten(3, self.seen[2:]).permute(0, 3, 1, 4, 2, 5, 6).flatten(1)
 
 
 class Judge(nn.Module):
-    """Features [n, f] -> logit [n], plus their product with a vector of the class where there are classes."""
+    """Features [n, f] or [n, c, h, w] -> logit [n], plus their product with a vector of the class where there are classes."""
 
-    def __init__(self, features: int, classes: int) -> None:
+    def __init__(self, features: int, classes: int = 0) -> None:
         super().__init__()
         self.score = _linear(features, 1, gain=1.0)
         self.of_class = nn.Embedding(classes, features) if classes else None
         if self.of_class is not None:
             nn.init.normal_(self.of_class.weight, std=1 / math.sqrt(features))
 
-    def forward(self, h: Tensor, y: Tensor | None) -> Tensor:
+    def forward(self, h: Tensor, y: Tensor | None = None) -> Tensor:
+        h = self.flat(h)
         logit = self.score(h)[:, 0]
-        return logit if y is None else logit + (self.of_class(y) * h).sum(dim=1)
+        return logit if self.of_class is None else logit + (self.of_class(y) * h).sum(dim=1)
+
+    def flat(self, h: Tensor) -> Tensor:
+        return h.movedim(1, -1).flatten(1)
+
+    def slope(self, h: Tensor, y: Tensor | None) -> Tensor:
+        """The gradient of the logits by h, in its shape."""
+        row = self.score.weight if self.of_class is None else self.score.weight + self.of_class(y)
+        return row.expand(len(h), -1).view(h.movedim(1, -1).shape).movedim(-1, 1)
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,18 @@ class Recipe:
     signs: int  # latent coordinates of +-1: they make the jumps between separate modes
     normals: int  # latent coordinates of N(0, scale^2)
     scale: float
-    width: int  # of both hidden layers, in both networks
+    width: int  # of the hidden layers of both networks; of convolutional ones: channels at the coarsest size
     fourier: int  # random directions in the critic's input; 0 = none
     learning_rate: tuple[float, float]  # first and last step
     gamma: tuple[float, float]  # weight of R1 + R2, first and last step
     noise: float  # standard deviation added to the critic's inputs, real and fake; 0 = none
     batch: int = 128  # over all workers
     hold: float = 0.0  # share of the run that keeps the first learning rate
+    network: str = "perceptron"  # one of networks.FAMILIES
 
 
 PLANE = Recipe(5000, 10, 2, 1.0, 128, 32, (4e-3, 1.2e-5), (1.0, 1e-4), 0.0)
-IMAGES = Recipe(8000, 48, 16, 0.5, 256, 0, (2e-3, 2e-5), (1.0, 0.1), 0.02, hold=0.4)
+IMAGES = Recipe(8000, 48, 16, 0.5, 256, 0, (2e-3, 2e-5), (1.0, 0.1), 0.02, hold=0.5)
 RECIPES = {
     "ring": PLANE,
     "grid": PLANE,

@@ -115,7 +115,7 @@ def build(config: Config, dataset: Dataset) -> tuple[SignGaussian, torch.nn.Modu
     recipe, classes = config.recipe, len(dataset.classes) if config.conditional else 0
     torch.manual_seed(config.seed)
     latent = SignGaussian(recipe.signs, recipe.normals, recipe.scale)
-    how, nets = {"width": recipe.width, "classes": classes}, family(config.network)
+    how, nets = {"width": recipe.width, "classes": classes}, family(recipe.network)
     generator = nets.generator(latent.dim, dataset.shape, bounded=dataset.is_image, **how)
     critic = nets.critic(dataset.shape, packing=config.packing, fourier=recipe.fourier, **how)
     if config.spectral_norm:

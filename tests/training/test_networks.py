@@ -6,7 +6,7 @@ import torch
 
 from training.data import DATASETS, Dataset
 from training.export import Served, export_onnx
-from training.networks import FAMILIES, Critic, Generator, family
+from training.networks import FAMILIES, Critic, Generator, Look, family
 
 SHAPES = [(8, 8, 1), (28, 28, 1), (12, 20, 3)]
 
@@ -63,11 +63,20 @@ def test_scales_stay_sane_at_the_start(name):
 
 
 def test_packed_images_are_channels():
-    critic = FAMILIES["dcgan"].critic((8, 8, 3), width=8, classes=0, packing=2, fourier=0)
+    critic = FAMILIES["resnet"].critic((8, 8, 3), width=8, classes=0, packing=2, fourier=0)
     x = torch.arange(2 * 2 * 8 * 8 * 3.0).reshape(2, -1)
     seen = critic.look(x)
     assert seen.shape == (2, 6, 8, 8)
     torch.testing.assert_close(seen[1, 3:].permute(1, 2, 0), x[1].reshape(2, 8, 8, 3)[1])
+
+
+def test_blocks_of_pixels_are_channels_and_go_back():
+    look = Look((8, 12, 3), packing=2, block=4)
+    x = torch.arange(2 * 2 * 8 * 12 * 3.0).reshape(2, -1)
+    seen = look(x)
+    assert seen.shape == (2, 96, 2, 3) and seen.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(seen[1, 48:, 1, 2].reshape(4, 4, 3), x[1].reshape(2, 8, 12, 3)[1, 4:, 8:])
+    torch.testing.assert_close(look.back(seen), x)
 
 
 @pytest.mark.slow
