@@ -16,11 +16,9 @@ Blind to whatever leaves mean and size of y as they were, and to shrinkage. Know
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float64
 from numpy import ndarray
 
 from training.bundle import Certificate
@@ -62,36 +60,10 @@ def moment_bounds(certificate: Certificate) -> MomentBounds:
 class Moments:
     """The bets above, one at each rate. Without certified moments there is none."""
 
-    def __init__(self, certificate: Certificate, *, chunk: int) -> None:
-        """chunk: most samples to a call of `payoffs`."""
-        self._certificate = certificate
-        rates, self.parts = (np.array(list(part if certificate.white_mean.size else ())) for part in (RATES, RATES.values()))
+    def __init__(self, certificate: Certificate) -> None:
+        rates = RATES if certificate.white_mean.size else {}
+        self.rates, self.parts = np.array(list(rates)), np.array(list(rates.values()))
         self.kinds = ("moved",) * len(rates)
-        if not self.kinds:
-            return
-        self._bounds = moment_bounds(certificate)
-        self._variance = (rates / (2 - rates))[:, None]
-        age = np.arange(chunk + 1)[:, None] - np.arange(chunk) - 1
-        self._kept = (1 - rates[:, None]) ** np.arange(chunk + 1)  # [rate, age]
-        self._weight = np.where(age >= 0, rates[:, None, None] * self._kept[:, np.maximum(age, 0)], 0.0)  # [rate, now, before]
-        self._mean = np.zeros((len(rates), certificate.white_mean.size))
-
-    def payoffs(self, features: Float[ndarray, "n p"]) -> Float64[ndarray, "n b"]:
-        """For at most `chunk` samples, which then belong to the past."""
-        n = len(features)
-        if not self.kinds:
-            return np.empty((n, 0))
-        y = self._certificate.white(features) - self._certificate.white_mean
-        means = self._kept[:, : n + 1, None] * self._mean[:, None] + self._weight[:, : n + 1, :n] @ y  # before each, and now
-        self._mean, m = means[:, -1], means[:, :-1]
-        along, squares = (m * y).sum(axis=2), (m * m).sum(axis=2)
-        numerator = (1 + along / 2) ** 2 + self._variance / 4 * (y * y).sum(axis=1)
-        e, s, size = self._bounds
-        return (numerator / (1 + e * np.sqrt(squares) + (s * squares + self._variance * size) / 4)).T
-
-    def state(self) -> dict[str, Any]:
-        return {"mean": self._mean} if self.kinds else {}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        if self.kinds:
-            self._mean = np.array(state["mean"])
+        self.bounds = moment_bounds(certificate) if rates else MomentBounds(0.0, 0.0, 0.0)
+        self.centre, self.map = certificate.white_centre, np.ascontiguousarray(certificate.white_map)
+        self.radius, self.mean = float(certificate.white_radius), certificate.white_mean

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import MISSING, fields, replace
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from monitoring import kernel
 from monitoring.bulk import RATES, Moments, moment_bounds
 from training.bundle import Certificate, whiten, whitening
 
@@ -29,6 +29,21 @@ def certify(rng: np.random.Generator, count: int, draw=skewed, white=None) -> Ce
         count, 0.01, np.array([count, 0]), np.array([0.5]), tails, one[None], tails, one[None], 0, 0, np.zeros(WIDTH), np.eye(WIDTH), one, one,
         np.zeros((1, WIDTH)), *white, y.mean(axis=0), y.T @ y / count,
     )  # fmt: skip
+
+
+class Moved:
+    """The bets by themselves, as the compiled pass pays them."""
+
+    def __init__(self, certificate: Certificate) -> None:
+        self.bets = Moments(certificate)
+        self.mean = np.zeros((len(self.bets.rates), len(self.bets.mean)))
+
+    def payoffs(self, x: np.ndarray) -> np.ndarray:
+        bets, found, y = self.bets, np.empty((len(x), len(self.bets.rates))), np.empty(len(self.bets.mean))
+        for row, payoffs in zip(np.asarray(x, np.float64), found, strict=True):
+            kernel.whitened(y, row, bets.centre, bets.map, bets.radius, bets.mean)
+            kernel.moved(payoffs, y, self.mean, bets.rates, np.array(bets.bounds))
+        return found
 
 
 def test_no_white_row_is_longer_than_its_radius_and_idle_directions_are_left_out():
@@ -61,31 +76,28 @@ def test_the_bounds_hold_and_are_not_absurd():
 def test_a_bet_is_fair_whatever_the_past_for_every_law_with_such_moments(past, seed):
     """E[L | past] in closed form over a law on a few points, moved and scaled to the very edge of what the bounds allow."""
     rng = np.random.default_rng(seed)
-    bets = Moments(certify(np.random.default_rng(2), 3000), chunk=1)
-    e, s, size = bets._bounds
+    bets = Moved(certify(np.random.default_rng(2), 3000))
+    e, s, size = bets.bets.bounds
     p, points = rng.dirichlet(np.ones(8)), rng.standard_normal((8, WIDTH))
     points -= p @ points
     second = (points * p[:, None]).T @ points
     points *= np.sqrt(min((s - e**2) / np.linalg.eigvalsh(second)[-1], (size - e**2) / np.trace(second)))
     direction = rng.standard_normal(WIDTH)
     points += e * direction / np.linalg.norm(direction)
-    bets._mean = np.tile(past, (len(RATES), 1))
-    state, certificate, expected = copy.deepcopy(bets.state()), bets._certificate, np.zeros(len(RATES))
-    object.__setattr__(certificate, "white_map", np.eye(WIDTH))
-    object.__setattr__(certificate, "white_centre", -certificate.white_mean)
-    object.__setattr__(certificate, "white_radius", 1e6)  # such that white(x) - mean = x
+    bets.bets.map, bets.bets.centre, bets.bets.radius = np.eye(WIDTH), -bets.bets.mean, 1e6  # such that y = x
+    expected = np.zeros(len(RATES))
     for chance, point in zip(p, points, strict=True):
-        bets.restore(state)
+        bets.mean = np.tile(past, (len(RATES), 1))
         expected += chance * bets.payoffs(point[None])[0]
     assert (expected <= 1 + 1e-9).all()
 
 
-def test_batches_come_to_what_samples_come_to():
+def test_what_is_whitened_here_is_what_was_certified():
     rng = np.random.default_rng(3)
-    certificate, x = certify(rng, 20_000), skewed(rng, 50)
-    whole, single = Moments(certificate, chunk=64), Moments(certificate, chunk=64)
-    np.testing.assert_allclose(whole.payoffs(x), np.concatenate([single.payoffs(row[None]) for row in x]), rtol=1e-10)
-    np.testing.assert_allclose(whole.state()["mean"], single.state()["mean"], rtol=1e-10)
+    certificate, x, y = certify(rng, 20_000), 2 * skewed(rng, 500), np.empty((500, WIDTH))
+    for row, out in zip(x, y, strict=True):
+        kernel.whitened(out, row, certificate.white_centre, certificate.white_map, certificate.white_radius, certificate.white_mean)
+    np.testing.assert_allclose(y, certificate.white(x) - certificate.white_mean, rtol=1e-9, atol=1e-12)
 
 
 def test_fair_to_somebody_who_stops_when_it_pays():
@@ -93,7 +105,7 @@ def test_fair_to_somebody_who_stops_when_it_pays():
     rng, runs, length = np.random.default_rng(4), 400, 200
     certificate, r, time = certify(rng, 200_000), [], []
     for _ in range(runs):
-        payoffs = Moments(certificate, chunk=length).payoffs(skewed(rng, length))
+        payoffs = Moved(certificate).payoffs(skewed(rng, length))
         evidence = np.zeros(len(RATES))
         for t, row in enumerate(payoffs, start=1):
             evidence = (1 + evidence) * row
@@ -111,7 +123,7 @@ def test_it_grows_where_features_move_and_nowhere_else():
     certificate = certify(rng, 200_000, draw=normal)
     growth = {}
     for name, x in {"same": normal(rng, 4000), "moved": normal(rng, 4000) + 0.5, "shrunk": 0.8 * normal(rng, 4000)}.items():
-        bets = Moments(certificate, chunk=4000)
+        bets = Moved(certificate)
         growth[name] = np.log(bets.payoffs(x)[200:]).mean(axis=0)
     assert (growth["same"] < 0).all() and (growth["shrunk"] < 0).all()
     assert (growth["moved"] > 0.6 * WIDTH * 0.5**2 / 2).all()  # of log-likelihood ratio's |shift|^2 / 2
@@ -121,5 +133,5 @@ def test_without_certified_moments_there_is_no_bet():
     certificate = certify(np.random.default_rng(6), 100)
     blank = {f.name: f.default_factory() for f in fields(Certificate) if f.default_factory is not MISSING}
     certificate = replace(certificate, **blank)
-    bets = Moments(certificate, chunk=8)
-    assert bets.kinds == () and bets.payoffs(np.zeros((5, WIDTH))).shape == (5, 0) and bets.state() == {}
+    bets = Moved(certificate)
+    assert bets.bets.kinds == () and bets.payoffs(np.zeros((5, WIDTH))).shape == (5, 0)

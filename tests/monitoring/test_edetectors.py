@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +13,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.special import ndtri
 
-from monitoring.edetectors import CHUNK, FAMILIES, KINDS, TILTS, Cells, Duplicates, EDetector, Modes, Scores, Shares, mode_bounds, tail_levels, tilted
+from monitoring import kernel
+from monitoring.edetectors import FAMILIES, KINDS, TILTS, Cells, Duplicates, EDetector, Modes, Scores, mode_bounds, tail_levels, tilted
 from monitoring.features import Eye, Seen
-from training.bundle import DUPLICATE_BLOCK, NEAREST_TRAIN, Certificate
+from training.bundle import DUPLICATE_BLOCK, NEAREST_TRAIN, Certificate, Reference
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from oracle import Oracle  # noqa: E402
 
 
 @pytest.fixture
@@ -26,9 +32,18 @@ def detector(bundle, threshold=2.6e9) -> EDetector:
     return EDetector(bundle.certificate, bundle.reference, bundle.card.modes, threshold=threshold)
 
 
-def feed(found: EDetector, seen: Seen, start=0, stop=None) -> None:
+def feed(found: EDetector, seen: Seen, start=0, stop=None) -> np.ndarray:
     part = slice(start, stop)
-    found.update(seen.scores[part], seen.features[part], seen.cells[part], seen.samples[part], index=start)
+    return found.update(seen.scores[part], seen.features[part], seen.cells[part], seen.samples[part], index=start)
+
+
+def trace(found: EDetector, *arrays: np.ndarray) -> np.ndarray:
+    """The evidence of each group after each sample."""
+    path = []
+    for i in range(len(arrays[0])):
+        found.update(*(a[i : i + 1] for a in arrays), index=i)
+        path.append(found.evidence)
+    return np.array(path)
 
 
 @given(st.floats(1e-6, 0.999), st.floats(0, 0.999), st.floats(0, 1))
@@ -58,7 +73,8 @@ def test_bets_on_scores_are_fair_under_the_certificate_and_hardly_less(healthy):
     middles = np.sort(np.concatenate([certificate.lower_threshold[:, usable], certificate.upper_threshold[:, usable]], axis=1))
     scores = np.concatenate([middles[:, :1] - 1, (middles[:, 1:] + middles[:, :-1]) / 2, middles[:, -1:] + 1], axis=1)
     beyond = np.concatenate([n - certificate.lower_hits[:, usable][:, ::-1], certificate.upper_hits[:, usable]], axis=1) / n
-    payoffs = bets.payoffs(scores.T).reshape(len(scores.T), len(scores), -1)
+    payoffs = bets.table.transpose(1, 0, 2)  # [bin, score, bet]
+    assert all((e.searchsorted(x) == np.arange(len(x))).all() for e, x in zip(bets.edges, scores, strict=True))
     means = [-np.diff(row, prepend=1.0, append=0.0) @ payoffs[:, s] for s, row in enumerate(beyond)]
     allowed = bets.allowed.reshape(len(means), -1)
     for mean, real in zip(means, allowed, strict=True):
@@ -84,27 +100,33 @@ def small() -> Certificate:
     )  # fmt: skip
 
 
-@given(st.lists(st.integers(0, 10), min_size=1, max_size=CHUNK))
+@given(st.lists(st.integers(0, 10), min_size=1, max_size=64))
 @settings(max_examples=50, deadline=None)
 def test_bets_on_shares_are_fair_whatever_the_past(small, past):
-    bets = Shares(small)
-    bets.payoffs(np.array(past))
-    state = copy.deepcopy(bets.state())
-    payoffs = np.empty((11, 2))
+    names = tuple(map(str, range(10)))
+    found = EDetector(small, Reference(1, np.full(11, 1 / 11), np.zeros(0), np.zeros((0, 0)), *np.zeros((2, 0, 0), np.float32)), names, threshold=1e9)
+    blank = lambda n: np.zeros((n, 1))  # noqa: E731
+    found.update(blank(len(past)), np.zeros((len(past), 0)), np.array(past), blank(len(past)), index=0)
+    state, payoffs = found.state(), np.empty((11, 2))
+    state["r"][:] = 0  # so that R is L after the next sample
     for cell in range(11):
-        bets.restore(state)
-        payoffs[cell] = bets.payoffs(np.array([cell]))
+        found.restore(state)
+        found.update(blank(1), np.zeros((1, 0)), np.array([cell]), blank(1), index=0)
+        payoffs[cell] = found.state()["r"][-2:]
     assert (small.upper(small.cell_count, small.count) @ payoffs).tolist() == pytest.approx([1, 1])  # so E[L] <= 1 for all q below
     assert (small.cell_count / small.count @ payoffs > 0.9).all()
 
 
 def test_the_budget_is_spent_once(healthy):
     found = detector(healthy)
-    spent = dict(zip(found.groups, found._weights.sum(axis=0), strict=False))
-    modes = found._modes._weights
-    spent |= {"drop": modes[0][:, :2].sum(), "inflate": modes[0][:, 2:].sum(), "quality": modes[1].sum()}
-    spent["duplicates"] = Duplicates(healthy.certificate)._weights.sum()
-    assert spent == pytest.approx({kind: weight for kind, (_, weight) in KINDS.items() if kind != "copies"})  # has no score here
+    bets, duplicates, state = Modes(healthy.certificate, healthy.reference), Duplicates(healthy.certificate), found.state()
+    state["r"][:], state["r_modes"][0] = 1.0, bets.shares.allowed
+    state["sums"][1:3] = duplicates.weights.sum(), bets.quality_weights @ bets.quality.allowed.sum(axis=1)
+    found.restore(state)
+    spent = dict.fromkeys(KINDS, 0.0)
+    for group, weight in zip(found.groups, found.evidence, strict=True):
+        spent[group.partition(":")[0]] += weight
+    assert spent == pytest.approx({kind: weight for kind, (_, weight) in KINDS.items() if kind != "copies"} | {"copies": 0.0})  # no score here is on them
     assert FAMILIES == pytest.approx({f: sum(w for family, w in KINDS.values() if family == f) for f in FAMILIES})
     assert sum(FAMILIES.values()) == pytest.approx(1)
 
@@ -114,65 +136,37 @@ def test_bets_on_modes_are_on_the_right_side_of_their_bounds(healthy):
     on_manifold = certificate.cell_count[:-1] / certificate.cell_count[:-1].sum()
     low, high = mode_bounds(certificate)
     assert (low < on_manifold).all() and (on_manifold < high).all()
-    bets = Modes(certificate, healthy.reference, healthy.card.modes)
-    assert (bets._shares.hit < 1).sum(axis=1).tolist() == [2] * 10  # drop; the others are inflate
-    assert (bets._quality.hit[:-1] < 1).all() and (bets._quality.hit[-1] > 1).all()
+    bets = Modes(certificate, healthy.reference)
+    assert (bets.shares.hit < 1).all(axis=1).tolist() == [True, True, False, False]  # drop, inflate
+    assert (bets.quality.hit[:, :-1] < 1).all() and (bets.quality.hit[:, -1] > 1).all()
 
 
 def test_a_mode_that_the_certificate_never_saw_has_no_drop_bet(make_bundle):
     bundle = make_bundle(lost=(3, 8), honest=True)
     found = detector(bundle)
     seen = np.zeros(500, np.int64)
-    path = found.trace(np.zeros((500, 2)), np.zeros((500, 2)), seen, np.arange(500))
-    watched = {g for g, e in zip(found.groups, path[-1], strict=True) if g.startswith("drop") and e > 0}
+    found.update(np.zeros((500, 2)), np.zeros((500, 2)), seen, np.arange(500), index=0)
+    watched = {g for g, e in zip(found.groups, found.evidence, strict=True) if g.startswith("drop") and e > 0}
     assert watched == {f"drop:{k}" for k in range(10) if k not in (3, 8)}
 
 
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=CHUNK), st.integers(1, 4))
-def test_a_chunk_of_cells_comes_to_what_its_samples_come_to(cells, start):
-    bound = np.repeat(np.array([[0.1], [0.3], [0.01], [0.2], [0.05]]), 2, axis=1)
-    chunk, single, followed = (Cells(bound, bound * [0.35, 2.0]) for _ in range(3))
-    for bets in (chunk, single, followed):
-        bets.step(np.full(start, 2))
-    path = [single.r]
-    for cell in cells:
-        single.step(np.array([cell]))
-        path.append(single.r)
-    most = chunk.step(np.array(cells))
-    np.testing.assert_allclose(followed.path(np.array(cells)), path[1:], rtol=1e-12)
-    np.testing.assert_allclose([chunk.r, followed.r], [single.r] * 2, rtol=1e-12)
-    np.testing.assert_allclose(most, np.max(path if len(cells) > 1 else path[1:], axis=0), rtol=1e-12)
-
-
-def test_agrees_with_an_oracle_in_logarithms(healthy, make_bundle, draw):
-    for samples in (draw(healthy, 700), draw(make_bundle(lost=(0,)), 700)):
-        seen = Eye(healthy).look(samples)
-        found, oracle = detector(healthy), detector(healthy)
-        feed(found, seen)
-        modes, logs = found._modes, {}
-        with np.errstate(divide="ignore"):
-            log_r = np.full(len(found._r), -np.inf)
-            log_modes = [np.full(part.r.shape, -np.inf) for part in (modes._shares, modes._quality)]
-            for i in range(len(samples)):
-                one = slice(i, i + 1)
-                parts = oracle._scores.payoffs(seen.scores[one]), oracle._moments.payoffs(seen.features[one]), oracle._shares.payoffs(seen.cells[one])
-                log_r = np.logaddexp(0, log_r) + np.log(np.concatenate(parts, axis=1)[0])
-                cell = seen.cells[i]
-                for j, part in enumerate((modes._shares, modes._quality)):
-                    if j == 0 and cell == 10:
-                        continue  # off the manifold, which is no business of these
-                    log_l = np.log(part.miss)
-                    if cell < len(part.r):
-                        log_l[cell] = np.log(part.hit[cell])
-                    log_modes[j] = np.logaddexp(0, log_modes[j]) + log_l
-            for g, weights in zip(found.groups, found._weights.T, strict=False):
-                logs[g] = np.logaddexp.reduce(np.log(weights) + log_r)
-            weighted = [np.log(w) + r for w, r in zip(modes._weights, log_modes, strict=True)]
-            logs |= {f"drop:{k}": np.logaddexp.reduce(weighted[0][k, :2]) for k in range(10)}
-            logs |= {"inflate": np.logaddexp.reduce(weighted[0][:, 2:], axis=None), "quality": np.logaddexp.reduce(weighted[1], axis=None)}
-        assert set(found.groups) - set(logs) == {"duplicates"}
-        evidence = dict(zip(found.groups, found.evidence, strict=True))
-        np.testing.assert_allclose([np.log(evidence[g]) for g in logs], list(logs.values()), rtol=1e-9)
+@pytest.mark.parametrize("fault", [{}, {"lost": (0,)}, {"grain": 1.0}, {"fakes": 0.3}])
+def test_agrees_with_the_plain_formulas_in_logarithms(healthy, make_bundle, draw, fault):
+    samples = draw(make_bundle(**fault), 700)
+    seen = Eye(healthy).look(samples)
+    found, oracle = detector(healthy, 1e300), Oracle(healthy.certificate, healthy.reference, healthy.card.modes)
+    totals, uncapped = [], np.ones(len(found.groups), bool)
+    for i in range(700):
+        totals.append(feed(found, seen, i, i + 1).item())
+        expected = oracle.feed(seen.scores[i], seen.features[i], seen.cells[i], seen.samples[i].tobytes())
+        logs = np.array([expected[g] for g in found.groups])
+        uncapped &= logs < 300
+        np.testing.assert_allclose(np.log(found.evidence)[uncapped], logs[uncapped], rtol=1e-9, atol=1e-9)
+        if uncapped.all():
+            assert np.log(totals[-1]) == pytest.approx(np.logaddexp.reduce(logs), abs=1e-9)
+    assert uncapped.sum() > 10
+    whole = detector(healthy, 1e300)
+    assert np.array_equal(feed(whole, seen), totals) and np.array_equal(whole.evidence, found.evidence)
 
 
 def test_any_split_of_a_stream_comes_to_the_same(healthy, make_bundle, draw):
@@ -189,7 +183,7 @@ def test_any_split_of_a_stream_comes_to_the_same(healthy, make_bundle, draw):
             feed(parts, seen, done, done + size)
             done = min(done + size, len(seen.cells))
         assert parts.crossed == whole.crossed and np.array_equal(parts.named, whole.named)
-        np.testing.assert_allclose(parts.evidence, whole.evidence, rtol=1e-9)
+        assert np.array_equal(parts.evidence, whole.evidence)
 
     any_split()
 
@@ -233,16 +227,25 @@ def test_run_lengths_hold_for_the_worst_law_that_the_bounds_allow(healthy):
     assert alarms > 100 and length >= 50
 
 
+def repeats(certificate: Certificate, samples: np.ndarray) -> np.ndarray:
+    """Evidence of the bets on duplicates after each sample; the compiled bets themselves."""
+    bets, block, marks, path = Duplicates(certificate), np.zeros((DUPLICATE_BLOCK, 8), np.uint8), np.zeros(2, np.int64), []
+    start, joined = np.zeros((2, len(bets.win)))
+    for row in samples[:, None].view(np.uint8):
+        path.append(kernel.repeats(row, block, marks, start, joined, bets.win, bets.lose, bets.weights))
+    return np.array(path)
+
+
 def test_duplicates_are_found_at_the_sample_that_repeats(healthy):
     certificate = healthy.certificate
     samples = np.arange(3 * DUPLICATE_BLOCK)
     samples[DUPLICATE_BLOCK + 7] = samples[DUPLICATE_BLOCK + 2]
-    path = Duplicates(certificate).update(samples)
+    path = repeats(certificate, samples)
     jump = np.flatnonzero(path[1:] > 10 * path[:-1]) + 1
     assert jump.tolist() == [DUPLICATE_BLOCK + 7]
     apart = np.arange(3 * DUPLICATE_BLOCK)
     apart[DUPLICATE_BLOCK] = apart[DUPLICATE_BLOCK - 1]  # in two blocks: not what the certificate counted
-    assert np.array_equal(Duplicates(certificate).update(apart), Duplicates(certificate).update(np.arange(3 * DUPLICATE_BLOCK)))
+    assert np.array_equal(repeats(certificate, apart), repeats(certificate, np.arange(3 * DUPLICATE_BLOCK)))
 
 
 @pytest.mark.slow
@@ -255,7 +258,7 @@ def test_duplicates_stay_fair_to_somebody_who_stops_inside_a_block(healthy):
     assert certificate.upper(certificate.duplicate_hits, blocks) > chance
     rng, evidence, time = np.random.default_rng(5), [], []
     for _ in range(runs):
-        path = Duplicates(certificate).update(rng.integers(values, size=length))
+        path = repeats(certificate, rng.integers(values, size=length))
         jumps = np.flatnonzero((path[1:] > 1.1 * path[:-1] + 1) & (np.arange(1, length) >= 2 * DUPLICATE_BLOCK))
         at = int(jumps[0]) + 1 if len(jumps) else length - 1
         evidence.append(path[at] / KINDS["duplicates"][1])
@@ -288,24 +291,33 @@ def test_copies_are_the_lower_tail_of_the_nearest_training_sample(healthy, make_
     """1 % exact copies are found and named; samples that are merely near the training data are no copies."""
     certificate, rng = healthy.certificate, np.random.default_rng(4)
     found = EDetector(certificate, healthy.reference, healthy.card.modes, threshold=1e6, scores=("distance", NEAREST_TRAIN))
-    spent = dict(zip(found.groups, found._weights.sum(axis=0), strict=False))
+    state = found.state()
+    state["r"][:] = 1.0
+    found.restore(state)
+    spent = dict(zip(found.groups, found.evidence, strict=True))
     assert spent["copies"] == pytest.approx(KINDS["copies"][1]) and spent["lower"] == pytest.approx(KINDS["lower"][1])
     usual = certificate.upper_threshold[:, 0]  # the medians
     for nearest, named in ((0.0, True), (float(certificate.lower_threshold[1, 5]) - 1e-6, False)):
         found.restart()
         scores = np.tile(usual, (3000, 1)) * rng.uniform(0.9, 1.1, (3000, 2))
         scores[rng.random(3000) < 0.01, 1] = nearest
-        assert ("copies" in evidence_named(found, scores)) == named
+        assert ("copies" in evidence_named(found, scores, certificate.white_centre)) == named
     small = make_bundle(count=4096).certificate  # knows no tail so deep
     assert np.isfinite(EDetector(small, healthy.reference, healthy.card.modes, threshold=1e6, scores=("distance", NEAREST_TRAIN)).evidence).all()
 
 
-def evidence_named(found: EDetector, scores: np.ndarray) -> set[str]:
+def evidence_named(found: EDetector, scores: np.ndarray, centre: np.ndarray) -> set[str]:
     """The groups whose own evidence reaches the threshold on scores beside which all else is ordinary."""
     n, rng = len(scores), np.random.default_rng(5)
-    features = rng.standard_normal((n, 2)) * 0.1 + found._moments._certificate.white_centre
-    path = found.trace(scores, features, rng.integers(10, size=n), np.arange(n))
+    features = rng.standard_normal((n, 2)) * 0.1 + centre
+    path = trace(found, scores, features, rng.integers(10, size=n), np.arange(n))
     return {group for group, most in zip(found.groups, path.max(axis=0), strict=True) if most >= found.threshold}
+
+
+def quality(bets: Modes, cells: np.ndarray) -> np.ndarray:
+    """Evidence of the bets on quality after each sample."""
+    r, part = np.zeros(bets.quality.hit.shape), (bets.quality.hit, bets.quality.miss, bets.quality_weights)
+    return np.array([kernel.cells(r, cell, *part) for cell in cells])
 
 
 @pytest.mark.parametrize("off_manifold", [0.043, 0.049, 0.15])  # as the recipes of grid and digits are certified, and far worse
@@ -313,15 +325,15 @@ def test_quality_is_silent_while_fakes_are_few(healthy, off_manifold):
     """Null B is about the real data alone; its bets lose on every law within the bound, so their evidence stays near what one sample brings."""
     rng, peaks = np.random.default_rng(6), []
     for _ in range(20):
-        bets = Modes(healthy.certificate, healthy.reference, healthy.card.modes)
+        bets = Modes(healthy.certificate, healthy.reference)
         share = np.append(np.full(10, (1 - off_manifold) / 10), off_manifold)
-        peaks.append(bets.path(rng.choice(11, 5000, p=share))[:, -1].max())
+        peaks.append(quality(bets, rng.choice(11, 5000, p=share)).max())
     assert max(peaks) < 10
 
 
 def test_quality_finds_half_of_all_samples_to_be_fakes_whatever_was_certified(make_bundle):
     bundle, rng = make_bundle(fakes=0.5, honest=True), np.random.default_rng(7)
-    bets = Modes(bundle.certificate, bundle.reference, bundle.card.modes)
+    bets = Modes(bundle.certificate, bundle.reference)
     share = bundle.certificate.cell_count / bundle.certificate.count
-    evidence = bets.path(rng.choice(11, 3000, p=share))[:, -1]
+    evidence = quality(bets, rng.choice(11, 3000, p=share))
     assert 0.45 < share[-1] < 0.55 and (evidence >= 2.6e9).argmax() in range(100, 2500)

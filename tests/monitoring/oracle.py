@@ -1,0 +1,80 @@
+"""The mixture in plain numpy and in logarithms, one sample at a time, as the formulas read: what the compiled pass must agree with."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy import ndarray
+from scipy.special import logsumexp
+
+from monitoring.bulk import Moments
+from monitoring.edetectors import DROP_BETS, KINDS, Duplicates, Modes, Scores, Shares
+from training.bundle import DUPLICATE_BLOCK, Certificate, Reference
+
+
+class Oracle:
+    """log evidence of each group after each sample: `feed` returns it, keys as in EDetector.groups."""
+
+    def __init__(self, certificate: Certificate, reference: Reference, modes: tuple[str, ...]) -> None:
+        self.certificate, self.names = certificate, modes
+        self.scores, self.moments, self.shares = Scores(certificate), Moments(certificate), Shares(certificate)
+        self.cells, self.duplicates = Modes(certificate, reference), Duplicates(certificate)
+        self.kinds = np.array(self.scores.kinds + self.moments.kinds + self.shares.kinds)
+        parts = np.concatenate([self.scores.allowed, self.moments.parts, np.ones(len(self.shares.rates))])
+        self.weights = np.array([KINDS[k][1] * part / parts[self.kinds == k].sum() for k, part in zip(self.kinds, parts, strict=True)])
+        self.log_r = np.full(len(self.kinds), -np.inf)
+        self.log_modes = np.full(self.cells.shares.hit.shape, -np.inf)
+        self.log_quality = np.full(self.cells.quality.hit.shape, -np.inf)
+        self.means = np.zeros((len(self.moments.rates), len(self.moments.mean)))
+        self.past: list[int] = []
+        self.block: list[bytes] = []
+        self.start, self.repeated = np.zeros(len(self.duplicates.win)), False
+
+    def tilts(self, scores: ndarray) -> ndarray:
+        return np.concatenate([table[np.searchsorted(edges, x)] for table, edges, x in zip(self.scores.table, self.scores.edges, scores, strict=True)])
+
+    def moved(self, x: ndarray) -> ndarray:
+        y = self.certificate.white(x[None])[0] - self.certificate.white_mean
+        e, s, size = self.moments.bounds
+        v, m = self.moments.rates / (2 - self.moments.rates), self.means
+        squares = (m**2).sum(axis=1)
+        payoffs = ((1 + m @ y / 2) ** 2 + v / 4 * (y @ y)) / (1 + e * np.sqrt(squares) + (s * squares + v * size) / 4)
+        self.means = m + self.moments.rates[:, None] * (y - m)
+        return payoffs
+
+    def recent(self, cell: int) -> ndarray:
+        payoffs = []
+        for rate in self.shares.rates:
+            kept = (1 - rate) ** np.arange(len(self.past))[::-1]
+            counted = kept[np.array(self.past) == cell].sum() if self.past else 0.0
+            payoffs.append((self.shares.prior[cell] / rate + counted) / (1 / rate + kept.sum()) / self.shares.bound[cell])
+        self.past.append(cell)
+        return np.array(payoffs)
+
+    def repeats(self, row: bytes) -> float:
+        self.repeated |= row in self.block
+        self.block.append(row)
+        r = self.start * (self.duplicates.win if self.repeated else self.duplicates.lose) + len(self.block)
+        if len(self.block) == DUPLICATE_BLOCK:
+            self.start, self.block, self.repeated = r, [], False
+        return float(r @ self.duplicates.weights)
+
+    @staticmethod
+    def _mode(log_r: ndarray, cell: int, hit: ndarray, miss: ndarray) -> ndarray:
+        payoffs = miss.copy()
+        if cell < miss.shape[1]:
+            payoffs[:, cell] = hit[:, cell]
+        return np.logaddexp(0, log_r) + np.log(payoffs)
+
+    def feed(self, scores: ndarray, x: ndarray, cell: int, row: bytes) -> dict[str, float]:
+        with np.errstate(divide="ignore"):
+            self.log_r = np.logaddexp(0, self.log_r) + np.log(np.concatenate([self.tilts(scores), self.moved(x), self.recent(cell)]))
+            if cell < len(self.names):
+                self.log_modes = self._mode(self.log_modes, cell, self.cells.shares.hit, self.cells.shares.miss)
+            self.log_quality = self._mode(self.log_quality, cell, self.cells.quality.hit, self.cells.quality.miss)
+            found = {k: logsumexp((self.log_r + np.log(self.weights))[self.kinds == k]) for k in KINDS if k in self.kinds}
+            found["duplicates"] = np.log(self.repeats(row))
+            modes = self.log_modes + np.log(self.cells.weights)[:, None]
+            found |= {f"drop:{name}": logsumexp(modes[: len(DROP_BETS), k]) for k, name in enumerate(self.names)}
+            found["inflate"] = logsumexp(modes[len(DROP_BETS) :])
+            found["quality"] = logsumexp(self.log_quality + np.log(self.cells.quality_weights)[:, None])
+        return found
