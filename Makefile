@@ -67,6 +67,7 @@ bench-serving: $(READY)
 bench-monitoring: $(READY)
 	@test -e .ganwatch/bench-venv/.ready || { $(PYTHON) -m venv --clear .ganwatch/bench-venv && .ganwatch/bench-venv/bin/pip install --quiet numpy==1.26.4 torch==2.13.0 river==0.23.0 frouros==0.9.0 alibi-detect==0.13.0 && touch .ganwatch/bench-venv/.ready; }
 	@$(BIN)/python tests/benchmarks/bench_monitoring.py $(BENCH)
+	@$(BIN)/python tests/benchmarks/bench_diagnosis.py $(BENCH)
 
 clean:
 	rm -rf .venv .ganwatch

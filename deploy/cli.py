@@ -28,7 +28,7 @@ from rich.table import Table
 
 from deploy import stack
 from deploy.grafana import Apply, GrafanaError
-from deploy.inject import FAULTS, InjectError
+from deploy.inject import InjectError
 from deploy.stack import Settings, StackError
 from serving.errors import ServingError
 from training.bundle import BundleError
@@ -40,6 +40,7 @@ from training.registry import Registry, RegistryError, ganwatch_home
 progress = Console(stderr=True, highlight=False, soft_wrap=True)
 answer = Console(highlight=False, soft_wrap=True)
 
+Fault = Literal["drop-modes", "off-manifold", "collapse", "truncated", "copies", "latent-fault", "int8", "checkpoint", "nothing"]
 SettingsFlags = Annotated[Settings, tyro.conf.arg(name="")]
 _LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
 JsonFlag = Annotated[bool, tyro.conf.arg(name="json", help="Print JSON for a program to read.")]
@@ -261,9 +262,10 @@ def rollback(
 
 
 def inject(
-    fault: tyro.conf.Positional[Literal["drop-modes", "off-manifold", "latent-fault", "nothing"]],
+    fault: tyro.conf.Positional[Fault],
     model: str | None = None,
     labels: str = "",
+    data: str | None = None,
     registry: Path | None = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -272,17 +274,20 @@ def inject(
     Only model.onnx changes: certificate, golden pairs, features and reference stay those of the version in production.
 
     Args:
-        fault: drop-modes: never gives the modes of --labels; off-manifold: some samples are noise; latent-fault: the latent
-            lost its randomness, samples repeat; nothing: the control, which must stay silent.
+        fault: drop-modes: never gives the modes of --labels; off-manifold: 1 sample in 20 is noise; collapse: of each mode only
+            what is typical; truncated: latents from the middle of their law only; copies: 1 sample in 100 is training data;
+            latent-fault: the latent lost its randomness, samples repeat; int8: weights rounded to 8 bits; checkpoint: the
+            generator of another version; nothing: the control, which must stay silent.
         model: default: the only model of the registry.
         labels: modes to drop, such as 3,8.
+        data: of copies: the training data; default: those that the card names.
         registry: directory of bundles.
     """
     from deploy.inject import inject as make
 
     reg = _registry(registry)
     name = _model(reg, model)
-    made = make(reg, name, fault, labels=tuple(_LABEL.findall(labels)))
+    made = make(reg, name, fault, labels=tuple(_LABEL.findall(labels)), data=data)
     reg.set_alias(name, "production", made.card.version, reason=f"inject {made.card.fault}")
     _await_alias(name, "production", made.card.version)
     _tell({"model": name, "version": made.card.version, "fault": made.card.fault, "injected_from": made.card.injected_from}, as_json)
@@ -597,7 +602,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "up": up, "down": down, "status": status, "demo": demo, "publish": publish, "certify": certify, "promote": promote, "rollback": rollback,
     "models": models, "sample": sample, "inject": inject, "replay": replay, "ack": ack, "grafana": grafana, "doctor": doctor,
 }  # fmt: skip
-assert set(FAULTS) == {"drop-modes", "off-manifold", "latent-fault", "nothing"}
 
 
 def main() -> None:

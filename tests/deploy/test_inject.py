@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deploy.inject import DROPPED_AT_MOST, FAULTS, NOISE_SHARE, InjectError, inject
+from deploy.cli import Fault
+from deploy.inject import COPY_SHARE, DROPPED_AT_MOST, FAULTS, NOISE_SHARE, InjectError, inject
 from deploy.replay import replay
 from deploy.stack import StackError
 from monitoring.features import Eye
@@ -38,10 +40,22 @@ def draw(bundle: Bundle, n: int, seed: int = 5) -> np.ndarray:
     return Sampler(bundle).sample([Window(seed, 0, n)])
 
 
-@pytest.mark.parametrize("fault", sorted(FAULTS))
-def test_only_the_model_changes(registry: Registry, fault: str) -> None:
+def made(registry: Registry, fault: str, tmp_path: Path, **more: Any) -> Bundle:
+    """The fault with what it needs: modes to drop, data to copy, nothing else."""
+    if fault == "copies":
+        np.save(tmp_path / "data.npy", draw(registry.open("grid"), 2000, seed=77))
+    needs = {"drop-modes": {"labels": ("3", "8")}, "copies": {"data": str(tmp_path / "data.npy")}}
+    return inject(registry, "grid", fault, **needs.get(fault, {}), **more)
+
+
+def test_the_command_line_knows_every_fault() -> None:
+    assert get_args(Fault) == tuple(FAULTS)
+
+
+@pytest.mark.parametrize("fault", sorted(set(FAULTS) - {"int8", "checkpoint"}))
+def test_only_the_model_changes(registry: Registry, tmp_path: Path, fault: str) -> None:
     healthy = registry.open("grid")
-    broken = inject(registry, "grid", fault, labels=("3", "8") if fault == "drop-modes" else ())
+    broken = made(registry, fault, tmp_path)
     for name in ("features.onnx", "reference.npz", "certificate.npz"):
         assert broken.card.files[name] == healthy.card.files[name]
     assert (broken.card.files["model.onnx"] == healthy.card.files["model.onnx"]) == (fault == "nothing")
@@ -66,6 +80,41 @@ def test_off_manifold_replaces_its_share(registry: Registry) -> None:
     assert (cells_of(broken, after[changed]) == 10).mean() > 0.9
 
 
+def test_a_collapse_keeps_the_modes_and_loses_their_variety(registry: Registry) -> None:
+    healthy = draw(registry.open("grid"), 20_000)
+    for fault, most in (("collapse", 0.85), ("truncated", 0.5)):
+        samples = draw(inject(registry, "grid", fault), 20_000)
+        cells, before = cells_of(registry.open("grid"), samples), cells_of(registry.open("grid"), healthy)
+        assert np.std(samples[cells == 4], axis=0).mean() < most * np.std(healthy[before == 4], axis=0).mean()
+        if fault == "collapse":
+            assert np.abs(np.bincount(cells, minlength=11) / 20_000 - np.bincount(before, minlength=11) / 20_000).max() < 0.015
+
+
+def test_copies_are_samples_of_the_data(registry: Registry, tmp_path: Path) -> None:
+    samples, data = draw(made(registry, "copies", tmp_path), 20_000), np.load(tmp_path / "data.npy")
+    copied = (samples[:, None] == data).all(axis=2).any(axis=1)
+    assert copied.mean() == pytest.approx(COPY_SHARE, rel=0.3)
+    assert len(np.unique(samples[copied], axis=0)) > 100  # not one and the same
+    with pytest.raises(InjectError, match="--data"):
+        inject(registry, "grid", "copies")
+    with pytest.raises(InjectError, match="only copies takes data"):
+        inject(registry, "grid", "nothing", data="data.npy")
+    np.save(tmp_path / "other.npy", np.zeros((2000, 3), np.float32))
+    with pytest.raises(InjectError, match="serves float32"):
+        inject(registry, "grid", "copies", data=str(tmp_path / "other.npy"))
+
+
+def test_weights_and_checkpoints_that_are_not_there_are_said(registry: Registry, make_bundle: Callable[..., Bundle]) -> None:
+    with pytest.raises(InjectError, match="no weights that onnxruntime quantises"):
+        inject(registry, "grid", "int8")
+    with pytest.raises(InjectError, match="no other version"):
+        inject(registry, "grid", "checkpoint")
+    make_bundle(root=registry.root, version="v2", width=1.5, honest=True)
+    made = inject(registry, "grid", "checkpoint")
+    assert made.card.files["model.onnx"] == registry.card("grid", "v2").files["model.onnx"] and made.card.injected_from == "v1"
+    assert made.card.files["certificate.npz"] == registry.card("grid", "v1").files["certificate.npz"]
+
+
 def test_a_latent_fault_repeats_samples(registry: Registry) -> None:
     samples = draw(inject(registry, "grid", "latent-fault"), 20_000)
     assert len(np.unique(samples, axis=0)) <= 2**10
@@ -86,10 +135,13 @@ def test_faults_that_cannot_be_made_are_refused(registry: Registry, fault: str, 
 
 @pytest.mark.parametrize(
     ("fault", "verdict", "modes"),
-    [("drop-modes", "mode_dropping", ["3", "8"]), ("off-manifold", "off_manifold", []), ("latent-fault", "latent_fault", None), ("nothing", "healthy", [])],
-)
+    [
+        ("drop-modes", "mode_dropping", ["3", "8"]), ("off-manifold", "off_manifold", []), ("collapse", "within_mode_collapse", []),
+        ("latent-fault", "latent_fault", None), ("nothing", "healthy", []),
+    ],
+)  # fmt: skip
 def test_replay_names_each_fault(registry: Registry, tmp_path: Path, fault: str, verdict: str, modes: list[str] | None) -> None:
-    broken = inject(registry, "grid", fault, labels=("3", "8") if fault == "drop-modes" else ())
+    broken = made(registry, fault, tmp_path)
     np.save(tmp_path / "stream.npy", draw(broken, 20_000))
     report = replay(broken.path, tmp_path / "stream.npy", 2.6e9)
     assert report["verdict"] == verdict

@@ -1,0 +1,206 @@
+"""The confusion table: which failure is injected, which one is named. `make bench-monitoring` runs it after the delays.
+
+    python tests/benchmarks/bench_diagnosis.py [--quick] [--registry DIR --model digits] [--runs 100] [--only copies,int8]
+
+A certified generator serves 500 healthy samples; then a fault of `ganwatch inject` takes its place, or clients change their
+ways. Each run has seeds of its own and the service's own Monitor at A = 1e6, fed 64 samples at a time; replays of the golden
+rows begin with the fault. A run ends 1,000 samples after the alarm, when its verdict is read, or at the budget: 5,000 samples
+after the change, 20,000 for copies and for a tenth of the spread. A run without an alarm counts as wrong, unless none should be.
+`truncated` has two right answers: it narrows the modes, where the normal latents matter; where signs carry nearly all, as
+in the digits recipe, only golden rows can tell, and then it is a wrong model.
+
+Rows are kept as they are made, one JSON line a run: what was broken off goes on where it stood.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
+from numpy import ndarray  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT)]
+
+from deploy.inject import inject  # noqa: E402
+from monitoring.audit import differing  # noqa: E402
+from monitoring.monitor import Monitor  # noqa: E402
+from serving.sampler import Sampler, Window  # noqa: E402
+from training.bundle import Bundle  # noqa: E402
+from training.registry import Registry  # noqa: E402
+
+ARL, WARM, SETTLED, BATCH = 1e6, 500, 1000, 64
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """`right`: verdicts that are right, "healthy" for no alarm at all. `fault`: of `ganwatch inject`, None for none."""
+
+    right: tuple[str, ...]
+    fault: str | None
+    budget: int = 5_000
+    squeeze: float = 1.0  # standard deviation within the modes, as a part of what it was
+    clients: str = ""  # what they do besides: "one mode" asks for one kind of sample only, "seeds" for the same samples again
+
+
+SCENARIOS = {
+    "one mode drops": Scenario(("mode_dropping",), "drop-modes"),
+    "5 % noise": Scenario(("off_manifold",), "off-manifold"),
+    "collapse within modes": Scenario(("within_mode_collapse",), "collapse"),
+    "truncated latents": Scenario(("within_mode_collapse", "wrong_model"), "truncated"),
+    "variance x 0.8": Scenario(("within_mode_collapse",), None, 20_000, squeeze=0.8**0.5),
+    "1 % copies": Scenario(("memorisation",), "copies", 20_000),
+    "repeating latents": Scenario(("latent_fault",), "latent-fault"),
+    "int8 weights": Scenario(("wrong_model",), "int8"),
+    "another checkpoint": Scenario(("wrong_model",), "checkpoint"),
+    "demand shift": Scenario(("healthy",), None, clients="one mode"),
+    "clients repeat seeds": Scenario(("healthy",), None, clients="seeds"),
+    "nothing": Scenario(("healthy",), "nothing"),
+}
+
+
+class Stage:
+    """A healthy generator and what became of it, in one scenario."""
+
+    def __init__(self, registry: Registry, model: str, version: str, scenario: Scenario) -> None:
+        self.scenario, self.healthy = scenario, registry.open(model, version)
+        self.names = self.healthy.card.modes
+        self.registry, self.model, self.version = registry, model, version
+        self.broken: dict[str, tuple[Bundle, int]] = {}  # what was dropped -> the bundle, golden rows that differ
+
+    def faulty(self, run: int) -> tuple[Bundle, int]:
+        """The generator after the change and how many golden rows it gives differently; each run drops a mode of its own."""
+        mode = self.names[run % len(self.names)] if self.scenario.fault == "drop-modes" else ""
+        if mode not in self.broken:
+            bundle = self.healthy
+            if self.scenario.fault:
+                bundle = inject(self.registry, self.model, self.scenario.fault, reference=self.version, labels=(mode,) if mode else ())
+            golden, sampler = self.healthy.certificate, Sampler(bundle)
+            rows = [sampler.sample([Window(int(s), int(o), 1)]) for s, o in zip(golden.golden_seed, golden.golden_offset, strict=True)]
+            self.broken[mode] = (bundle, int(differing(golden.golden_sample, np.concatenate(rows)).sum()))
+        return self.broken[mode]
+
+    def squeezed(self, samples: ndarray, monitor: Monitor) -> ndarray:
+        """Samples moved towards the mean of their mode, which 5,000 healthy ones tell."""
+        if self.scenario.squeeze == 1.0:
+            return samples
+        healthy = draw(self.healthy, 10**6, 5_000)
+        known, cells = monitor._eye.look(healthy).cells, monitor._eye.look(samples).cells
+        flat, means = samples.reshape(len(samples), -1).astype(np.float64), np.zeros((len(self.names) + 1, healthy[0].size))
+        for k in range(len(means)):
+            means[k] = healthy[known == k].reshape(-1, healthy[0].size).mean(axis=0) if (known == k).any() else flat.mean(axis=0)
+        moved = means[cells] + self.scenario.squeeze * (flat - means[cells])
+        moved = np.clip(np.rint(moved), 0, 255) if samples.dtype == np.uint8 else moved
+        return moved.reshape(samples.shape).astype(samples.dtype)
+
+    def play(self, run: int) -> dict:
+        monitor, (bundle, differs) = Monitor(self.healthy, arl=ARL), self.faulty(run)
+        golden = len(self.healthy.certificate.golden_seed)
+        monitor.audit(checked=golden, mismatched=0)
+        for part in batches(draw(self.healthy, 2 * run, WARM)):
+            monitor.update(part, fresh=True, at=0.0)
+        monitor.audit(checked=golden, mismatched=differs)
+        asked = self.demanded(monitor, run)
+        for part in batches(self.squeezed(draw(bundle, 2 * run + 1, self.scenario.budget), monitor)):
+            monitor.update(part, fresh=True, at=0.0)
+            if asked is not None:
+                monitor.update(asked, fresh=False, at=0.0)
+            if monitor.first_alarm is not None and monitor.monitored > monitor.first_alarm + SETTLED:
+                break
+        alarm, verdict = monitor.first_alarm, monitor.verdict
+        named = verdict.modes == (self.names[run % len(self.names)],) if self.scenario.fault == "drop-modes" else True
+        early = alarm is not None and alarm < WARM
+        return {"run": run, "verdict": verdict.id, "delay": None if alarm is None else alarm + 1 - WARM, "right": verdict.id in self.scenario.right and named and not early}
+
+    def demanded(self, monitor: Monitor, run: int) -> ndarray | None:
+        """What clients ask for besides: 8 times as many samples as are fresh."""
+        if not self.scenario.clients:
+            return None
+        samples = draw(self.healthy, 500_000 + run, 2048)
+        if self.scenario.clients == "seeds":
+            return np.tile(samples[:8], (BATCH, *[1] * (samples.ndim - 1)))
+        of_one = samples[monitor._eye.look(samples).cells == run % len(self.names)]
+        return of_one[np.arange(8 * BATCH) % max(1, len(of_one))]
+
+
+def draw(bundle: Bundle, seed: int, count: int) -> ndarray:
+    sampler = Sampler(bundle)
+    return np.concatenate([sampler.sample([Window(seed, at, min(1024, count - at))]) for at in range(0, count, 1024)])
+
+
+def batches(samples: ndarray) -> Iterator[ndarray]:
+    return (samples[i : i + BATCH] for i in range(0, len(samples), BATCH))
+
+
+def play(registry: Registry, model: str, version: str, names: tuple[str, ...], runs: int, out: Path, say: Callable[[str], None] = print) -> list[dict]:
+    """Runs that are missing from `out`, then the table. The registry is copied: faults are published into the copy."""
+    out.mkdir(parents=True, exist_ok=True)
+    copy = Registry(out / "registry")
+    if not (copy.root / model).exists():
+        shutil.copytree(registry.root / model, copy.root / model)
+    table = []
+    for name in names:
+        rows_at = out / f"{model}.{name.replace(' ', '_')}.jsonl"
+        rows = [json.loads(line) for line in rows_at.read_text().splitlines()] if rows_at.exists() else []
+        stage, done = Stage(copy, model, version, SCENARIOS[name]), {row["run"] for row in rows}
+        for run in (run for run in range(runs) if run not in done):
+            rows.append(stage.play(run))
+            with open(rows_at, "a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+        rows = [row for row in rows if row["run"] < runs]
+        delays = [row["delay"] if row["delay"] is not None else np.inf for row in rows]
+        median = float(np.median(delays)) if rows else np.inf
+        table.append({
+            "model": model, "scenario": name, "runs": len(rows), "right": float(np.mean([row["right"] for row in rows])),
+            "median_delay": median if np.isfinite(median) else None, "verdicts": dict(Counter(row["verdict"] for row in rows).most_common()),
+        })  # fmt: skip
+        say(line(table[-1]))
+    return table
+
+
+def line(row: dict) -> str:
+    delay = "-" if row["median_delay"] is None else f"{row['median_delay']:,.0f}"
+    said = ", ".join(f"{verdict} {count}" for verdict, count in row["verdicts"].items())
+    return f"| {row['model']} | {row['scenario']} | {row['right']:.0%} of {row['runs']} | {delay} | {said} |"
+
+
+def trained(home: Path, dataset: str) -> Registry:
+    """A registry with two trainings of the data set, made by the script itself where it is not there yet."""
+    registry = Registry(home / "registry")
+    environment = {**os.environ, "GANWATCH_HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
+    for seed in (1, 2)[len(registry.versions(dataset)) :]:
+        command = [sys.executable, "training/train.py", "--dataset", dataset, "--model", dataset, "--seed", str(seed)]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    return registry
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="5 runs each")
+    parser.add_argument("--runs", type=int, default=None, help="100, or 5 with --quick")
+    parser.add_argument("--registry", type=Path, default=None, help="default: digits is trained twice, under --out")
+    parser.add_argument("--model", default="digits")
+    parser.add_argument("--version", default="v1")
+    parser.add_argument("--only", default=",".join(SCENARIOS))
+    parser.add_argument("--out", type=Path, default=ROOT / ".ganwatch" / "bench" / "diagnosis")
+    chosen = parser.parse_args()
+    registry = Registry(chosen.registry) if chosen.registry else trained(chosen.out / "home", chosen.model)
+    print(f"A = {ARL:g}, certificate of {registry.open(chosen.model, chosen.version).certificate.count:,} samples\n")
+    print("| model | injected | right verdict | median delay | verdicts |\n|---|---|---|---|---|")
+    table = play(registry, chosen.model, chosen.version, tuple(chosen.only.split(",")), chosen.runs or (5 if chosen.quick else 100), chosen.out / "runs")
+    (chosen.out / f"{chosen.model}.json").write_text(json.dumps(table, indent=1))
+
+
+if __name__ == "__main__":
+    main()

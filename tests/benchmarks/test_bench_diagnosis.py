@@ -1,0 +1,33 @@
+"""A short confusion table over the tiny generator; the long one is `make bench-monitoring`."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import bench_diagnosis as bench
+from training.registry import Registry
+
+_bundles = importlib.util.spec_from_file_location("tiny_bundles", Path(__file__).parents[1] / "monitoring" / "conftest.py")
+_module = importlib.util.module_from_spec(_bundles)
+_bundles.loader.exec_module(_module)
+make_bundle = _module.make_bundle
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_short_confusion_table_and_its_resumption(make_bundle, tmp_path):
+    make_bundle(root=tmp_path / "registry")
+    make_bundle(root=tmp_path / "registry", version="v2", honest=True, width=1.03)  # seen by golden rows only
+    names = ("one mode drops", "5 % noise", "collapse within modes", "variance x 0.8", "repeating latents")
+    names += ("another checkpoint", "demand shift", "clients repeat seeds", "nothing")
+    said: list[str] = []
+    table = bench.play(Registry(tmp_path / "registry"), "grid", "v1", names, 2, tmp_path / "out", said.append)
+    assert {row["scenario"]: row["right"] for row in table} == dict.fromkeys(names, 1.0), said
+    assert all((row["median_delay"] is None) == (bench.SCENARIOS[row["scenario"]].right == ("healthy",)) for row in table)
+    times = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.jsonl")}
+    again = bench.play(Registry(tmp_path / "registry"), "grid", "v1", names, 2, tmp_path / "out", said.append)
+    assert again == table and {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.jsonl")} == times
+    assert Registry(tmp_path / "registry").versions("grid") == ["v1", "v2"]  # faults go into the copy
