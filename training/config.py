@@ -27,7 +27,8 @@ class Config:
     """Train a GAN, certify it, publish it. Exit status: 0 published, 1 failed or refused, 2 bad input, 130 interrupted."""
 
     dataset: str = "digits"
-    """Real data: ring, grid, mixture1200, digits, stacked-digits, mnist, fashion-mnist, or a path or URI: npz, npy, parquet, images."""
+    """Real data: ring, grid, grid100, mixture1200, s-curve, moons, flower (all vectors), digits, stacked-digits, mnist, fashion-mnist,
+    or a path or URI: npz, npy, parquet, images."""
     data: str | None = None
     """Where the files of mnist or fashion-mnist lie: a directory of IDX files, or an npz."""
     skip_bad_files: bool = False

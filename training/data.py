@@ -17,7 +17,12 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 from numpy import ndarray
 
+from training.clusters import clusters
+
 HELD_OUT = 0.2
+COUNT = 100_000  # samples of a law that can be drawn from
+CLUSTERED = 5000  # samples in which clusters are counted
+CELLS = 20  # modes that data with neither labels nor a known law are divided into
 DEBIAN = Path("/usr/share/datasets")  # where packages such as dataset-fashion-mnist put their files
 
 
@@ -67,6 +72,16 @@ class Dataset:
         return len(self.samples) - int(len(self.samples) * HELD_OUT)
 
     @cached_property
+    def clusters(self) -> int:
+        """How many separate clusters there are, at least one: the classes of labelled images, else what clusters.py counts.
+
+        Pixels are a poor ruler: a shifted image is farther from itself than from another class, so MNIST seems to hang together.
+        """
+        if self.is_image and self.labels is not None:
+            return len(self.classes)
+        return clusters(self.normalised(slice(min(self.trained, CLUSTERED))))
+
+    @cached_property
     def shift(self) -> Float32[ndarray, "d"]:
         """Networks see (sample - shift) / scale: [-1, 1] for images, zero mean and unit variance for vectors."""
         if self.is_image:
@@ -98,6 +113,12 @@ def grid() -> Dataset:
     return _mixture("grid", np.stack(np.meshgrid(side, side, indexing="ij"), axis=-1).reshape(-1, 2), sigma=0.05)
 
 
+def grid100() -> Dataset:
+    """100 Gaussians, sigma 0.05, on a square grid of spacing 2: the grid of PacGAN, larger."""
+    side = np.arange(-9.0, 10.0, 2.0)
+    return _mixture("grid100", np.stack(np.meshgrid(side, side, indexing="ij"), axis=-1).reshape(-1, 2), sigma=0.05)
+
+
 def mixture1200() -> Dataset:
     """10 Gaussians of 700 dimensions, sigma 1, in one flat of R^1200: after VEEGAN (Srivastava et al. 2017).
 
@@ -107,6 +128,30 @@ def mixture1200() -> Dataset:
     rng = np.random.default_rng(1)
     flat = np.linalg.qr(rng.standard_normal((1200, 700)))[0].T
     return _mixture("mixture1200", 2 * rng.standard_normal((10, 700)) @ flat, sigma=1.0, count=20_000, flat=flat)
+
+
+def s_curve(seed: int = 0) -> Dataset:
+    """A sheet bent like an S in three dimensions, with noise of 0.05: scikit-learn's make_s_curve. No clusters."""
+    from sklearn.datasets import make_s_curve
+
+    return _continuous("s-curve", make_s_curve(COUNT, noise=0.05, random_state=seed)[0])
+
+
+def moons(seed: int = 0) -> Dataset:
+    """Two half circles that reach into each other, with noise of 0.05: scikit-learn's make_moons. Two clusters, each a curve."""
+    from sklearn.datasets import make_moons
+
+    return _continuous("moons", make_moons(COUNT, noise=0.05, random_state=seed)[0])
+
+
+def flower(seed: int = 0) -> Dataset:
+    """Points of the plane as dense as a photograph is bright: scikit-learn's flower.jpg, a pixel being 0.01 wide. No clusters."""
+    from sklearn.datasets import load_sample_image
+
+    rng, brightness = np.random.default_rng(seed), load_sample_image("flower.jpg").sum(axis=2, dtype=np.float64)
+    height, width = brightness.shape
+    row, column = np.divmod(rng.choice(brightness.size, size=COUNT, p=brightness.ravel() / brightness.sum()), width)
+    return _continuous("flower", 0.01 * (np.stack([column - width / 2, height / 2 - 1 - row], axis=1) + rng.uniform(size=(COUNT, 2))))
 
 
 def digits() -> Dataset:
@@ -146,7 +191,11 @@ def fashion_mnist(where: str | Path = DEBIAN / "fashion-mnist") -> Dataset:
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "ring": ring,
     "grid": grid,
+    "grid100": grid100,
     "mixture1200": mixture1200,
+    "s-curve": s_curve,
+    "moons": moons,
+    "flower": flower,
     "digits": digits,
     "stacked-digits": stacked_digits,
     "mnist": mnist,
@@ -200,7 +249,7 @@ def _labelled(name: str, images: ndarray, labels: ndarray, names: tuple[str, ...
 
 
 def _mixture(
-    name: str, centres: Float64[ndarray, "k d"], sigma: float, count: int = 100_000, flat: Float64[ndarray, "r d"] | None = None
+    name: str, centres: Float64[ndarray, "k d"], sigma: float, count: int = COUNT, flat: Float64[ndarray, "r d"] | None = None
 ) -> Dataset:
     """`flat` has orthonormal rows, which span the Gaussians; without it they fill the space."""
     rng = np.random.default_rng(0)
@@ -209,3 +258,7 @@ def _mixture(
     samples = centres[component] + sigma * (noise if flat is None else noise @ flat)
     mixture = Mixture(centres, sigma, rank=noise.shape[1])
     return Dataset(name, samples.astype(np.float32), cells=len(centres), mixture=mixture)
+
+
+def _continuous(name: str, samples: Float64[ndarray, "n d"]) -> Dataset:
+    return Dataset(name, samples.astype(np.float32), cells=CELLS)

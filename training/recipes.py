@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from training.bundle import SignGaussian
+
 
 @dataclass(frozen=True)
 class Recipe:
     """What was found to work for one data set. Gamma falls exponentially over the whole run, the rates after `hold`: coarse to fine."""
 
     steps: int
-    signs: int  # latent coordinates of +-1: they make the jumps between separate modes
+    signs: int  # latent coordinates of +-1, which jump between clusters; none where the data hang together
     normals: int  # latent coordinates of N(0, scale^2)
     scale: float
     width: int  # of the hidden layers of both networks; of convolutional ones: channels at the coarsest size
@@ -28,9 +30,23 @@ IMAGES = Recipe(8000, 48, 16, 0.5, 256, 0, (2e-3, 2e-5), (1.0, 0.1), 0.02, hold=
 RECIPES = {
     "ring": PLANE,
     "grid": PLANE,
+    "grid100": replace(PLANE, signs=13),
     "mixture1200": Recipe(5000, 10, 16, 1.0, 512, 0, (2e-3, 2e-5), (1.0, 0.1), 0.0),
+    "s-curve": PLANE,
+    "moons": PLANE,
+    "flower": PLANE,
     "digits": IMAGES,
     "stacked-digits": replace(IMAGES, steps=34_000, signs=72, width=384),
     "mnist": replace(IMAGES, steps=12_000, width=512),
     "fashion-mnist": replace(IMAGES, steps=12_000, width=512),
 }
+
+
+def latent_law(recipe: Recipe, clusters: int) -> SignGaussian:
+    """The latent law for data that fall into so many separate clusters.
+
+    A smooth generator joins clusters by bridges of bad samples unless its latent jumps; of one cluster, signs make many pieces
+    with gaps between them, so there they are normals as well.
+    """
+    signs = recipe.signs if clusters > 1 else 0
+    return SignGaussian(signs, recipe.normals + recipe.signs - signs, recipe.scale)

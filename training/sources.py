@@ -24,12 +24,11 @@ from jaxtyping import Shaped
 from numpy import ndarray
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
-from training.data import DATASETS, DataError, Dataset
+from training.data import CELLS, DATASETS, DataError, Dataset
 
 FEWEST = 100  # samples: a fifth is held out, and the outermost hundredth of that is looked at
 CHUNK = 8 << 20  # bytes of samples that travel together
 NAMED = 20  # bad files named in an error
-CELLS = 20  # modes that unlabelled data are divided into
 
 
 @runtime_checkable

@@ -68,6 +68,7 @@ from training.journal import Journal
 from training.networks import family
 from training.objectives import OBJECTIVES
 from training.penalties import PENALTIES, clip_weights, gradients_for, normalise_spectrally, unrolled_pull
+from training.recipes import latent_law
 from training.registry import Registry, RegistryError, ganwatch_home
 from training.sources import label, open_dataset
 from training.views import InstanceNoise, augment, pack
@@ -114,7 +115,7 @@ def build(config: Config, dataset: Dataset) -> tuple[SignGaussian, torch.nn.Modu
     """The latent law, the generator and the critic; the same weights for the same seed in every process."""
     recipe, classes = config.recipe, len(dataset.classes) if config.conditional else 0
     torch.manual_seed(config.seed)
-    latent = SignGaussian(recipe.signs, recipe.normals, recipe.scale)
+    latent = latent_law(recipe, dataset.clusters)
     how, nets = {"width": recipe.width, "classes": classes}, family(recipe.network)
     generator = nets.generator(latent.dim, dataset.shape, bounded=dataset.is_image, **how)
     critic = nets.critic(dataset.shape, packing=config.packing, fourier=recipe.fourier, **how)
@@ -375,6 +376,11 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     if config.dataset not in DATASETS and config.like is None:
         config = replace(config, like="digits" if dataset.is_image else "grid")
     check_shape(config, dataset)
+    latent = latent_law(config.recipe, dataset.clusters)
+    found = "one cluster" if dataset.clusters == 1 else f"{dataset.clusters} separate clusters"
+    chosen = f"{latent.signs} signs and {latent.normals} normals as latents, for the data are {found}"
+    print(f"latent   {chosen}", flush=True)
+    journal.write("latent", signs=latent.signs, normals=latent.normals, clusters=dataset.clusters)
     with ThreadPoolExecutor(1) as beside:  # this process only waits while the workers train
         eye = beside.submit(fit_eye, dataset, seed=config.seed, remember=config.reference_points)
         weights, metrics = train(config, run, use_gpu)
@@ -390,7 +396,7 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
             journal.write("certify", done=drawn, most=most)
             print(f"certified {drawn:>9,} of at most {most:,} samples", flush=True)
 
-    latent, generator, _ = build(config, dataset)
+    generator = build(config, dataset)[1]
     generator.load_state_dict(weights)
     card = write_bundle(
         run / "bundle",
@@ -399,7 +405,13 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
         generator=generator,
         latent=latent,
         sight=sight,
-        training={"config": asdict(config), "recipe": asdict(config.recipe), "metrics": metrics, "failing": metrics["failing"]},
+        training={
+            "config": asdict(config),
+            "recipe": asdict(config.recipe),
+            "latent": chosen,
+            "metrics": metrics,
+            "failing": metrics["failing"],
+        },
         certify_samples=config.certify_samples,
         certify_seconds=config.certify_seconds,
         keep_points=config.reference_points,

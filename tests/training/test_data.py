@@ -4,9 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.spatial.distance import pdist
+from sklearn.datasets import load_sample_image
 
 from training.data import DATASETS, ON_DISK, DataError, mnist
-from training.evaluation import mixture_fit
+from training.evaluation import mixture_fit, sliced_wasserstein
 from training.recipes import RECIPES
 
 MNIST = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist.npz"
@@ -37,7 +38,7 @@ def test_digits_are_all_of_scikit_learns():
     assert np.array_equal(np.sort(grey.reshape(-1, 64), axis=0), np.sort(load_digits().data, axis=0))
 
 
-@pytest.mark.parametrize(("name", "modes", "sigma"), [("ring", 8, 0.01), ("grid", 25, 0.05)])
+@pytest.mark.parametrize(("name", "modes", "sigma"), [("ring", 8, 0.01), ("grid", 25, 0.05), ("grid100", 100, 0.05)])
 def test_mixtures_have_distinct_equal_modes(name, modes, sigma):
     mixture = DATASETS[name]().mixture
     assert len(np.unique(np.round(mixture.centres, 6), axis=0)) == modes and mixture.sigma == sigma
@@ -49,6 +50,20 @@ def test_a_mixture_in_1200_dimensions_is_judged_like_one_in_the_plane():
     fit = mixture_fit(dataset.mixture, dataset.samples.astype(np.float64))
     assert fit["modes"] == 10 and fit["reverse_kl"] < 1e-3
     assert fit["high_quality"] == pytest.approx(0.9889, abs=0.003)
+
+
+@pytest.mark.parametrize("name", ["s-curve", "moons", "flower"])
+def test_continuous_data_of_another_seed_are_other_samples_of_one_law(name):
+    first, other = DATASETS[name](), DATASETS[name](seed=1)
+    assert not np.array_equal(first.samples, other.samples)
+    assert sliced_wasserstein(first.normalised(), (other.samples - first.shift) / first.scale) < 0.01
+
+
+def test_the_flower_is_as_dense_as_its_photograph_is_bright():
+    samples, photograph = DATASETS["flower"]().samples, load_sample_image("flower.jpg")  # 427 x 640
+    brightness = photograph[:400].sum(axis=2, dtype=np.float64).reshape(16, 25, 32, 20).sum(axis=(1, 3))
+    count = np.histogram2d(-samples[:, 1], samples[:, 0], bins=(16, 32), range=[[-2.135, 1.865], [-3.2, 3.2]])[0]
+    assert np.corrcoef(count.ravel(), brightness.ravel())[0, 1] > 0.99
 
 
 def test_stacked_digits_are_three_digits_with_their_labels():
