@@ -145,12 +145,12 @@ def available(sample_shape: tuple[int, ...]) -> list[str]:
 
 
 @lru_cache(maxsize=256)  # clients send the same few headers for ever
-def negotiate(accept: str, sample_shape: tuple[int, ...]) -> str:
-    """The media type to answer with: the highest quality, the order of FORMATS among equals (RFC 9110, 12.5.1).
+def negotiate(accept: str, sample_shape: tuple[int, ...], among: tuple[str, ...] | None = None) -> str:
+    """The media type to answer with: the highest quality, the order of FORMATS (or `among`) among equals (RFC 9110, 12.5.1).
 
     Raises NotAcceptable listing what there is.
     """
-    offered = available(sample_shape)
+    offered = among or available(sample_shape)
     if not accept.strip():
         return offered[0]
     ranges = [_range(item) for item in accept.split(",")]

@@ -59,6 +59,8 @@ def tensor(name: str, datatype: Any, shape: Any, data: bytes | Sequence[Any]) ->
         array = np.array(data).reshape(-1)
     except (ValueError, OverflowError):  # rows of different lengths, an integer beyond all floats
         array = np.array("")
+    if dtype.kind == "i" and array.dtype.kind == "f" and (array == np.trunc(array)).all() and (abs(array) <= 2**53).all():
+        array = array.astype(dtype)  # 2.0 is the integer 2 in JSON
     if len(data) and array.dtype.kind not in ("iuf" if dtype.kind == "f" else "iu"):
         raise InvalidValue(f"{name} holds what is no {datatype}", field=name, value=str(data)[:100], expected=f"{datatype} numbers")
     if len(array) != count:

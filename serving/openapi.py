@@ -1,12 +1,27 @@
-"""The OpenAPI 3.1 document of the HTTP surface: what a client may send, and every answer it may get."""
+"""The OpenAPI 3.1 document of the HTTP surface: what a client may send, and every answer it may get.
+
+Each model has paths of its own, for what it takes depends on its classes, latents and shape. Whatever a schema here allows is
+answered with samples; whatever it forbids is refused.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from serving.formats import available
+
+if TYPE_CHECKING:
+    from serving.models import Model
+    from training.bundle import Card
 
 MAX_SAMPLES = 65536  # of one answer
 MAX_STREAM = 2**40  # of one stream
+MAX_OFFSET = 2**63 - MAX_STREAM  # of the first row: no request reaches past the last row of a seed
+MAX_LATENT = 1e6  # magnitude of a coordinate of a latent that a client gives
 _SEED_MAX = 2**63 - 1
+_SPELLED_OUT = 4  # rows up to which the tensors of the Open Inference Protocol are
 
 _ERROR_WORDS = {
     "400": "The body is empty, not JSON, not an object, or has a key twice.",
@@ -35,10 +50,6 @@ def _errors(*statuses: str) -> dict[str, Any]:
     }
 
 
-def _parameter(name: str, words: str) -> dict[str, Any]:
-    return {"name": name, "in": "path", "required": True, "description": words, "schema": {"type": "string", "minLength": 1}}
-
-
 def _json(words: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {"description": words, "content": {"application/json": {"schema": schema}}}
 
@@ -47,9 +58,7 @@ def _header(words: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {"description": words, "required": True, "schema": schema}
 
 
-_SAMPLES = {
-    "description": "The samples. The headers say which rows of which seed they are, so that the same can be asked for again.",
-    "headers": {
+_SAMPLE_HEADERS = {
         "X-Ganwatch-Model": _header("The model.", {"type": "string"}),
         "X-Ganwatch-Version": _header("The version that answered.", {"type": "string"}),
         "X-Ganwatch-Seed": _header(
@@ -61,38 +70,8 @@ _SAMPLES = {
         ),
         "X-Ganwatch-Shape": {"description": "Of application/octet-stream: such as 64,8,8,1.", "schema": {"type": "string"}},
         "X-Ganwatch-Dtype": {"description": "Of application/octet-stream.", "schema": {"enum": ["uint8", "float32"]}},
-    },
-    "content": {
-        "application/json": {"schema": {"$ref": "#/components/schemas/Samples"}},
-        "application/x-npy": {"schema": {"type": "string", "contentMediaType": "application/x-npy"}},
-        "image/png": {"schema": {"type": "string", "contentMediaType": "image/png"}},
-        "application/octet-stream": {"schema": {"type": "string", "contentMediaType": "application/octet-stream"}},
-        "application/vnd.apache.arrow.stream": {
-            "schema": {"type": "string", "contentMediaType": "application/vnd.apache.arrow.stream"}
-        },
-    },
-}
-
-
-def _sample(operation: str, parameters: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "parameters": parameters,
-        "post": {
-            "operationId": operation,
-            "summary": "Draw samples",
-            "description": "Row i of a seed is one sample for ever: n = 100 is a prefix of n = 1000; `offset` turns the pages. "
-            "Without a seed the server draws one and says which rows of it these are. With `stream` any number of samples comes in "
-            "pieces; what was cut off is had by asking for the seed, version and the rows that are missing. Pictures come as a grid only from models of images.",
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/SampleRequest"}}},
-            },
-            "responses": {"200": _SAMPLES, **_errors("400", "404", "406", "413", "415", "422", "429", "500", "503", "504")},
-        },
     }
 
-
-_MODEL = _parameter("model", "Name of a model, as listed by /v1/models.")
 _TIMEOUT = {
     "name": "X-Ganwatch-Timeout",
     "in": "header",
@@ -100,13 +79,167 @@ _TIMEOUT = {
     "description": "Seconds after which nobody waits for the answer any more.",
     "schema": {"type": "number", "exclusiveMinimum": 0},
 }
-_VERSION = _parameter("version", "A version, such as v3, or an alias: production, canary, shadow.")
+_REQUEST_ID = {
+    "name": "X-Request-Id",
+    "in": "header",
+    "required": False,
+    "description": "1 to 128 letters, digits and ._:;=@/+- that come back in the answer and stand in the logs. Anything else is replaced.",
+    "schema": {"type": "string"},
+}
+_SEED = {"type": "integer", "minimum": 0, "maximum": _SEED_MAX}
 
 
+def document(models: Mapping[str, Model]) -> dict[str, Any]:
+    """The document of a server of `models`: those that have a version that answers."""
+    answering = {name: sampler for name, model in models.items() if (sampler := model.find("production"))}
+    paths, schemas = dict(_FIXED_PATHS), dict(_FIXED_SCHEMAS)
+    for index, (name, sampler) in enumerate(answering.items()):
+        card, model = sampler.card, models[name]
+        alike = [alias for alias, other in model.serving.items() if _takes(other.card) == _takes(card)]
+        versions = sorted({*alike, *(model.serving[alias].card.version for alias in alike)})
+        paths |= _model_paths(f"{index}", card, versions)
+        schemas |= {f"Draw{index}": _draw(card), f"Infer{index}": _infer(card)}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "ganwatch", "version": "1", "description": "Samples from generators that are watched."},
+        "paths": paths,
+        "components": {"schemas": schemas},
+    }
 
-def _tensors(suffix: str, parameters: list[dict[str, Any]]) -> dict[str, Any]:
+
+def _takes(card: Card) -> tuple[Any, ...]:
+    return card.latent.dim, card.classes, card.sample_dtype, card.sample_shape
+
+
+def _draw(card: Card) -> dict[str, Any]:
+    """The body of a request for samples, in the five forms that exclude each other."""
+    n = {"type": "integer", "minimum": 1, "maximum": MAX_SAMPLES, "default": 1, "description": "How many samples."}
+    offset = {"type": "integer", "minimum": 0, "maximum": MAX_OFFSET, "default": 0, "description": "The first row."}
+    truncation = {
+        "type": "number",
+        "exclusiveMinimum": 0,
+        "maximum": 1,
+        "default": 1.0,
+        "description": "The central mass of the Gaussian latents that is kept.",
+    }
+    dtype = {"enum": ["uint8", "float32"] if card.is_image else ["float32"]}
+    dtype["description"] = "Of images: bytes, or numbers from 0 to 1. Vectors are float32."
+    seed = {**_SEED, "description": "Left out: the server draws one."}
+    row = {"seed": seed, "offset": offset, "truncation": truncation, "dtype": dtype}
+    one: dict[str, Any] = {}
+    if card.classes:
+        one = {"enum": [*card.classes, *range(len(card.classes))], "description": "A class. Left out: drawn from the class law."}
+    label = {"label": one} if one else {}
+    latents = {
+        "type": "array",
+        "minItems": 1,
+        "maxItems": MAX_SAMPLES,
+        "items": {"type": "array", "items": _number(), "minItems": card.latent.dim, "maxItems": card.latent.dim},
+        "description": "Latents, n x latent_dim, within the limit of a body.",
+    }
+    seeds = {"type": "array", "items": _SEED, "minItems": 2, "maxItems": 2}
+    seeds["description"] = (
+        "Two seeds: n steps from row `offset` of the one to row `offset` of the other, by the model's latent law. "
+        "Each step alone is an ordinary sample."
+    )
+    pieces = {"const": True, "description": "Send the samples in pieces: application/x-npy, application/octet-stream or Arrow."}
+    not_pieces = {"const": False}
+    many = {**n, "maximum": MAX_STREAM}
+    listed = {"type": "array", "minItems": 1, "maxItems": MAX_SAMPLES, "items": one}
+    listed["description"] = "A class for each sample. n, where it is given, is their number."
+    forms = [
+        _form({"n": n, "stream": not_pieces, **row, **label}),
+        _form({"n": many, "stream": pieces, **row, **label}, "stream"),
+        *([_form({"label": listed, "stream": not_pieces, **row}, "label")] if one else []),
+        _form({"z": latents, "dtype": dtype, **label}, "z"),
+        _form({"interpolate": seeds, "n": n, "offset": offset, "dtype": dtype, **label}, "interpolate"),
+    ]
+    return {"oneOf": forms, "examples": [{"n": 64, "seed": 7}]}
+
+
+def _form(properties: dict[str, Any], *required: str) -> dict[str, Any]:
+    return {"type": "object", "additionalProperties": False, "properties": properties, "required": list(required)}
+
+
+def _number() -> dict[str, Any]:
+    return {"type": "number", "minimum": -MAX_LATENT, "maximum": MAX_LATENT}
+
+
+def _infer(card: Card) -> dict[str, Any]:
+    """The JSON body of the Open Inference Protocol. No schema can tie a shape to its data: a few sizes are spelled out."""
+    rows = []
+    for n in range(1, _SPELLED_OUT + 1):
+        z = _tensor("z", "FP32", [n, card.latent.dim], _number())
+        y = _tensor("y", "INT64", [n], {"type": "integer", "minimum": 0, "maximum": len(card.classes) - 1})
+        for inputs in ([z], [z, y]) if card.classes else ([z],):
+            rows.append({"type": "array", "prefixItems": inputs, "minItems": len(inputs), "maxItems": len(inputs), "items": False})
+    binary = {"binary_data_output": {"type": "boolean"}}
+    output = _form({"name": {"const": "samples"}, "parameters": _form({"binary_data": {"type": "boolean"}})}, "name")
+    return {
+        **_form(
+            {
+                "id": {"type": "string"},
+                "inputs": {"oneOf": rows},
+                "outputs": {"type": "array", "items": output, "maxItems": 1},
+                "parameters": _form(binary),
+            },
+            "inputs",
+        ),
+        "description": f"Any number of rows up to {MAX_SAMPLES} goes the same way as those spelled out here.",
+    }
+
+
+def _tensor(name: str, datatype: str, shape: list[int], item: dict[str, Any]) -> dict[str, Any]:
+    count = 1
+    for extent in shape:
+        count *= extent
+    data = {"type": "array", "items": item, "minItems": count, "maxItems": count}
+    return _form(
+        {"name": {"const": name}, "datatype": {"const": datatype}, "shape": {"const": shape}, "data": data},
+        "name", "datatype", "shape", "data",
+    )  # fmt: skip
+
+
+def _model_paths(key: str, card: Card, versions: list[str]) -> dict[str, Any]:
+    """The paths of a model: of whatever is production, and of a version or an alias."""
+    version = {
+        "name": "version",
+        "in": "path",
+        "required": True,
+        "description": "A version, such as v3, or an alias. Versions that nothing names are loaded when they are asked for.",
+        "schema": {"enum": versions},
+    }
+    name, paths = quote(card.model, safe=""), {}
+    for suffix, under, parameters in (("", "", []), ("Version", "/versions/{version}", [version])):
+        native, tensors = f"/v1/models/{name}{under}/sample", f"/v2/models/{name}{under}"
+        paths[native] = {"parameters": [*parameters, _TIMEOUT, _REQUEST_ID], "post": _sample(f"sample{suffix}{key}", key, card)}
+        paths |= _tensors(tensors, f"{suffix}{key}", key, parameters)
+    return paths
+
+
+def _sample(operation: str, key: str, card: Card) -> dict[str, Any]:
+    contents = {"application/json": {"schema": {"$ref": "#/components/schemas/Samples"}}}
+    contents |= {name: {"schema": {"type": "string", "contentMediaType": name}} for name in available(card.sample_shape) if name not in contents}
+    return {
+        "operationId": operation,
+        "summary": f"Draw samples of {card.model}",
+        "description": "Row i of a seed is one sample for ever: n = 100 is a prefix of n = 1000; `offset` turns the pages. "
+        "Without a seed the server draws one and says which rows of it these are. With `stream` any number of samples comes in "
+        "pieces; what was cut off is had by asking for the seed, version and the rows that are missing.",
+        "requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/Draw{key}"}}}},
+        "responses": {
+            "200": {
+                "description": "The samples. The headers say which rows of which seed they are, so that the same can be asked for again.",
+                "headers": _SAMPLE_HEADERS,
+                "content": contents,
+            },
+            **_errors("400", "404", "406", "413", "415", "422", "429", "500", "503", "504"),
+        },
+    }
+
+
+def _tensors(path: str, suffix: str, key: str, parameters: list[dict[str, Any]]) -> dict[str, Any]:
     """The paths of the Open Inference Protocol, of a model or of one version of it."""
-    path = "/v2/models/{model}" + ("/versions/{version}" if suffix else "")
     text = {"application/json": {"schema": {"$ref": "#/components/schemas/TensorError"}}}
     errors = {status: {"description": _ERROR_WORDS[status], "content": text} for status in ("404", "503")}
     refused = ("400", "413", "415", "422", "429", "500", "504")
@@ -129,7 +262,7 @@ def _tensors(suffix: str, parameters: list[dict[str, Any]]) -> dict[str, Any]:
             },
         },
         f"{path}/infer": {
-            "parameters": [*parameters, _TIMEOUT],
+            "parameters": [*parameters, _TIMEOUT, _REQUEST_ID],
             "post": {
                 "operationId": f"infer{suffix}",
                 "summary": "Samples of given latents, in the Open Inference Protocol",
@@ -137,7 +270,7 @@ def _tensors(suffix: str, parameters: list[dict[str, Any]]) -> dict[str, Any]:
                 "out. With Inference-Header-Content-Length the tensors may follow the JSON as bytes.",
                 "requestBody": {
                     "required": True,
-                    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/InferRequest"}}},
+                    "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/Infer{key}"}}},
                 },
                 "responses": {
                     "200": {
@@ -154,224 +287,131 @@ def _tensors(suffix: str, parameters: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-_LABEL: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 0}]}
-
-DOCUMENT: dict[str, Any] = {
-    "openapi": "3.1.0",
-    "info": {"title": "ganwatch", "version": "1", "description": "Samples from generators that are watched."},
-    "paths": {
-        "/v1/models/{model}/sample": _sample("sample", [_MODEL, _TIMEOUT]),
-        "/v1/models/{model}/versions/{version}/sample": _sample("sampleVersion", [_MODEL, _VERSION, _TIMEOUT]),
-        "/v1/models": {
-            "get": {
-                "operationId": "models",
-                "summary": "The models and what serves of them",
-                "responses": {
-                    "200": _json(
-                        "Every model of the registry.",
-                        {
-                            "type": "object",
-                            "required": ["models"],
-                            "properties": {"models": {"type": "array", "items": {"$ref": "#/components/schemas/Model"}}},
-                        },
-                    )
-                },
-            }
-        },
-        "/v2": {
-            "get": {
-                "operationId": "server",
-                "summary": "What this server is, in the Open Inference Protocol",
-                "responses": {"200": _json("Name, version, extensions.", {"type": "object"})},
-            }
-        },
-        **_tensors("", [_MODEL]),
-        **_tensors("Version", [_MODEL, _VERSION]),
-        "/v2/health/live": {
-            "get": {
-                "operationId": "live",
-                "summary": "Whether this replica still answers",
-                "responses": {
-                    "200": _json("It does.", {"type": "object", "properties": {"live": {"const": True}}}),
-                    **_errors("503"),
-                },
-            }
-        },
-        "/v2/health/ready": {
-            "get": {
-                "operationId": "ready",
-                "summary": "Whether every production version is loaded",
-                "responses": {
-                    "200": _json("They are.", {"type": "object", "properties": {"ready": {"const": True}}}),
-                    **_errors("503"),
-                },
-            }
-        },
-        "/openapi.json": {
-            "get": {
-                "operationId": "document",
-                "summary": "This document",
-                "responses": {"200": _json("OpenAPI 3.1.", {"type": "object"})},
-            }
-        },
-    },
-    "components": {
-        "schemas": {
-            "SampleRequest": {
-                "type": "object",
-                "additionalProperties": False,
-                "properties": {
-                    "n": {
-                        "type": "integer",
-                        "minimum": 1,
-                        "maximum": MAX_STREAM,
-                        "default": 1,
-                        "description": f"How many samples: up to {MAX_SAMPLES}, more with `stream`. Of a path: how many steps.",
-                    },
-                    "seed": {
-                        "type": "integer",
-                        "minimum": 0,
-                        "maximum": _SEED_MAX,
-                        "description": "Left out: the server draws one.",
-                    },
-                    "offset": {
-                        "type": "integer",
-                        "minimum": 0,
-                        "maximum": _SEED_MAX,
-                        "default": 0,
-                        "description": "The first row; offset + n is at most 2^63.",
-                    },
-                    "label": {
-                        "oneOf": [_LABEL, {"type": "array", "items": _LABEL}],
-                        "description": "A class, by name or index, or a list with one for each sample. Left out: drawn from the "
-                        "class law. Unknown to some models.",
-                    },
-                    "truncation": {
-                        "type": "number",
-                        "exclusiveMinimum": 0,
-                        "maximum": 1,
-                        "default": 1.0,
-                        "description": "The central mass of the Gaussian latents that is kept.",
-                    },
-                    "z": {
-                        "type": "array",
-                        "items": {"type": "array", "items": {"type": "number"}},
-                        "description": "Latents, n x latent_dim, instead of a seed.",
-                    },
-                    "interpolate": {
-                        "type": "array",
-                        "items": {"type": "integer", "minimum": 0, "maximum": _SEED_MAX},
-                        "minItems": 2,
-                        "maxItems": 2,
-                        "description": "Two seeds: n steps from row `offset` of the one to row `offset` of the other, by the "
-                        "model's latent law. Each step alone is an ordinary sample.",
-                    },
-                    "dtype": {
-                        "enum": ["uint8", "float32"],
-                        "description": "Of images: bytes, or numbers from 0 to 1. Vectors are float32.",
-                    },
-                    "stream": {
-                        "type": "boolean",
-                        "default": False,
-                        "description": "Send the samples in pieces: application/x-npy, application/octet-stream or Arrow.",
-                    },
-                },
-                "examples": [{"n": 64, "seed": 7}],
-            },
-            "Samples": {
-                "type": "object",
-                "required": ["model", "version", "seed", "offset", "samples"],
-                "properties": {
-                    "model": {"type": "string"},
-                    "version": {"type": "string"},
-                    "seed": {"type": "integer", "minimum": 0, "maximum": _SEED_MAX},
-                    "offset": {"type": "integer", "minimum": 0, "maximum": _SEED_MAX},
-                    "samples": {
-                        "type": "array",
-                        "items": {"type": "array"},
-                        "description": "[n, h, w, c] bytes of images, or [n, d] numbers.",
-                    },
-                },
-            },
-            "Model": {
-                "type": "object",
-                "required": [
-                    "name",
-                    "state",
-                    "aliases",
-                    "serving",
-                    "errors",
-                    "sample_shape",
-                    "dtype",
-                    "classes",
-                    "latent_dim",
-                    "provider",
-                ],
-                "properties": {
-                    "name": {"type": "string"},
-                    "state": {"enum": ["serving", "degraded", "failed", "unpromoted"]},
-                    "aliases": {
+_FIXED_PATHS: dict[str, Any] = {
+    "/v1/models": {
+        "get": {
+            "operationId": "models",
+            "summary": "The models and what serves of them",
+            "responses": {
+                "200": _json(
+                    "Every model of the registry.",
+                    {
                         "type": "object",
-                        "additionalProperties": {"type": "string"},
-                        "description": "alias -> version that the registry wants",
+                        "required": ["models"],
+                        "properties": {"models": {"type": "array", "items": {"$ref": "#/components/schemas/Model"}}},
                     },
-                    "serving": {
-                        "type": "object",
-                        "additionalProperties": {"type": "string"},
-                        "description": "alias -> version that answers",
-                    },
-                    "errors": {
-                        "type": "object",
-                        "additionalProperties": {"type": "string"},
-                        "description": "alias -> why the wanted version does not answer",
-                    },
-                    "sample_shape": {"type": ["array", "null"], "items": {"type": "integer"}},
-                    "dtype": {"enum": ["uint8", "float32", None]},
-                    "classes": {"type": ["array", "null"], "items": {"type": "string"}},
-                    "latent_dim": {"type": ["integer", "null"]},
-                    "provider": {"type": ["string", "null"], "description": "The onnxruntime provider that computes."},
-                },
-            },
-            "InferRequest": {
-                "type": "object",
-                "required": ["inputs"],
-                "properties": {
-                    "id": {"type": "string"},
-                    "inputs": {"type": "array", "items": {"$ref": "#/components/schemas/Tensor"}},
-                    "outputs": {"type": "array", "items": {"type": "object"}},
-                    "parameters": {"type": "object"},
-                },
-            },
-            "Tensor": {
-                "type": "object",
-                "required": ["name", "datatype", "shape"],
-                "properties": {
-                    "name": {"enum": ["z", "y"]},
-                    "datatype": {"enum": ["FP32", "INT64"]},
-                    "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
-                    "data": {"type": "array"},
-                    "parameters": {"type": "object"},
-                },
-            },
-            "TensorError": {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}},
-            "Error": {
-                "type": "object",
-                "required": ["error"],
-                "properties": {
-                    "error": {
-                        "type": "object",
-                        "required": ["code", "message", "field", "value", "expected", "request_id"],
-                        "properties": {
-                            "code": {"type": "string"},
-                            "message": {"type": "string"},
-                            "field": {"type": ["string", "null"]},
-                            "value": {"description": "What was sent, shortened."},
-                            "expected": {"type": "string"},
-                            "request_id": {"type": "string", "description": "As in X-Request-Id; the server's logs have it, too."},
-                        },
-                    }
-                },
+                )
             },
         }
+    },
+    "/v2": {
+        "get": {
+            "operationId": "server",
+            "summary": "What this server is, in the Open Inference Protocol",
+            "responses": {"200": _json("Name, version, extensions.", {"type": "object"})},
+        }
+    },
+    "/v2/health/live": {
+        "get": {
+            "operationId": "live",
+            "summary": "Whether this replica still answers",
+            "responses": {
+                "200": _json("It does.", {"type": "object", "properties": {"live": {"const": True}}}),
+                **_errors("503"),
+            },
+        }
+    },
+    "/v2/health/ready": {
+        "get": {
+            "operationId": "ready",
+            "summary": "Whether every production version is loaded",
+            "responses": {
+                "200": _json("They are.", {"type": "object", "properties": {"ready": {"const": True}}}),
+                **_errors("503"),
+            },
+        }
+    },
+    "/openapi.json": {
+        "get": {
+            "operationId": "document",
+            "summary": "This document",
+            "responses": {"200": _json("OpenAPI 3.1.", {"type": "object"})},
+        }
+    },
+}
+
+_FIXED_SCHEMAS: dict[str, Any] = {
+    "Samples": {
+        "type": "object",
+        "required": ["model", "version", "seed", "offset", "samples"],
+        "properties": {
+            "model": {"type": "string"},
+            "version": {"type": "string"},
+            "seed": {"type": "integer", "minimum": 0, "maximum": _SEED_MAX},
+            "offset": {"type": "integer", "minimum": 0, "maximum": _SEED_MAX},
+            "samples": {
+                "type": "array",
+                "items": {"type": "array"},
+                "description": "[n, h, w, c] bytes of images, or [n, d] numbers.",
+            },
+        },
+    },
+    "Model": {
+        "type": "object",
+        "required": [
+            "name",
+            "state",
+            "aliases",
+            "serving",
+            "errors",
+            "sample_shape",
+            "dtype",
+            "classes",
+            "latent_dim",
+            "provider",
+        ],
+        "properties": {
+            "name": {"type": "string"},
+            "state": {"enum": ["serving", "degraded", "failed", "unpromoted"]},
+            "aliases": {
+                "type": "object",
+                "additionalProperties": {"type": "string"},
+                "description": "alias -> version that the registry wants",
+            },
+            "serving": {
+                "type": "object",
+                "additionalProperties": {"type": "string"},
+                "description": "alias -> version that answers",
+            },
+            "errors": {
+                "type": "object",
+                "additionalProperties": {"type": "string"},
+                "description": "alias -> why the wanted version does not answer",
+            },
+            "sample_shape": {"type": ["array", "null"], "items": {"type": "integer"}},
+            "dtype": {"enum": ["uint8", "float32", None]},
+            "classes": {"type": ["array", "null"], "items": {"type": "string"}},
+            "latent_dim": {"type": ["integer", "null"]},
+            "provider": {"type": ["string", "null"], "description": "The onnxruntime provider that computes."},
+        },
+    },
+    "TensorError": {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}},
+    "Error": {
+        "type": "object",
+        "required": ["error"],
+        "properties": {
+            "error": {
+                "type": "object",
+                "required": ["code", "message", "field", "value", "expected", "request_id"],
+                "properties": {
+                    "code": {"type": "string"},
+                    "message": {"type": "string"},
+                    "field": {"type": ["string", "null"]},
+                    "value": {"description": "What was sent, shortened."},
+                    "expected": {"type": "string"},
+                    "request_id": {"type": "string", "description": "As in X-Request-Id; the server's logs have it, too."},
+                },
+            }
+        },
     },
 }

@@ -15,7 +15,7 @@ from jaxtyping import Float32
 from numpy import ndarray
 
 from serving.errors import BadRequest, InvalidValue
-from serving.openapi import MAX_SAMPLES, MAX_STREAM
+from serving.openapi import MAX_LATENT, MAX_OFFSET, MAX_SAMPLES, MAX_STREAM
 from serving.records import Origin
 from serving.sampler import Window
 from training.bundle import SEED_LIMIT, Card
@@ -52,16 +52,10 @@ class SampleRequest:
         stream = _boolean(fields, "stream")
         z = _given(fields, card)
         path = _path(fields)
-        n = len(z) if z is not None else _integer(fields, "n", 1, MAX_STREAM if stream else MAX_SAMPLES, default=1)
+        default = len(fields["label"]) if isinstance(fields.get("label"), list) else 1
+        n = len(z) if z is not None else _integer(fields, "n", 1, MAX_STREAM if stream else MAX_SAMPLES, default=default)
         seed = path[0] if path else _integer(fields, "seed", 0, SEED_LIMIT - 1, default=None)
-        offset = _integer(fields, "offset", 0, SEED_LIMIT - 1, default=0)
-        if offset + n > SEED_LIMIT:
-            raise InvalidValue(
-                f"offset + n is {offset + n}, past the last row of a seed",
-                field="offset",
-                value=offset,
-                expected="offset + n of at most 2^63",
-            )
+        offset = _integer(fields, "offset", 0, MAX_OFFSET, default=0)
         label = _labels(fields, card, n)
         truncation = _truncation(fields)
         if path:
@@ -83,8 +77,8 @@ def one_of(names: Any) -> str:
 
 
 def check_latents(z: ndarray, card: Card) -> Float32[ndarray, "n d"]:
-    """`z` as the model takes it. Raises InvalidValue where it is not [n, latent_dim] of finite numbers with 1 <= n <= MAX_SAMPLES."""
-    expected = f"n x {card.latent.dim} finite numbers, n from 1 to {MAX_SAMPLES}"
+    """`z` as the model takes it. Raises InvalidValue where it is not [n, latent_dim] of numbers up to MAX_LATENT, 1 <= n <= MAX_SAMPLES."""
+    expected = f"n x {card.latent.dim} numbers from -{MAX_LATENT:g} to {MAX_LATENT:g}, n from 1 to {MAX_SAMPLES}"
     if z.ndim != 2 or z.shape[1] != card.latent.dim or not 1 <= len(z) <= MAX_SAMPLES:
         raise InvalidValue(f"z has shape {list(z.shape)}", field="z", value=list(z.shape), expected=expected)
     with np.errstate(over="ignore"):
@@ -92,6 +86,9 @@ def check_latents(z: ndarray, card: Card) -> Float32[ndarray, "n d"]:
     if not np.isfinite(z).all():
         row = int(np.argmin(np.isfinite(z).all(1)))
         raise InvalidValue(f"z holds NaN or infinity in row {row}", field="z", value=str(z[row].tolist()), expected=expected)
+    if (beyond := np.abs(z).max(1) > MAX_LATENT).any():
+        row = int(np.argmax(beyond))
+        raise InvalidValue(f"z reaches {np.abs(z[row]).max():g} in row {row}", field="z", value=str(z[row].tolist()), expected=expected)
     return z
 
 
@@ -131,9 +128,14 @@ def _refuse_constant(name: str) -> NoReturn:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
 
 
+def whole(value: Any) -> Any:
+    """2.0 is the integer 2 in JSON; beyond 2^53 it could hide that a seed was rounded on its way, and stays what it is."""
+    return int(value) if type(value) is float and value.is_integer() and abs(value) <= 2**53 else value
+
+
 def _integer(fields: dict[str, Any], name: str, low: int, high: int, *, default: Any) -> Any:
-    """Strict: true is no integer, and neither is 1.0, which could hide that a large seed was rounded on its way."""
-    value = fields.get(name, default)
+    """Strict: true is no integer."""
+    value = whole(fields.get(name, default))
     if name in fields and (type(value) is not int or not low <= value <= high):
         raise InvalidValue(
             f"{name} is {json.dumps(value)[:100]}", field=name, value=value, expected=f"an integer from {low} to {high}"
@@ -169,6 +171,7 @@ def _path(fields: dict[str, Any]) -> tuple[int, int] | None:
     if "interpolate" not in fields:
         return None
     value = fields["interpolate"]
+    value = [whole(seed) for seed in value] if type(value) is list else value
     if type(value) is list and len(value) == 2 and all(type(seed) is int and 0 <= seed < SEED_LIMIT for seed in value):
         return value[0], value[1]
     raise InvalidValue(
@@ -189,7 +192,7 @@ def _given(fields: dict[str, Any], card: Card) -> Float32[ndarray, "n d"] | None
     if z.dtype.kind not in "iuf":
         raise InvalidValue("z is no array of numbers", field="z", value=fields["z"], expected=f"n x {card.latent.dim} finite numbers")
     z = check_latents(z, card)
-    if "n" in fields and (type(fields["n"]) is not int or fields["n"] != len(z)):
+    if "n" in fields and (type(whole(fields["n"])) is not int or fields["n"] != len(z)):
         raise InvalidValue(f"n is {json.dumps(fields['n'])[:100]}", field="n", value=fields["n"], expected=f"{len(z)}, the rows of z, or no n")
     return z
 
@@ -201,13 +204,15 @@ def _labels(fields: dict[str, Any], card: Card, n: int) -> int | tuple[int, ...]
     value = fields["label"]
     if not isinstance(value, list):
         return _label(value, card)
-    if len(value) != n:
-        raise InvalidValue(f"label lists {len(value)} classes", field="label", value=value, expected=f"a class, or a list of {n}")
+    if len(value) != n or not 1 <= n <= MAX_SAMPLES:
+        expected = f"a class, or a list of 1 to {MAX_SAMPLES}, as long as n where n is given"
+        raise InvalidValue(f"label lists {len(value)} classes", field="label", value=value, expected=expected)
     return tuple(_label(item, card) for item in value)
 
 
 def _label(value: Any, card: Card) -> int:
     """The index of a class: its name, or its index."""
+    value = whole(value)
     if not card.classes:
         raise InvalidValue(f"model {card.model} has no classes", field="label", value=value, expected="no label")
     if type(value) is int and 0 <= value < len(card.classes):

@@ -32,10 +32,10 @@ from serving.asgi import (
     send_chunk,
     unless_gone,
 )
-from serving.errors import InvalidValue, NotFound, SamplingFailed, ServingError, Unavailable
+from serving.errors import InvalidValue, NotAcceptable, NotFound, SamplingFailed, ServingError, Unavailable
 from serving.formats import FORMATS, STREAMS, as_dtype, negotiate
 from serving.models import Model
-from serving.openapi import DOCUMENT, MAX_SAMPLES
+from serving.openapi import MAX_SAMPLES, document
 from serving.request import SampleRequest, one_of
 from serving.rpc import Rpc
 from serving.sampler import Sampler, Window
@@ -72,7 +72,7 @@ class App:
             "/v2": lambda: (200, json.dumps(oip.SERVER).encode()),
             "/v2/health/live": self._live,
             "/v2/health/ready": self._ready,
-            "/openapi.json": lambda: (200, json.dumps(DOCUMENT).encode()),
+            "/openapi.json": lambda: (200, json.dumps(document(self.service.table.models)).encode()),
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -151,7 +151,9 @@ class App:
             request = await asyncio.to_thread(SampleRequest.parse, body, card)
         else:
             request = SampleRequest.parse(body, card)
-        _check_form(request, media_type, card)
+        if request.stream and media_type not in STREAMS:
+            media_type = _streamable(headers, media_type, card)
+        _check_form(request, media_type)
         if reference is None:
             sampler = self.service.divert(sampler, request)
         origin = "probe" if request.origin == "server_seed" and b"x-ganwatch-probe" in headers else request.origin
@@ -277,10 +279,16 @@ def _timeout(headers: Headers) -> float | None:
     return value
 
 
-def _check_form(request: SampleRequest, media_type: str, card: Card) -> None:
+def _streamable(headers: Headers, first: str, card: Card) -> str:
+    """What a stream comes as where the client would rather have `first`, which has no pieces. Raises InvalidValue."""
+    try:
+        return negotiate(headers.get(b"accept", b"").decode("latin-1"), card.sample_shape, tuple(STREAMS))
+    except NotAcceptable:
+        raise InvalidValue(f"{first} cannot be streamed", field="stream", value=True, expected=f"Accept: {one_of(STREAMS)}") from None
+
+
+def _check_form(request: SampleRequest, media_type: str) -> None:
     """Raises InvalidValue where the asked form and media type do not go together."""
-    if request.stream and media_type not in STREAMS:
-        raise InvalidValue(f"{media_type} cannot be streamed", field="stream", value=True, expected=f"Accept: {one_of(STREAMS)}")
     if media_type == "image/png" and request.dtype != "uint8":
         raise InvalidValue("a picture holds bytes", field="dtype", value=request.dtype, expected="uint8, or another media type")
 
