@@ -36,6 +36,10 @@ class Serving:
     """Pixels bitwise the same whatever else a replica computes, on GPUs, too; every run then costs a full batch."""
     access_log: str | None = None
     """Directory where each replica writes one JSON line a request, 128 MiB at most; none = nowhere."""
+    trace_url: str | None = None
+    """OpenTelemetry collector for traces, OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces; none = no traces."""
+    trace_share: float = 1.0
+    """Of the requests that come without a traceparent, those that are traced."""
 
 
 def build(args: dict[str, object]) -> object:
@@ -54,6 +58,8 @@ def build(args: dict[str, object]) -> object:
         pool=serving.pool,
         deterministic=serving.deterministic,
         access_log=serving.access_log,
+        trace_url=serving.trace_url,
+        trace_share=serving.trace_share,
     )
 
 

@@ -97,6 +97,8 @@ class Settings:
     """The monitor sends its own requests when fresh samples per second fall below this; 0 = off."""
     access_log: bool = True
     """One JSON line a request in `<home>/logs/access-*.jsonl`, 128 MiB a replica at most."""
+    trace_url: str | None = None
+    """OpenTelemetry collector for traces of requests (OTLP over HTTP), such as http://127.0.0.1:4318/v1/traces."""
 
 
 @dataclass(frozen=True)
@@ -269,6 +271,8 @@ def deploy_serve(run: Run) -> None:
     command += ["--port", str(settings.ports.http), "--grpc-port", str(settings.ports.grpc), "--replicas", str(settings.replicas), "--device", settings.device]
     if settings.access_log:
         command += ["--access-log", str(run.logs)]
+    if settings.trace_url:
+        command += ["--trace-url", settings.trace_url]
     if settings.device != "cpu" and (gpus := cuda_devices()):
         command += ["--num-gpus", str(min(1.0, gpus / settings.replicas))]  # Ray hides GPUs from an actor that asks for none
     process = _spawn(run, "serve", command, {"RAY_ADDRESS": f"127.0.0.1:{settings.ports.gcs}"})

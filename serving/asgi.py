@@ -41,6 +41,13 @@ class Call(Entry):
         super().__init__(self.headers.get(b"x-request-id", b"").decode("latin-1"), scope["method"], scope["path"])
         self._head = [(b"x-request-id", self.id.encode())] if echo else []
 
+    def text_headers(self) -> dict[str, str]:
+        return {name.decode("latin-1"): value.decode("latin-1") for name, value in self.headers.items()}
+
+    def answer_with(self, name: bytes, value: bytes) -> None:
+        """The answer carries this header, too."""
+        self._head.append((name, value))
+
     async def send(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]

@@ -22,6 +22,7 @@ from numpy import ndarray
 
 from serving.errors import DeadlineExceeded, Overloaded, Unavailable
 from serving.sampler import BUCKETS, Sampler, Window
+from serving.tracing import Trace, current
 
 _STALLED_S = 60.0  # a batch that takes longer will not come back
 
@@ -43,6 +44,7 @@ class _Job:
     window: Window
     answer: asyncio.Future[ndarray]
     since: float  # time.monotonic() of its admission
+    trace: Trace | None = None  # which is told of each batch
     sealed: int = 0  # samples handed to the device so far
     parts: dict[int, ndarray] = field(default_factory=dict)  # by their first row: two batches may end in either order
     missing: int = 0  # samples not yet delivered
@@ -98,6 +100,7 @@ class Batcher:
         self._wake = asyncio.Event()
         self._loops: list[asyncio.Task[None]] = []
         self._running: dict[int, float] = {}  # lane -> when its batch began
+        self._last_run: dict[int, tuple[float, float]] = {}  # lane -> when the model last began and ended to compute there
         self._closing = False
         self._threads = ThreadPoolExecutor(lanes, thread_name_prefix="sampler")
 
@@ -120,7 +123,7 @@ class Batcher:
         self._admit(window.count, size)
         self.start()
         loop = asyncio.get_running_loop()
-        job = _Job(sampler, window, loop.create_future(), time.monotonic())
+        job = _Job(sampler, window, loop.create_future(), time.monotonic(), current.get())
         self._jobs.append(job)
         self._open[job] = None
         self.queued += window.count
@@ -199,8 +202,15 @@ class Batcher:
 
     async def _compute(self, lane: int, sampler: Sampler, windows: list[Window]) -> ndarray:
         started = self._running[lane] = time.monotonic()
+
+        def run() -> ndarray:
+            began = time.monotonic()
+            rows = sampler.sample(windows)
+            self._last_run[lane] = began, time.monotonic()
+            return rows
+
         try:
-            rows = await asyncio.get_running_loop().run_in_executor(self._threads, sampler.sample, windows)
+            rows = await asyncio.get_running_loop().run_in_executor(self._threads, run)
         finally:
             del self._running[lane]
         self.batches += 1
@@ -211,6 +221,7 @@ class Batcher:
 
     async def _serve(self, lane: int, pieces: list[_Piece]) -> None:
         """Runs one batch and hands out its rows."""
+        sealed = time.monotonic()
         try:
             rows = await self._compute(lane, pieces[0].job.sampler, [piece.window for piece in pieces])
         except Exception as error:
@@ -222,6 +233,8 @@ class Batcher:
             return
         start = 0
         for piece in pieces:
+            if trace := piece.job.trace:
+                trace.batch(piece.job.since if piece.start == 0 else None, sealed, *self._last_run[lane], piece.count, len(rows))
             piece.job.deliver(piece.start, rows[start : start + piece.count])
             start += piece.count
 

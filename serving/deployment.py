@@ -20,6 +20,7 @@ from serving.rpc import Rpc
 from serving.sampler import Device, cuda_devices
 from serving.service import Service
 from serving.tap import Tap
+from serving.tracing import Tracer
 from training.registry import Registry
 
 # Admission is the batcher's, counted in samples; Ray's own limit, counted in requests, must not be met before it.
@@ -39,6 +40,8 @@ class Settings:
     pool: int = 0  # samples of each version drawn ahead while the device is idle
     deterministic: bool = False  # pixels bitwise the same whatever else is computed
     access_log: str | None = None  # directory, where each replica writes one JSON line a request; None: nowhere
+    trace_url: str | None = None  # of an OTLP/HTTP collector
+    trace_share: float = 1.0  # of the requests that come without a trace, those that get one
 
 
 @serve.ingress()
@@ -52,7 +55,8 @@ class Replica:
         batcher = Batcher(lanes=2 if settings.device != "cpu" and cuda_devices() else 1)  # one is copied, one is computed
         tap = Tap(settings.monitor_url, settings.tap_rate)
         log = AccessLog(settings.access_log and Path(settings.access_log) / f"access-{tap.replica}.jsonl")
-        self.service = Service(table, batcher, tap, Pool(settings.pool), log=log)
+        tracer = Tracer(settings.trace_url, settings.trace_share, tap.replica) if settings.trace_url else None
+        self.service = Service(table, batcher, tap, Pool(settings.pool), log=log, tracer=tracer)
         self.rpc = Rpc(self.service, settings.grpc_port) if settings.grpc_port is not None else None
 
     def __serve_build_asgi_app__(self) -> App:
@@ -75,6 +79,8 @@ def build(
     pool: int = 0,
     deterministic: bool = False,
     access_log: str | None = None,
+    trace_url: str | None = None,
+    trace_share: float = 1.0,
 ) -> serve.Application:
     """The application, for `serve.run`. `num_gpus`: of each replica, a fraction lets replicas share a device."""
     deployment = serve.deployment(
@@ -87,4 +93,7 @@ def build(
         logging_config={"enable_access_log": False},  # ours is off the hot path
         ray_actor_options={"num_cpus": 0.5, "num_gpus": num_gpus},
     )(Replica)
-    return deployment.bind(Settings(registry, monitor_url, device, tap_rate, threads, grpc_port, pool, deterministic, access_log))
+    settings = Settings(
+        registry, monitor_url, device, tap_rate, threads, grpc_port, pool, deterministic, access_log, trace_url, trace_share
+    )
+    return deployment.bind(settings)

@@ -34,13 +34,13 @@ def accepted_id(given: str | None) -> str:
 class Entry:
     """One request, from its arrival on. Whoever learns something about it writes it here."""
 
-    __slots__ = ("at", "began", "bytes", "id", "method", "model", "n", "path", "seed", "status", "version")
+    __slots__ = ("at", "began", "bytes", "id", "method", "model", "n", "path", "seed", "status", "trace_id", "version")
 
     def __init__(self, given_id: str | None, method: str, path: str) -> None:
         self.at, self.began = time.time(), time.perf_counter()
         self.id, self.method, self.path = accepted_id(given_id), method, path
         self.status = self.bytes = 0  # bytes: of the answer's body
-        self.model = self.version = ""
+        self.model = self.version = self.trace_id = ""
         self.n: int | None = None  # samples asked for
         self.seed: int | None = None
         request_id.set(self.id)
@@ -49,6 +49,7 @@ class Entry:
         about = "" if self.n is None else f', "n": {self.n}'
         about += "" if self.seed is None else f', "seed": {self.seed}'
         about += f', "model": {quoted(self.model)}, "version": {quoted(self.version)}' if self.version else ""
+        about += f', "trace_id": "{self.trace_id}"' if self.trace_id else ""
         return (
             f'{{"time": {self.at:.3f}, "request_id": {quoted(self.id)}, "method": {quoted(self.method)}, "path": {quoted(self.path)}, '
             f'"status": {self.status}{about}, "ms": {ms:.2f}, "bytes": {self.bytes}}}\n'

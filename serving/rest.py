@@ -81,10 +81,16 @@ class App:
         if scope["type"] == "websocket":
             return await send({"type": "websocket.close"})
         call = Call(scope, send, self.echo)
+        tracer = self.service.tracer
+        trace = None if tracer is None else tracer.begin(call, call.text_headers())
+        if trace is not None:
+            call.answer_with(b"traceparent", trace.traceparent.encode())
         try:
             await self._route(call, receive)
         finally:
             self.service.log.add(call)
+            if trace is not None:
+                trace.end()
 
     async def _route(self, call: Call, receive: Receive) -> None:
         path = call.path[len(call.scope.get("root_path", "")) :]

@@ -88,9 +88,11 @@ class Rpc:
         """`call` with errors told in gRPC's own codes; those that ask for samples are counted like their HTTP siblings."""
 
         async def guarded(message: Any, context: grpc.aio.ServicerContext) -> Any:
-            given = next((value for key, value in context.invocation_metadata() or () if key == "x-request-id"), None)
-            entry = Entry(given if isinstance(given, str) else None, "gRPC", method)
-            context.set_trailing_metadata((("x-request-id", entry.id),))
+            given = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+            entry = Entry(given.get("x-request-id"), "gRPC", method)
+            trace = self.service.tracer and self.service.tracer.begin(entry, given)
+            about = (("x-request-id", entry.id), *([("traceparent", trace.traceparent)] if trace else []))
+            context.set_trailing_metadata(about)
             entry.status = 499  # stays where the client has left
             try:
                 answer = await call(message, context, entry)
@@ -108,6 +110,8 @@ class Rpc:
                 await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
             finally:
                 self.service.log.add(entry)
+                if trace:
+                    trace.end()
                 if call in (self._infer, self._sample):
                     name = message.model_name if call == self._infer else message.model
                     counted = name if name in self.service.table.models else ""

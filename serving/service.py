@@ -23,6 +23,7 @@ from serving.records import Origin, Record
 from serving.request import SampleRequest, one_of
 from serving.sampler import Sampler, Window
 from serving.tap import Tap
+from serving.tracing import Tracer
 from training.registry import RegistryError
 
 _SHADOW_ROWS = 64  # of each answer, shown to the shadow
@@ -38,12 +39,13 @@ async def _simply(answer: asyncio.Future[ndarray]) -> ndarray:
 
 
 class Service:
-    """`timeout`: seconds that a request waits for its samples at most. `log`: where the surfaces write what they answered."""
+    """`timeout`: seconds that a request waits for its samples at most. `log`, `tracer`: whom the surfaces tell what they answered."""
 
     def __init__(
-        self, table: ModelTable, batcher: Batcher, tap: Tap, pool: Pool | None = None, timeout: float = 60.0, log: AccessLog | None = None
-    ) -> None:
-        self.log = log or AccessLog()
+        self, table: ModelTable, batcher: Batcher, tap: Tap, pool: Pool | None = None, timeout: float = 60.0,
+        log: AccessLog | None = None, tracer: Tracer | None = None,
+    ) -> None:  # fmt: skip
+        self.log, self.tracer = log or AccessLog(), tracer
         self.table, self.batcher, self.tap, self.pool, self.timeout = table, batcher, tap, pool or Pool(), timeout
         self._shadows: deque[Spare] = deque()
         tap.gauges = self._gauges
@@ -64,6 +66,8 @@ class Service:
         await asyncio.to_thread(self.table.close)
         await asyncio.to_thread(self.tap.close)
         await asyncio.to_thread(self.log.close)
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.close)
 
     def follow(self) -> None:
         """The table has changed: nothing is kept of a version that clients do not get."""
@@ -184,6 +188,8 @@ class Service:
             "access_log_dropped_total": self.log.dropped,
             "slow_readers_total": self.tap.counters["slow_readers_total"],
         }
+        if self.tracer is not None:
+            gauges |= {f"trace_spans_{what}_total": count for what, count in self.tracer.counts.items()}
         for name, model in self.table.models.items():
             gauges[f'load_failures_total{{model="{name}"}}'] = self.table.load_failures[name]
             dropped = f'tap_dropped_samples_total{{model="{name}"}}'
