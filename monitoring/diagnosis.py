@@ -6,7 +6,7 @@ Knows the groups of the e-detector and their names, no sample and no clock.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -71,6 +71,12 @@ VERDICTS: dict[str, Verdict] = {
             null="B",
         ),
         Verdict(
+            "world_moved",
+            "The model does what it did when it passed as {version}, but the reference data have changed since: by these it is not good enough.",
+            "Train on the new data and publish; a rollback to {version} is judged by the old reference.",
+            null="B",
+        ),
+        Verdict(
             "drift",
             "The served samples are no longer those of the certified model; some kinds come too often.",
             "Compare the served shares with the certified ones, then roll back or certify anew.",
@@ -102,10 +108,17 @@ that is gone inflates the others, and a model that left its certificate is judge
 data."""
 
 
-def diagnose(groups: Collection[str], modes: tuple[str, ...]) -> Verdict:
-    """The verdict on an alarm from the groups that are named for it, at least one; `modes` in the model's order."""
+def diagnose(groups: Collection[str], modes: tuple[str, ...], *, passed_as: str | None = None) -> Verdict:
+    """The verdict on an alarm from the groups that are named for it, at least one; `modes` in the model's order.
+
+    passed_as: a version of this very generator that the gate let pass by another reference, if there is one: then quality out of
+    tolerance is the reference's doing.
+    """
     kinds = {group.partition(":")[0] for group in groups}
     verdict = VERDICTS[next(EXPLANATIONS[kind] for kind in EXPLANATIONS if kind in kinds)]
+    if verdict.id == "quality_outside_tolerance" and passed_as is not None:
+        moved = VERDICTS["world_moved"]
+        return replace(moved, words=moved.words.format(version=passed_as), advice=moved.advice.format(version=passed_as))
     dropped = tuple(name for name in modes if f"drop:{name}" in groups)
     words = verdict.words.format(modes=", ".join(dropped))
     return Verdict(verdict.id, words, verdict.advice, dropped, verdict.null)

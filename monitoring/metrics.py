@@ -17,7 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from monitoring.monitor import VERDICTS
-from monitoring.watch import Shown, View, parse_counter
+from monitoring.watch import Live, View, parse_counter
 from serving.records import ORIGINS
 
 ESTIMATORS = ("forward_kl", "reverse_kl", "js", "chi_squared", "tv", "frechet", "mmd", "kid", "sliced_wasserstein")
@@ -60,13 +60,14 @@ class _ViewCollector(Collector):
         yield from _estimates(view)
         yield from _modes(view)
         yield from _alarms(view)
+        yield from _comparisons(view)
         yield from _samples(view, dropped, probes)
         yield from _versions(view)
         yield from _serving(view)
 
 
 def _estimates(view: View) -> Iterator[Metric]:
-    gauges = [(model, population, gauge) for model, shown in view.models.items() for population, gauge in shown.gauges.items()]
+    gauges = [(labels | {"population": p}, found) for labels, live in _versions_of(view) for p, found in live.gauges.items()]
     for suffix, words, pick in (
         ("", "", lambda gauge: gauge.value),
         ("_low", ", lower end of its interval", lambda gauge: gauge.low),
@@ -75,63 +76,68 @@ def _estimates(view: View) -> Iterator[Metric]:
         yield _gauge(
             f"ganwatch_divergence{suffix}",
             f"Divergence of served samples from the real data{words}",
-            [({"model": m, "population": p, "estimator": e}, pick(g[e])) for m, p, g in gauges for e in ESTIMATORS if e in g],
+            [(labels | {"estimator": e}, pick(g[e])) for labels, g in gauges for e in ESTIMATORS if e in g],
         )
         for ratio, meaning in RATIOS.items():
-            samples = [({"model": m, "population": p}, pick(g[ratio])) for m, p, g in gauges if ratio in g]
+            samples = [(labels, pick(g[ratio])) for labels, g in gauges if ratio in g]
             yield _gauge(f"ganwatch_{ratio}_ratio{suffix}", f"Share of {meaning}{words}", samples)
-    floors = [({"model": m, "population": p, "estimator": e}, g[e].floor) for m, p, g in gauges for e in ESTIMATORS if e in g]
+    floors = [(labels | {"estimator": e}, g[e].floor) for labels, g in gauges for e in ESTIMATORS if e in g]
     yield _gauge("ganwatch_divergence_floor", "What as many samples of the real data itself would read", floors)
-    found = [({"model": m, "population": p, "estimator": e}, g[e].value) for m, p, g in gauges for e in NEIGHBOURS if e in g]
+    found = [(labels | {"estimator": e}, g[e].value) for labels, g in gauges for e in NEIGHBOURS if e in g]
     yield _gauge("ganwatch_neighbours", "Fidelity and diversity by nearest neighbours, without an interval", found)
     for bound, words in (("certified", "as certified"), ("threshold", "above which the quality is out of tolerance")):
         samples = [
-            ({"model": model, "estimator": estimator}, limits[bound])
-            for model, shown in view.models.items()
-            for estimator, limits in shown.snapshot["tolerance"].items()
+            (labels | {"estimator": estimator}, limits[bound])
+            for labels, live in _versions_of(view)
+            for estimator, limits in live.snapshot["tolerance"].items()
         ]
         yield _gauge(f"ganwatch_divergence_{bound}", f"Divergence from the real data {words}", samples)
-    windows = [({"model": m, "population": p}, g["js"].n) for m, p, g in gauges]
-    yield _gauge("ganwatch_window_samples", "Samples behind the present estimates", windows)
+    yield _gauge("ganwatch_window_samples", "Samples behind the present estimates", [(labels, g["js"].n) for labels, g in gauges])
     yield _gauge(
         "ganwatch_estimate_timestamp_seconds",
         "When the newest sample entered the estimates, 0 before the first",
-        _by_model(view, lambda shown: shown.last_fresh_at or 0),
+        _by_version(view, lambda live: live.last_fresh_at or 0),
     )
 
 
 def _modes(view: View) -> Iterator[Metric]:
-    cells = [
-        ({"model": model, "mode": cell["name"]}, cell) for model, shown in view.models.items() for cell in shown.snapshot["modes"]
-    ]
-    yield _gauge(
-        "ganwatch_mode_share", "Share of served samples in the mode", [(labels, cell["served"]) for labels, cell in cells]
-    )
-    yield _gauge(
-        "ganwatch_mode_share_reference",
-        "Share of the real data in the mode",
-        [(labels, cell["reference"]) for labels, cell in cells],
-    )
-    yield _gauge(
-        "ganwatch_mode_alarmed",
-        "1 while an alarm names the mode",
-        [(labels, cell["status"] == "alarmed") for labels, cell in cells],
-    )
+    cells = [(labels | {"mode": cell["name"]}, cell) for labels, live in _versions_of(view) for cell in live.snapshot["modes"]]
+    for name, words, pick in (
+        ("share", "Share of served samples in the mode", lambda cell: cell["served"]),
+        ("share_reference", "Share of the real data in the mode", lambda cell: cell["reference"]),
+        ("alarmed", "1 while an alarm names the mode", lambda cell: cell["status"] == "alarmed"),
+    ):
+        yield _gauge(f"ganwatch_mode_{name}", words, [(labels, pick(cell)) for labels, cell in cells])
+    counts = [(labels | {"state": state}, n) for labels, live in _versions_of(view) for state, n in live.snapshot["coverage"].items()]
+    yield _gauge("ganwatch_modes", "Modes of the real data, by what fresh samples show or prove of them", counts)
 
 
 def _alarms(view: View) -> Iterator[Metric]:
-    kinds = [({"model": model, "verdict": verdict}, shown) for model, shown in view.models.items() for verdict in ALARMS]
-    active = [(labels, shown.snapshot["verdict"]["id"] == labels["verdict"]) for labels, shown in kinds]
+    active = [(labels | {"verdict": verdict}, live.snapshot["verdict"]["id"] == verdict) for labels, live in _versions_of(view) for verdict in ALARMS]
     yield _gauge("ganwatch_alarm_active", "1 while the alarm of this verdict is latched", active)
-    raised = [(labels, view.alarms.get((labels["model"], labels["verdict"]), 0)) for labels, _ in kinds]
-    yield _counter("ganwatch_alarms_total", "Alarms raised, by the verdict they opened with", raised)
-    families = [({"model": m, "family": f}, e) for m, shown in view.models.items() for f, e in shown.snapshot["evidence"].items()]
+    raised = [({"model": model, "verdict": verdict}, view.alarms.get((model, verdict), 0)) for model in view.models for verdict in ALARMS]
+    yield _counter("ganwatch_alarms_total", "Alarms raised, of whatever version, by the verdict they opened with", raised)
+    families = [(labels | {"family": f}, e) for labels, live in _versions_of(view) for f, e in live.snapshot["evidence"].items()]
     yield _gauge("ganwatch_evidence_log10", "log10 of the family's weighted e-value", families)
     yield _gauge(
         "ganwatch_evidence_threshold_log10",
         "log10 of what the families' e-values must sum to for an alarm",
-        _by_model(view, lambda shown: shown.snapshot["log10_threshold"]),
+        _by_version(view, lambda live: live.snapshot["log10_threshold"]),
     )
+    yield _gauge("ganwatch_budget_share", "Part of the model's false-alarm budget that the version has", _by_version(view, lambda live: live.share))
+
+
+def _comparisons(view: View) -> Iterator[Metric]:
+    """Of candidates with production, on the same latents."""
+    found = [(labels | {"against": live.comparison["against"]}, live.comparison) for labels, live in _versions_of(view) if live.comparison]
+    for name, words, key in (
+        ("evidence_log10", "log10 of the e-value against both versions having one law", "log10_evidence"),
+        ("threshold_log10", "log10 of the e-value from which on they are said to differ", "log10_threshold"),
+        ("agreement_ratio", "Share of latents that both versions put into the same mode", "agreement"),
+        ("differs", "1 once the two versions are known to differ in law", "differs"),
+        ("pairs", "Latents of which both versions' samples were looked at", "pairs"),
+    ):
+        yield _gauge(f"ganwatch_comparison_{name}", words, [(labels, comparison[key]) for labels, comparison in found])
 
 
 def _samples(view: View, dropped: Mapping[str, int], probes: Mapping[tuple[str, str], int]) -> Iterator[Metric]:
@@ -166,7 +172,7 @@ def _versions(view: View) -> Iterator[Metric]:
     yield _gauge(
         "ganwatch_model_loaded_timestamp_seconds",
         "When the monitor began to judge the present version",
-        _by_model(view, lambda shown: shown.loaded_at),
+        _by_version(view, lambda live: live.since),
     )
     failures = [({"model": model}, count) for model, count in view.load_failures.items()]
     yield _counter("ganwatch_model_load_failures_total", "Bundles that the monitor could not load", failures)
@@ -195,8 +201,13 @@ def _serving(view: View) -> Iterator[Metric]:
         yield make(f"ganwatch_serving_{name}", "Counted by the replicas, summed over them", samples)
 
 
-def _by_model(view: View, pick: Callable[[Shown], Any]) -> Labelled:
-    return [({"model": model}, pick(shown)) for model, shown in view.models.items()]
+def _versions_of(view: View) -> Iterator[tuple[dict[str, str], Live]]:
+    """Every version under watch, with the labels of its series."""
+    return (({"model": model, "role": live.role, "version": live.version}, live) for model, shown in view.models.items() for live in shown.live)
+
+
+def _by_version(view: View, pick: Callable[[Live], Any]) -> Labelled:
+    return [(labels, pick(live)) for labels, live in _versions_of(view)]
 
 
 def _gauge(name: str, words: str, samples: Labelled) -> Metric:

@@ -20,10 +20,10 @@ import numpy as np
 from numpy import ndarray
 
 from monitoring.coverage import mode_coverage, mode_status
-from monitoring.diagnosis import VERDICTS, Verdict, detectable, diagnose
+from monitoring.diagnosis import VERDICTS, Verdict, delay_of_loss, detectable, diagnose
 from monitoring.divergences import DIVERGENCES, INTERVALS, ShareSet, frechet, smoothed
 from monitoring.edetectors import FAMILIES, NULLS, EDetector
-from monitoring.features import Eye
+from monitoring.features import Eye, Seen
 from monitoring.points import POINT_GAUGES, Cloud, Embedding
 from monitoring.sketches import BLOCK, NEWEST, Blocks, Decayed, Newest, Sketch
 from training.bundle import Bundle
@@ -35,6 +35,7 @@ GAUGES = (*DIVERGENCES, "mode_coverage", "off_manifold", "frechet")
 ALL_GAUGES = (*GAUGES, "mmd", *POINT_GAUGES)  # the latter of the fresh population only, and only where the bundle has real points
 REAL_POINTS = 1024  # real points that served ones are compared with
 AUDIT_PATIENCE = 4096  # fresh samples for which a failed replay audit waits for the samples to say which failure it is
+UNWATCHED = 1e5  # samples: a mode whose loss would take longer to be seen counts as unwatched, never as fine
 WARM_UP = 512  # fresh samples before silence is called health
 FLOOR_DRAWS = 64
 GAUGE_DELTA = 0.05  # chance that an interval fails at any sample of a block
@@ -102,6 +103,7 @@ class Monitor:
         self._suspected: int | None = None  # monitored samples when the replay audit failed, None while it last passed
         self._wrong: int | None = None  # number of the fresh sample with which that became the verdict
         self.alarmed_at: float | None = None
+        self.passed_as: str | None = None  # a version of the same generator that was good enough by another reference
         self.verdict = VERDICTS["warming_up"]
 
     @property
@@ -116,6 +118,10 @@ class Monitor:
     @property
     def log10_threshold(self) -> float:
         return math.log10(self._detector.threshold)
+
+    def look(self, samples: ndarray) -> Seen:
+        """Samples in the eyes of this version's features.onnx; nothing is counted."""
+        return self._eye.look(samples)
 
     def update(self, samples: ndarray, *, fresh: bool, at: float) -> None:
         """Look at n samples [n, *sample_shape], n >= 0; `at`: Unix seconds. What is no sample is counted, never an error."""
@@ -289,7 +295,11 @@ class Monitor:
         return self._floors[n]
 
     def modes(self) -> list[dict[str, Any]]:
-        """The K modes, then the off-manifold cell: real, certified and freshly served shares, bounds of the latter, status."""
+        """The K modes, then the off-manifold cell: real, certified and freshly served shares, bounds of the latter, status.
+
+        Status: alarmed, covered or dropped where the bounds prove it, else uncertain; unwatched where even the loss of the whole
+        mode would take more than UNWATCHED samples to be seen.
+        """
         sketch = self._blocks["fresh"].view
         names = (*self.bundle.card.modes, "off-manifold")
         served = low = high = np.full(len(names), np.nan)
@@ -299,12 +309,28 @@ class Monitor:
             served, low, high = shares.centre, shares.low, shares.high
             certain = "covered" if shares.high[-1] >= self._real[-1] else "uncertain"
             status = [*mode_status(mode_coverage(self._real, shares)), certain]
-        status = ["alarmed" if name in self.verdict.modes else s for name, s in zip(names, status, strict=True)]
+        blind = [*(self._delays() > UNWATCHED), False]
+        status = ["alarmed" if name in self.verdict.modes else "unwatched" if b else s for name, b, s in zip(names, blind, status, strict=True)]
         if self.verdict.id == "off_manifold":
             status[-1] = "alarmed"
         columns = zip(names, self.bundle.reference.cell_share, self._certified, served, low, high, status, strict=True)
         keys = ("name", "reference", "certified", "served", "low", "high", "status")
         return [dict(zip(keys, (row[0], *map(float, row[1:6]), row[6]), strict=True)) for row in columns]
+
+    def _delays(self) -> ndarray:
+        """Samples until the loss of each mode is seen, about."""
+        return delay_of_loss(self.bundle.certificate, np.ones(1), threshold=self._detector.threshold)[0]
+
+    def coverage(self) -> dict[str, int]:
+        """How many modes the real data have, and of how many the fresh samples of this block show or prove what. Unwatched modes
+        are counted besides: what is said of them rests on the estimate alone, no alarm would tell of their loss."""
+        found = {"real": len(self.bundle.card.modes), "covered": 0, "certainly_covered": 0, "certainly_dropped": 0}
+        sketch = self._blocks["fresh"].view
+        if sketch.count:
+            coverage = mode_coverage(self._real, ShareSet.observed(sketch.cells, priors=self._priors, delta=GAUGE_DELTA))
+            counts = (round(coverage.value * found["real"]), int(coverage.surely_covered.sum()), int(coverage.surely_dropped.sum()))
+            found |= dict(zip(("covered", "certainly_covered", "certainly_dropped"), counts, strict=True))
+        return found | {"unwatched": int((self._delays() > UNWATCHED).sum())}
 
     def snapshot(self) -> dict[str, Any]:
         """Everything there is to show of this version, JSON-able; what is not finite is None."""
@@ -326,6 +352,7 @@ class Monitor:
                 "gauges": gauges,
                 "tolerance": self.tolerance,
                 "modes": self.modes(),
+                "coverage": self.coverage(),
                 "replay": {"checked": self.replay_checked, "mismatched": self.replay_mismatched, "suspect": self.suspect},
                 "detectable": detectable(self.bundle.certificate, card.modes, monitored=seen, threshold=threshold),
             }
@@ -339,7 +366,7 @@ class Monitor:
             self.alarmed_at = at
         if self._detector.crossed is not None:
             groups = [g for g, named in zip(self._detector.groups, self._detector.named, strict=True) if named]
-            self.verdict = diagnose(groups, self.bundle.card.modes)
+            self.verdict = diagnose(groups, self.bundle.card.modes, passed_as=self.passed_as)
         elif self._wrong is not None:
             self.verdict = VERDICTS["wrong_model"]
         else:

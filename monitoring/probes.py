@@ -1,8 +1,9 @@
-"""What the monitor asks of the server itself, through the endpoint that everybody uses: probes when clients draw too few fresh
-samples, and the golden samples of every watched version, when it comes under watch and once a minute.
+"""What the monitor asks of the server itself, through the endpoint that everybody uses: probes of every watched version of which
+clients draw too few fresh samples, and its golden samples, when it comes under watch and once a minute.
 
 Probes come back through the tap like anybody's, marked as such, so that a fault is found also while all clients send seeds or
-nobody asks for anything; their answers are not looked at.
+nobody asks for anything; their answers are not looked at. What a candidate was probed with, production is asked for again by
+seed, so that the monitor can compare what the two make of the same latents.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import httpx
 
@@ -21,15 +23,26 @@ HEADER = {"X-Ganwatch-Probe": "1", "Accept": "application/x-npy"}  # the mark of
 OUTCOMES = ("ok", "refused", "timeout", "unreachable")
 PERIOD = 1.0  # seconds between rounds
 TIMEOUT = 2.0  # seconds a request may take
+PAIRS = 16  # samples a second of each candidate that are drawn for the comparison's sake alone
 AUDIT_PERIOD = 60.0  # seconds between replays of the golden samples of a version
 AUDIT_GRACE = 10.0  # seconds for which an audit may fail in silence: replicas load a new version after the monitor does
 
 
-class Prober:
-    """Tops up fresh samples to `rate` a second, for every model whose production version is watched.
+@dataclass(frozen=True)
+class Target:
+    """A watched version: how many fresh samples a second clients draw of it, and which one it is compared with, if any."""
 
-    `fresh_rates` says, when called, how many fresh samples a second clients draw of each model. What the probes themselves bring
-    back is not counted: a tap that drops some of them must not be asked for more. `bundles` says which versions to audit, and
+    model: str
+    version: str
+    fresh: float
+    against: str | None = None
+
+
+class Prober:
+    """Tops up fresh samples to `rate` a second, for every version that an alias names.
+
+    `targets` says, when called, what is watched. What the probes themselves bring back does not count as drawn by clients: a
+    tap that drops some of them must not be asked for more. `bundles` says which versions to audit, and
     `audited` is told of each audit: the bundle, samples compared, samples that differ.
     """
 
@@ -37,13 +50,13 @@ class Prober:
         self,
         serving_url: str,
         rate: int,
-        fresh_rates: Callable[[], Mapping[str, float]],
+        targets: Callable[[], Sequence[Target]],
         bundles: Callable[[], list[Bundle]],
         audited: Callable[[Bundle, int, int], None],
     ) -> None:
-        self.url, self.rate, self.fresh_rates, self.bundles, self.audited = serving_url.rstrip("/"), rate, fresh_rates, bundles, audited
+        self.url, self.rate, self.targets, self.bundles, self.audited = serving_url.rstrip("/"), rate, targets, bundles, audited
         self.outcomes: Counter[tuple[str, str]] = Counter()  # (model, outcome) -> requests
-        self.trouble: dict[str, str] = {}  # model -> why its last probe failed
+        self.trouble: dict[tuple[str, str], str] = {}  # (model, version) -> why its last probe failed
         self.audit_trouble: dict[str, str] = {}  # directory of a bundle -> why its audit fails
         self._due: dict[str, float] = {}  # ... -> time.monotonic() of the next audit
         self._failing_since: dict[str, float] = {}
@@ -61,16 +74,18 @@ class Prober:
     def _run(self) -> None:
         with httpx.Client(headers=HEADER, timeout=TIMEOUT, trust_env=False) as client:
             while not self._stopping.wait(PERIOD):
-                rates = self.fresh_rates()
-                self.trouble = {model: words for model, words in self.trouble.items() if model in rates}
-                for model, fresh in rates.items():
-                    count = round((self.rate - fresh) * PERIOD)
+                targets = self.targets()
+                watched = {(target.model, target.version) for target in targets}
+                self.trouble = {key: words for key, words in self.trouble.items() if key in watched}
+                for target in targets:
+                    least = min(self.rate, PAIRS) if target.against is not None else 0
+                    count = round(max(self.rate - target.fresh, least) * PERIOD)
                     if count >= 1 and not self._stopping.is_set():
-                        self._probe(client, model, count)
+                        self._probe(client, target, count)
                 bundles = {str(bundle.path): bundle for bundle in self.bundles()}
                 self.audit_trouble = {path: words for path, words in self.audit_trouble.items() if path in bundles}
                 for path, bundle in bundles.items():
-                    if bundle.card.model not in self.trouble and not self._stopping.is_set():
+                    if (bundle.card.model, bundle.card.version) not in self.trouble and not self._stopping.is_set():
                         self._audit(client, path, bundle)
 
     def _audit(self, client: httpx.Client, path: str, bundle: Bundle) -> None:
@@ -88,11 +103,16 @@ class Prober:
         self.audit_trouble.pop(path, None)
         self.audited(bundle, compared, different)
 
-    def _probe(self, client: httpx.Client, model: str, count: int) -> None:
-        url = f"{self.url}/v1/models/{model}/sample"
+    def _probe(self, client: httpx.Client, target: Target, count: int) -> None:
+        model = target.model
+        url = f"{self.url}/v1/models/{model}/versions/{target.version}/sample"
         try:
-            status = client.post(url, json={"n": count}).status_code
-            outcome, words = ("ok", None) if status == 200 else ("refused", f"answered {status}")
+            answer = client.post(url, json={"n": count})
+            outcome, words = ("ok", None) if answer.status_code == 200 else ("refused", f"answered {answer.status_code}")
+            drawn = [answer.headers.get(f"X-Ganwatch-{name}") for name in ("Seed", "Offset")]
+            if words is None and target.against is not None and all(drawn):
+                again = {"n": count, "seed": int(drawn[0]), "offset": int(drawn[1])}
+                client.post(f"{self.url}/v1/models/{model}/versions/{target.against}/sample", json=again)
         except httpx.TimeoutException:
             outcome, words = "timeout", f"no answer within {TIMEOUT:g} s"
         except httpx.TransportError as error:
@@ -100,6 +120,6 @@ class Prober:
         for known in OUTCOMES:
             self.outcomes[model, known] += known == outcome
         if words is None:
-            self.trouble.pop(model, None)
+            self.trouble.pop((model, target.version), None)
         else:
-            self.trouble[model] = f"probes of {model} fail: POST {url}: {words}"
+            self.trouble[model, target.version] = f"probes of {model} {target.version} fail: POST {url}: {words}"

@@ -48,7 +48,7 @@ from monitoring import picture
 from monitoring.acting import Policy
 from monitoring.incidents import Incidents
 from monitoring.metrics import Exporter
-from monitoring.probes import Prober
+from monitoring.probes import Prober, Target
 from monitoring.states import States
 from monitoring.watch import View, Watch, parse_counter
 from serving.records import ORIGINS, Heartbeat, Origin, Record
@@ -175,7 +175,7 @@ class Service:
         policy = Policy(registry, options.cool_down) if options.act else None
         self.watch = Watch(registry, self.incidents, arl=options.arl, states=States(home / "monitor"), policy=policy)
         self.inbox = Inbox(options.inbox)
-        self.prober = Prober(options.serving_url, options.probe_rate, self._fresh_rates, self._bundles, self._audited)
+        self.prober = Prober(options.serving_url, options.probe_rate, self._targets, self._bundles, self._audited)
         self.exporter = Exporter(lambda: (self.view, {"queue_full": self.inbox.dropped}, dict(self.prober.outcomes)))
         self.trouble: str | None = None
         self.stopping = threading.Event()
@@ -209,8 +209,12 @@ class Service:
         self.inbox.put((model, answer))
         return answer
 
-    def _fresh_rates(self) -> Mapping[str, float]:
-        return {name: shown.fresh_rate for name, shown in self.view.models.items() if shown.alias == "production"}
+    def _targets(self) -> list[Target]:
+        return [
+            Target(name, live.version, live.fresh_rate, live.comparison["against"] if live.comparison else None)
+            for name, shown in self.view.models.items()
+            for live in shown.live
+        ]
 
     def _bundles(self) -> list[Bundle]:
         return [bundle for shown in self.view.models.values() for bundle in shown.bundles.values()]

@@ -13,7 +13,7 @@ import math
 import re
 from bisect import bisect_right
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +23,7 @@ import numpy as np
 from numpy import ndarray
 
 from monitoring import acting, picture
+from monitoring.comparison import Comparison
 from monitoring.incidents import Incidents
 from monitoring.monitor import POPULATIONS, Gauge, Monitor
 from monitoring.states import StateError, States
@@ -39,6 +40,7 @@ RETIRED = 8  # versions no alias names any more whose Monitor is kept, for a rol
 REPLICAS = 256  # silent replicas whose counters are kept apart, in case they speak again
 RESTORES = ("restored", "absent", "refused")  # what became of the saved state of a version that comes under watch
 NOTICE = 60.0  # seconds for which a state that could not be restored is said
+UNPAIRED = 256  # records of a model that wait for what another version makes of the same latents
 _TIMES = ("last_sample_at", "last_fresh_at")
 COLUMNS = ("t", "js", "js_low", "js_high", "log10_e")
 
@@ -103,11 +105,23 @@ class Watched:
     last_fresh_at: float | None = None  # of a sample that the detectors ate: without those, silence means nothing
     recorded: tuple[str, tuple[str, ...]] | None = None  # verdict and modes of the open incident, as last written down
     newest: deque[ndarray] = field(default_factory=deque)  # newest served samples, a few arrays, newest last
+    since: float = 0.0  # when an alias first named it, Unix seconds
+    drawn: deque[tuple[float, int]] = field(default_factory=deque)  # (at, samples) that clients drew with the server's seeds
     saved: int = 0  # samples that the state on the disk knows of, looked at or rejected
 
     @property
     def eaten(self) -> int:
         return self.monitor.served + sum(self.monitor.rejected.values())
+
+    def fresh_rate(self, at: float) -> float:
+        """Samples a second that clients drew of late."""
+        while self.drawn and self.drawn[0][0] < at - RATE_WINDOW:
+            self.drawn.popleft()
+        return sum(count for _, count in self.drawn) / RATE_WINDOW
+
+    def is_stale(self, at: float) -> bool:
+        """No fresh sample lately."""
+        return at - max(self.last_fresh_at or 0.0, self.since) > STALE_AFTER
 
     def show(self, samples: ndarray) -> None:
         """Keep the newest samples for the picture, copies, so that a request of 65,536 is not held for the sake of 64."""
@@ -124,9 +138,9 @@ class Model:
 
     aliases: dict[str, str] = field(default_factory=dict)  # alias -> version, those whose bundle could be loaded
     history: tuple[AliasChange, ...] = ()
-    shown_since: float = 0.0
+    comparisons: dict[str, tuple[str, Comparison]] = field(default_factory=dict)  # candidate -> the production version it is compared with
+    unpaired: OrderedDict[tuple[str, int, int], Record] = field(default_factory=OrderedDict)  # (version, seed, offset)
     rows: deque[tuple[float | None, ...]] = field(default_factory=lambda: deque(maxlen=HISTORY))
-    fresh: deque[tuple[float, int]] = field(default_factory=deque)  # (at, samples) that clients drew with the server's seeds
 
     @property
     def shown(self) -> str | None:
@@ -135,8 +149,34 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Live:
+    """One version that an alias names, as it stood when the view was published."""
+
+    role: str  # the alias; the first of SHARES where several name it
+    version: str
+    bundle: Bundle
+    share: float
+    since: float
+    last_sample_at: float | None
+    last_fresh_at: float | None
+    stale: bool  # no fresh sample lately
+    fresh_rate: float  # samples a second that clients drew with the server's seeds
+    snapshot: dict[str, Any]
+    gauges: Mapping[str, Mapping[str, Gauge]]  # population -> name -> gauge
+    comparison: dict[str, Any] | None  # with production, of a candidate
+
+    def state(self) -> dict[str, Any]:
+        """What the page shows of a version beside the one it speaks of."""
+        snapshot = self.snapshot
+        named = {key: snapshot[key] for key in ("verdict", "monitored", "evidence", "log10_threshold", "budget", "coverage")}
+        times = {"last_sample_at": self.last_sample_at, "last_fresh_at": self.last_fresh_at, "stale": self.stale}
+        card = {"injected_from": self.bundle.card.injected_from, "fault": self.bundle.card.fault, "forced": self.bundle.card.forced}
+        return {"alias": self.role, "version": self.version, "budget_share": self.share, "comparison": self.comparison, "card": card, **named, **times}
+
+
+@dataclass(frozen=True)
 class Shown:
-    """The version of a model that page and metrics speak of, as it stood when the view was published."""
+    """A model as it stood when the view was published: above all the version that the page speaks of, production or the first there is."""
 
     alias: str
     version: str
@@ -148,7 +188,7 @@ class Shown:
     stale: bool  # no fresh sample lately
     snapshot: dict[str, Any]
     gauges: Mapping[str, Mapping[str, Gauge]]  # population -> name -> gauge
-    others: tuple[dict[str, Any], ...]
+    live: tuple[Live, ...]  # each version once, the one above first
     marks: tuple[dict[str, Any], ...]
     rows: tuple[tuple[float | None, ...], ...]  # COLUMNS, oldest first
     fresh_rate: float  # samples a second that clients drew with the server's seeds
@@ -223,7 +263,7 @@ class View:
             "card": {"created": card.created, "injected_from": card.injected_from, "fault": card.fault, "forced": card.forced},
             "history": history,
             "marks": list(shown.marks),
-            "other_versions": list(shown.others),
+            "other_versions": [live.state() for live in shown.live[1:]],
         }
 
 
@@ -287,10 +327,11 @@ class Watch:
                 settled[alias] = wanted[alias]
         if settled == model.aliases and history == model.history:
             return
-        before = model.aliases.get(model.shown or "")
+        before = set(model.aliases.values())
         model.aliases, model.history = settled, history
-        if model.aliases.get(model.shown or "") != before:
-            model.shown_since = at
+        for version in set(settled.values()) - before:
+            self._watched[name, version].since = at
+        self._pair(name, model)
         self.incidents.keep(name, {*settled.values(), *wanted.values()}, at=at)
         aliased = {(n, v) for n, m in self._models.items() for v in m.aliases.values()}
         retired = [key for key in self._watched if key not in aliased]
@@ -301,6 +342,44 @@ class Watch:
         for version in set(settled.values()):
             self._watched.move_to_end((name, version))
         self.changed = True
+
+    def _pair(self, name: str, model: Model) -> None:
+        """A comparison of production with each candidate whose samples have its form; those that go on keep what they know."""
+        production, before = model.aliases.get("production"), model.comparisons
+        model.comparisons = {}
+        if production is not None:
+            ours = self._watched[name, production].bundle
+            for candidate in dict.fromkeys(v for alias, v in model.aliases.items() if v != production):
+                theirs = self._watched[name, candidate].bundle.card
+                if (theirs.sample_shape, theirs.sample_dtype) == (ours.card.sample_shape, ours.card.sample_dtype):
+                    kept = before.get(candidate)
+                    new = (production, Comparison(ours.certificate, ours.card.modes))
+                    model.comparisons[candidate] = kept if kept is not None and kept[0] == production else new
+        live = {production, *model.comparisons} if model.comparisons else set()
+        model.unpaired = OrderedDict((key, record) for key, record in model.unpaired.items() if key[0] in live)
+
+    def _compare(self, name: str, model: Model, record: Record) -> None:
+        """Join the record with what other versions made of the same latents. A candidate's side must be fresh: drawn by the server,
+        and where production was asked for the same rows by seed, it is the prober who asked, as nobody else knows a probe's."""
+        production = model.aliases.get("production")
+        if record.version not in {production, *model.comparisons} or record.truncation != 1.0 or record.label is not None or record.origin == "client_z":
+            return
+        for candidate, (_, comparison) in model.comparisons.items():
+            if record.version not in (candidate, production):
+                continue
+            other = model.unpaired.get((candidate if record.version == production else production, record.seed, record.offset))
+            if other is None:
+                continue
+            ours, theirs = (record, other) if record.version == production else (other, record)
+            if theirs.is_fresh and (ours.is_fresh or theirs.origin == "probe"):
+                n = min(len(ours.samples), len(theirs.samples))
+                look = self._watched[name, production].monitor.look
+                x, y = look(ours.samples[:n]), look(theirs.samples[:n])
+                if len(x.cells) == len(y.cells) == n:  # else some row could not be looked at, and rows lost their partners
+                    comparison.update(x, y)
+        model.unpaired[record.version, record.seed, record.offset] = record
+        while len(model.unpaired) > UNPAIRED:
+            model.unpaired.popitem(last=False)
 
     def _load(self, name: str, version: str, share: float, at: float) -> bool:
         """Whether the version is under watch with this share; loads it if need be. A failure is retried when the files change."""
@@ -318,7 +397,7 @@ class Watch:
             bundle = open_bundle(path)
             if (bundle.card.model, bundle.card.version) != key:
                 raise BundleError(f"its card says {bundle.card.model} {bundle.card.version}")
-            self._watched[key] = Watched(bundle, Monitor(bundle, arl=self.arl, share=share), share)
+            self._watched[key] = Watched(bundle, self._monitor(bundle, share), share)
             self._restore(name, version, at)
         except Exception as error:  # whatever is wrong with one bundle, the others stay watched
             self._failed[key] = (look, f"{name} {version} is not watched, its bundle could not be loaded: {error}")
@@ -327,6 +406,15 @@ class Watch:
             return False
         self._failed.pop(key, None)
         return True
+
+    def _monitor(self, bundle: Bundle, share: float) -> Monitor:
+        monitor, ours = Monitor(bundle, arl=self.arl, share=share), bundle.card
+        for version in self.registry.versions(ours.model):
+            other = self.registry.card(ours.model, version)
+            same, judged = (ours.files[name] == other.files[name] for name in ("model.onnx", "reference.npz"))
+            if same and not judged and other.forced is None and other.injected_from is None:
+                monitor.passed_as = version
+        return monitor
 
     def _restore(self, name: str, version: str, at: float) -> None:
         """Let a version that comes under watch go on where the state on the disk left it, or say why it starts anew."""
@@ -343,7 +431,7 @@ class Watch:
                 watched.saved = watched.eaten
         except (StateError, ValueError, KeyError) as error:
             outcome = "refused"
-            watched.monitor = Monitor(watched.bundle, arl=self.arl, share=watched.share)  # nothing half restored
+            watched.monitor = self._monitor(watched.bundle, watched.share)  # nothing half restored
             self._notices.append((at, f"{name} {version} is watched from the start again, its saved state was not taken: {error}"))
         self._restores[name, outcome] += 1
         self._raise_alarm(name, version, at)
@@ -393,9 +481,9 @@ class Watch:
                 for name in _TIMES:
                     if (then := getattr(watched, name)) is not None:
                         setattr(watched, name, min(then, at))
+                watched.since = min(watched.since, at)
+                watched.drawn.clear()
             for model in self._models.values():
-                model.shown_since = min(model.shown_since, at)
-                model.fresh.clear()
                 model.rows = deque((row for row in model.rows if row[0] < at), maxlen=HISTORY)
             self._notices = deque(((min(noticed, at), words) for noticed, words in self._notices), maxlen=8)
         self._latest = at
@@ -415,8 +503,10 @@ class Watch:
             self._observed[record.model, record.origin] += len(record.samples)
             if record.version not in model.aliases.values():
                 continue  # asked for by its number, or served before a rollback reached every replica: counted, not judged
-            if record.origin == "server_seed" and record.is_fresh and record.version == model.aliases.get("production"):
-                model.fresh.append((at, len(record.samples)))
+            if record.origin == "server_seed" and record.is_fresh:
+                self._watched[record.model, record.version].drawn.append((at, len(record.samples)))
+            if model.comparisons:
+                self._compare(record.model, model, record)
             kind = (record.samples.dtype.str, record.samples.shape[1:])
             groups.setdefault((record.model, record.version, record.is_fresh, kind), []).append(record.samples)
         for (name, version, fresh, _), arrays in groups.items():
@@ -520,44 +610,48 @@ class Watch:
         assert alias is not None
         version = model.aliases[alias]
         watched = self._watched[name, version]
-        gauges = {population: watched.monitor.gauges(population) for population in POPULATIONS}
-        stale = at - max(watched.last_fresh_at or 0.0, model.shown_since) > STALE_AFTER
+        roles = {v: next(a for a in SHARES if model.aliases.get(a) == v) for v in (version, *model.aliases.values())}
+        live = tuple(self._live(name, model, role, v, at) for v, role in roles.items())
+        first = live[0]
         if point:
-            js = gauges["fresh"]["js"]
+            js = first.gauges["fresh"]["js"]
             values = (js.value, js.low, js.high, total_log10(watched.monitor.evidence()))
-            model.rows.append((at, *(None if stale else _short(value) for value in values)))
-        while model.fresh and model.fresh[0][0] < at - RATE_WINDOW:
-            model.fresh.popleft()
+            model.rows.append((at, *(None if first.stale else _short(value) for value in values)))
         return Shown(
             alias=alias,
             version=version,
             bundles={a: self._watched[name, v].bundle for a, v in model.aliases.items()},
-            share=watched.share,
-            loaded_at=model.shown_since,
-            last_sample_at=watched.last_sample_at,
-            last_fresh_at=watched.last_fresh_at,
-            stale=stale,
-            snapshot=watched.monitor.snapshot(),
-            gauges=gauges,
-            others=tuple(self._others(name, model, version)),
+            share=first.share,
+            loaded_at=first.since,
+            last_sample_at=first.last_sample_at,
+            last_fresh_at=first.last_fresh_at,
+            stale=first.stale,
+            snapshot=first.snapshot,
+            gauges=first.gauges,
+            live=live,
             marks=tuple(self._marks(name, model, at)),
             rows=tuple(model.rows),
-            fresh_rate=sum(count for _, count in model.fresh) / RATE_WINDOW,
+            fresh_rate=first.fresh_rate,
             picture=tuple(watched.newest),
         )
 
-    def _others(self, name: str, model: Model, shown: str) -> Iterator[dict[str, Any]]:
-        for alias, version in model.aliases.items():
-            if version != shown:
-                monitor = self._watched[name, version].monitor
-                verdict = {"id": monitor.verdict.id, "words": monitor.verdict.words, "modes": list(monitor.verdict.modes)}
-                yield {
-                    "alias": alias,
-                    "version": version,
-                    "verdict": verdict,
-                    "monitored": monitor.monitored,
-                    "budget_share": SHARES[alias],
-                }
+    def _live(self, name: str, model: Model, role: str, version: str, at: float) -> Live:
+        watched = self._watched[name, version]
+        production, comparison = model.comparisons.get(version, (None, None))
+        return Live(
+            role=role,
+            version=version,
+            bundle=watched.bundle,
+            share=watched.share,
+            since=watched.since,
+            last_sample_at=watched.last_sample_at,
+            last_fresh_at=watched.last_fresh_at,
+            stale=watched.is_stale(at),
+            fresh_rate=watched.fresh_rate(at),
+            snapshot=watched.monitor.snapshot(),
+            gauges={population: watched.monitor.gauges(population) for population in POPULATIONS},
+            comparison=comparison.state(production, version) if comparison is not None else None,
+        )
 
     def _marks(self, name: str, model: Model, at: float) -> list[dict[str, Any]]:
         """What the charts mark within the time they show: changes of the shown alias, and alarms."""

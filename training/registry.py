@@ -160,7 +160,7 @@ class Registry:
         """Point `alias` back at the version it named before the present one. Raises RegistryError where there is none.
 
         Rolling back twice goes back twice: versions that were left by a rollback are not returned to, and neither are versions
-        that carry a deliberate fault.
+        that carry a deliberate fault. A canary or shadow that was none before is none again.
         """
         stack: list[str] = []
         for change in self.history(model):
@@ -170,6 +170,8 @@ class Registry:
                 else:
                     stack.append(change.version)
         earlier = [version for version in stack[:-1] if version in self.versions(model) and self.card(model, version).fault is None]
+        if not earlier and alias != "production" and stack:
+            return self.set_alias(model, alias, None, reason=reason)
         if not earlier:
             raise RegistryError(f"{alias} of model {model!r} has no earlier version to roll back to; versions: {self.versions(model)}")
         return self.set_alias(model, alias, earlier[-1], reason=reason)

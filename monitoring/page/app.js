@@ -13,6 +13,7 @@ const TITLES = {
   memorisation: "Training data come back",
   latent_fault: "Samples repeat: latent fault",
   quality_outside_tolerance: "Quality outside tolerance",
+  world_moved: "The data have moved",
   drift: "Drift",
   wrong_model: "Not the certified model",
 };

@@ -530,7 +530,9 @@ def test_grafana_can_expand_every_template() -> None:
     for rule in grafana.alert_rules():
         assert not any("$" in text for text in [*rule["labels"].values(), rule["data"][0]["model"]["expr"]])
         used = {name for text in rule["annotations"].values() for name in re.findall(r"\{\{(.*?)\}\}", text)}
-        assert used <= {" $labels.model "}, rule["title"]
+        about = rule["labels"]["about"]
+        known = {"samples": ("model", "version", "role"), "versions": ("model", "version", "role", "against")}.get(about, ("model",))
+        assert used <= {f" $labels.{name} " for name in known}, rule["title"]
         if used:
             assert rule["title"] not in ("GanMonitorAbsent", "GanSamplesDropped"), "these come without a model"
         assert rule["annotations"]["__dashboardUid__"] == "ganwatch" and int(rule["annotations"]["__panelId__"]) in panels
@@ -546,7 +548,7 @@ def test_the_dashboard_can_be_provisioned_as_it_is() -> None:
     committed = json.loads((grafana.HERE / "dashboards" / "ganwatch.json").read_text())
     assert committed["id"] is None and committed["uid"] == "ganwatch" and "__inputs" not in committed
     variables = {variable["name"]: variable for variable in committed["templating"]["list"]}
-    assert set(variables) == {"datasource", "model", "population", "estimator"}
+    assert set(variables) == {"datasource", "model", "role", "population", "estimator"}
     assert variables["datasource"]["current"]["value"] == grafana.datasource()["uid"]
     known = {*variables, "__rate_interval"}
     assert set(re.findall(r"\$\{?(\w+)", json.dumps(committed))) <= known

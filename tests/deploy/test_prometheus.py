@@ -21,7 +21,7 @@ from deploy.observability import RULES, prometheus_config
 no_promtool = "promtool is not installed (Debian package prometheus)"
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason=no_promtool)
 SELECTOR = re.compile(r"\bganwatch_\w+(?:\{[^}]*\})?")
-VARIABLES = {"$model": "grid", "$population": "fresh", "$estimator": "js", "$__rate_interval": "30s"}
+VARIABLES = {"$model": "grid", "$role": "production", "$population": "fresh", "$estimator": "js", "$__rate_interval": "30s"}
 ALERTS = [
     "GanModeDropped",
     "GanOffManifold",
@@ -29,8 +29,10 @@ ALERTS = [
     "GanMemorisation",
     "GanLatentFault",
     "GanQualityOutsideTolerance",
+    "GanWorldMoved",
     "GanDrift",
     "GanWrongModel",
+    "GanVersionsDiffer",
     "GanMonitorStale",
     "GanMonitorAbsent",
     "GanSamplesDropped",
@@ -80,8 +82,8 @@ def test_every_alert_is_there_and_tells_what_to_do() -> None:
         annotations = rule["annotations"]
         assert {"summary", "description", "runbook"} <= set(annotations), rule["alert"]
         if rule["labels"]["about"] == "samples":
-            assert "{{ $labels.model }}" in annotations["summary"]
-            assert "`ganwatch rollback --model {{ $labels.model }}`" in annotations["runbook"]
+            assert "{{ $labels.model }} {{ $labels.version }} ({{ $labels.role }})" in annotations["summary"]
+            assert "`ganwatch rollback --model {{ $labels.model }} --alias {{ $labels.role }}`" in annotations["runbook"]
             assert "for" not in rule, "the monitor latches its alarms"
 
 

@@ -30,13 +30,19 @@ def test_diagnosis(groups, id, modes, null):
     assert verdict.words.endswith(".") and verdict.advice.endswith(".") and "{" not in verdict.words
 
 
+def test_the_same_generator_that_once_passed_is_not_to_blame():
+    verdict = diagnose(["quality"], MODES, passed_as="v1")
+    assert (verdict.id, verdict.null) == ("world_moved", "B") and "passed as v1" in verdict.words and "rollback to v1" in verdict.advice
+    assert diagnose(["drop:3", "quality"], MODES, passed_as="v1").id == "mode_dropping"
+
+
 def test_the_words_name_the_modes():
     assert "3, 8" in diagnose(["drop:3", "drop:8"], MODES).words
 
 
 def test_every_kind_of_evidence_has_an_explanation():
     assert set(EXPLANATIONS) == set(KINDS)
-    assert set(EXPLANATIONS.values()) | {"healthy", "warming_up", "wrong_model"} == set(VERDICTS)
+    assert set(EXPLANATIONS.values()) | {"healthy", "warming_up", "wrong_model", "world_moved"} == set(VERDICTS)
 
 
 def test_delay_of_loss(make_bundle):

@@ -21,35 +21,42 @@ from training.registry import Registry
 
 START = 1_800_000_000.0
 CONTRACT = {  # name -> label names
-    "ganwatch_divergence": {"model", "population", "estimator"},
-    "ganwatch_divergence_low": {"model", "population", "estimator"},
-    "ganwatch_divergence_high": {"model", "population", "estimator"},
-    "ganwatch_divergence_floor": {"model", "population", "estimator"},
-    "ganwatch_neighbours": {"model", "population", "estimator"},
-    "ganwatch_divergence_certified": {"model", "estimator"},
-    "ganwatch_divergence_threshold": {"model", "estimator"},
-    "ganwatch_mode_coverage_ratio": {"model", "population"},
-    "ganwatch_mode_coverage_ratio_low": {"model", "population"},
-    "ganwatch_mode_coverage_ratio_high": {"model", "population"},
-    "ganwatch_off_manifold_ratio": {"model", "population"},
-    "ganwatch_off_manifold_ratio_low": {"model", "population"},
-    "ganwatch_off_manifold_ratio_high": {"model", "population"},
-    "ganwatch_mode_share": {"model", "mode"},
-    "ganwatch_mode_share_reference": {"model", "mode"},
-    "ganwatch_mode_alarmed": {"model", "mode"},
-    "ganwatch_alarm_active": {"model", "verdict"},
+    "ganwatch_divergence": {"model", "role", "version", "population", "estimator"},
+    "ganwatch_divergence_low": {"model", "role", "version", "population", "estimator"},
+    "ganwatch_divergence_high": {"model", "role", "version", "population", "estimator"},
+    "ganwatch_divergence_floor": {"model", "role", "version", "population", "estimator"},
+    "ganwatch_neighbours": {"model", "role", "version", "population", "estimator"},
+    "ganwatch_divergence_certified": {"model", "role", "version", "estimator"},
+    "ganwatch_divergence_threshold": {"model", "role", "version", "estimator"},
+    "ganwatch_mode_coverage_ratio": {"model", "role", "version", "population"},
+    "ganwatch_mode_coverage_ratio_low": {"model", "role", "version", "population"},
+    "ganwatch_mode_coverage_ratio_high": {"model", "role", "version", "population"},
+    "ganwatch_off_manifold_ratio": {"model", "role", "version", "population"},
+    "ganwatch_off_manifold_ratio_low": {"model", "role", "version", "population"},
+    "ganwatch_off_manifold_ratio_high": {"model", "role", "version", "population"},
+    "ganwatch_mode_share": {"model", "role", "version", "mode"},
+    "ganwatch_mode_share_reference": {"model", "role", "version", "mode"},
+    "ganwatch_mode_alarmed": {"model", "role", "version", "mode"},
+    "ganwatch_alarm_active": {"model", "role", "version", "verdict"},
     "ganwatch_alarms_total": {"model", "verdict"},
-    "ganwatch_evidence_log10": {"model", "family"},
-    "ganwatch_evidence_threshold_log10": {"model"},
+    "ganwatch_evidence_log10": {"model", "role", "version", "family"},
+    "ganwatch_evidence_threshold_log10": {"model", "role", "version"},
+    "ganwatch_budget_share": {"model", "role", "version"},
+    "ganwatch_modes": {"model", "role", "version", "state"},
+    "ganwatch_comparison_evidence_log10": {"model", "role", "version", "against"},
+    "ganwatch_comparison_threshold_log10": {"model", "role", "version", "against"},
+    "ganwatch_comparison_agreement_ratio": {"model", "role", "version", "against"},
+    "ganwatch_comparison_differs": {"model", "role", "version", "against"},
+    "ganwatch_comparison_pairs": {"model", "role", "version", "against"},
     "ganwatch_arl_target_samples": set(),
-    "ganwatch_window_samples": {"model", "population"},
-    "ganwatch_estimate_timestamp_seconds": {"model"},
+    "ganwatch_window_samples": {"model", "role", "version", "population"},
+    "ganwatch_estimate_timestamp_seconds": {"model", "role", "version"},
     "ganwatch_samples_observed_total": {"model", "origin"},
     "ganwatch_samples_rejected_total": {"model", "reason"},
     "ganwatch_records_dropped_total": {"reason"},
     "ganwatch_probe_requests_total": {"model", "outcome"},
     "ganwatch_model_info": {"model", "version", "alias", "onnx_sha256", "reference_sha256"},
-    "ganwatch_model_loaded_timestamp_seconds": {"model"},
+    "ganwatch_model_loaded_timestamp_seconds": {"model", "role", "version"},
     "ganwatch_model_load_failures_total": {"model"},
     "ganwatch_actions_total": {"model", "alias"},
     "ganwatch_clock_jumps_total": set(),
@@ -97,8 +104,34 @@ def watch(tmp_path: Path, make_bundle: Callable[..., Bundle], draw: Callable[...
     return watch
 
 
-def test_the_contract(watch: Watch) -> None:
-    scraped = Scraped(watch, START)
+@pytest.fixture
+def candidate(watch: Watch, make_bundle: Callable[..., Bundle], draw: Callable[..., ndarray]) -> Watch:
+    """The same with a healthy v2 as canary, probed 600 times; production was asked for the same rows."""
+    healthy = make_bundle(root=watch.registry.root, version="v2")
+    watch.registry.set_alias("grid", "canary", "v2", reason="test")
+    watch.follow(START)
+    rows = {v: draw(b, 600, seed=9) for v, b in (("v2", healthy), ("v1", watch.registry.open("grid", "v1")))}
+    watch.eat([Record("grid", v, origin, 9, 0, rows[v], START) for v, origin in (("v2", "probe"), ("v1", "client_seed"))], START)
+    return watch
+
+
+def test_a_canary_has_series_of_its_own_and_is_compared_with_production(candidate: Watch) -> None:
+    scraped = Scraped(candidate, START)
+    active = {(s.labels["role"], s.labels["version"]): s.value for s in scraped.samples if s.name == "ganwatch_alarm_active" and s.labels["verdict"] == "mode_dropping"}
+    assert active == {("production", "v1"): 1, ("canary", "v2"): 0}
+    assert [scraped("ganwatch_budget_share", role=role) for role in ("production", "canary")] == [0.5, 0.25]
+    assert scraped("ganwatch_evidence_threshold_log10", role="canary") > scraped("ganwatch_evidence_threshold_log10", role="production")
+    assert scraped("ganwatch_window_samples", role="canary", population="fresh") == 600
+    assert scraped("ganwatch_comparison_pairs", version="v2", against="v1") == 600 and scraped("ganwatch_comparison_differs") == 1
+    assert scraped("ganwatch_modes", role="production", state="covered") == 8 == scraped("ganwatch_modes", role="production", state="certainly_covered")
+    assert scraped("ganwatch_modes", role="production", state="certainly_dropped") == 2 and scraped("ganwatch_modes", role="canary", state="unwatched") == 0
+    candidate.registry.set_alias("grid", "canary", None, reason="test")
+    candidate.follow(START)
+    assert not [s for s in Scraped(candidate, START).samples if s.labels.get("role") == "canary" or "comparison" in s.name]
+
+
+def test_the_contract(candidate: Watch) -> None:
+    scraped = Scraped(candidate, START)
     assert scraped.labels() == CONTRACT
     assert scraped.content_type.startswith("text/plain; version=0.0.4")
     assert "_created" not in scraped.text
@@ -158,7 +191,7 @@ def test_the_values_are_those_of_the_monitor(watch: Watch) -> None:
 def test_every_verdict_is_there_before_it_is_needed(watch: Watch) -> None:
     scraped = Scraped(watch, START)
     active = {s.labels["verdict"]: s.value for s in scraped.samples if s.name == "ganwatch_alarm_active"}
-    assert active == {verdict: float(verdict == "mode_dropping") for verdict in ALARMS} and len(active) == 8
+    assert active == {verdict: float(verdict == "mode_dropping") for verdict in ALARMS} and len(active) == 9
     assert (
         scraped("ganwatch_alarms_total", verdict="mode_dropping") == 1 and scraped("ganwatch_alarms_total", verdict="drift") == 0
     )

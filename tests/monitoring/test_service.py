@@ -269,7 +269,7 @@ def serving() -> Iterator[Serving]:
 def test_probes_make_up_for_missing_fresh_samples(world: World, run: Callable[..., Running], serving: Serving) -> None:
     service = run(probe_rate=50, serving_url=serving.url)
     assert serving.asked.wait(10)
-    assert serving.requests[0] == ("/v1/models/grid/sample", "1", {"n": 50})
+    assert serving.requests[0] == ("/v1/models/grid/versions/v1/sample", "1", {"n": 50})
     serving.status = 503
     state = service.until(lambda s: s["errors"])
     assert "answered 503" in state["errors"][0]

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from hypothesis import strategies as st
 from numpy import ndarray
 
 from monitoring.incidents import Incidents
-from monitoring.watch import REPLICAS, STALE_AFTER, Replicas, Watch, parse_counter, total_log10
+from monitoring.watch import REPLICAS, STALE_AFTER, UNPAIRED, Replicas, Watch, parse_counter, total_log10
 from serving.records import Heartbeat, Record
-from training.bundle import Bundle, BundleError
+from training.bundle import Bundle, BundleError, write_arrays, write_card
 from training.registry import Registry
 
 START = 1_800_000_000.0
@@ -358,3 +359,66 @@ def test_a_copied_version_is_not_watched_as_the_one_it_was(scene: Scene) -> None
     shutil.copytree(scene.registry.root / "grid" / "v1", scene.registry.root / "grid" / "v7")
     with pytest.raises(BundleError, match="its card says grid v1"):
         scene.alias("production", "v7")
+
+
+def pair(scene: Scene, seed: int, count: int = 600, origins: tuple[str, str] = ("server_seed", "server_seed")) -> None:
+    """What v1 and v2 make of the same latents, as the tap tells it."""
+    rows = {v: scene.draw(scene.bundles[v], count, seed=seed) for v in ("v1", "v2")}
+    scene.watch.eat([Record("grid", v, origin, seed, 0, rows[v], scene.now) for v, origin in zip(rows, origins, strict=True)], scene.now)
+
+
+def compared(scene: Scene) -> dict:
+    return scene.state()["models"]["grid"]["other_versions"][0]["comparison"]
+
+
+def test_a_shadow_is_compared_with_production_on_the_same_latents(scene: Scene) -> None:
+    scene.alias("production", "v1")
+    scene.alias("shadow", "v2")
+    assert compared(scene)["pairs"] == 0 and "No latent" in compared(scene)["words"]
+    pair(scene, seed=11)
+    found = compared(scene)
+    assert found["pairs"] == 600 and found["differs"] and "v2 is not the model that v1 is: less 8 (0.0% instead of" in found["words"] and ", less 3 (" in found["words"]
+    scene.alias("canary", "v2")  # the same version by another name: what is known of it stays
+    assert compared(scene)["pairs"] == 600
+    scene.alias("shadow", None)
+    scene.alias("canary", None)
+    scene.alias("canary", "v2")
+    assert compared(scene)["pairs"] == 0  # another candidacy
+
+
+def test_only_latents_that_nobody_chose_make_pairs(scene: Scene) -> None:
+    scene.alias("production", "v1")
+    scene.alias("canary", "v2")
+    pair(scene, seed=11, origins=("client_seed", "client_seed"))
+    pair(scene, seed=12, origins=("client_seed", "server_seed"))  # a client may have asked for what it had seen
+    pair(scene, seed=13, origins=("client_z", "probe"))
+    assert compared(scene)["pairs"] == 0
+    pair(scene, seed=14, origins=("client_seed", "probe"))  # the prober asked production for the rows of its own probe
+    assert compared(scene)["pairs"] == 600
+    for seed in range(1000):
+        scene.watch.eat([Record("grid", "v1", "server_seed", 10**6 + seed, 0, np.zeros((1, 2), np.float32), scene.now)], scene.now)
+    assert len(scene.watch._models["grid"].unpaired) == UNPAIRED
+
+
+def test_each_version_says_how_much_clients_draw_of_it(scene: Scene) -> None:
+    scene.alias("production", "v1")
+    scene.alias("canary", "v2")
+    scene.serve("v2", 100)
+    scene.serve("v2", 500, origin="probe")
+    rates = {live.version: live.fresh_rate for live in scene.watch.publish(scene.now).models["grid"].live}
+    assert rates == {"v1": 0, "v2": 50}
+
+
+def test_a_version_that_passed_by_another_reference_is_not_called_bad(tmp_path: Path, make_bundle: Callable[..., Bundle], draw: Callable[..., ndarray]) -> None:
+    """v1 passed the gate; v2 is the same generator, certified against data of which a part has moved to where it gives nothing."""
+    old, new = (make_bundle(root=tmp_path / "registry", version=v, lost=(3, 8), honest=True) for v in ("v1", "v2"))
+    share = np.where(np.isin(np.arange(11), (3, 8)), 1e-6, old.reference.cell_share)  # when v1 passed, hardly any data lay there
+    write_arrays(old.path / "reference.npz", replace(old.reference, cell_share=share / share.sum()))
+    write_card(old.path, old.card)
+    registry = Registry(tmp_path / "registry")
+    registry.set_alias("grid", "production", "v2", reason="test")
+    watch = Watch(registry, Incidents(tmp_path / "incidents.db"), arl=2.6e9)
+    watch.follow(START)
+    watch.eat([Record("grid", "v2", "server_seed", 1, 0, draw(new, 3000, seed=1), START)], START)
+    verdict = watch.publish(START).models["grid"].snapshot["verdict"]
+    assert verdict["id"] == "world_moved" and "passed as v1" in verdict["words"] and verdict["null"] == "B"
