@@ -84,8 +84,8 @@ VERDICTS: dict[str, Verdict] = {
         ),
         Verdict(
             "wrong_model",
-            "Certified samples come back different when they are asked for again: other weights or another runtime serve than were certified.",
-            "Compare model.onnx, onnxruntime, device and precision of the server with the card; roll back if the version is new.",
+            "Certified samples come back different when they are asked for again: other weights, another runtime or other latents are at work than were certified.",
+            "Compare model.onnx, onnxruntime, device, precision and truncation of the server with the card; roll back if the version is new.",
         ),
     )
 }

@@ -40,7 +40,7 @@ WARM_UP = 512  # fresh samples before silence is called health
 FLOOR_DRAWS = 64
 GAUGE_DELTA = 0.05  # chance that an interval fails at any sample of a block
 _COUNTS = ("monitored", "served", "frechet_clipped", "replay_checked", "replay_mismatched")  # what a Monitor counts over its whole life
-_MARKS = ("alarmed_at", "_since", "_suspected", "_wrong")  # when something happened to it
+_MARKS = ("alarmed_at", "_since", "_suspected", "_wrong", "_replaced")  # when something happened to it
 PRIOR_SAMPLES = 1024  # how strongly one of the two priors of the intervals believes in the certificate
 
 TOLERANCES = {"forward_kl": 0.1, "reverse_kl": 0.08, "js": 0.02, "chi_squared": 0.08, "tv": 0.08, "frechet": 0.05}
@@ -101,6 +101,7 @@ class Monitor:
         self._since = 0  # monitored samples at the last restart of the detectors
         self.replay_checked = self.replay_mismatched = 0  # golden samples asked for again, and those that came back different
         self._suspected: int | None = None  # monitored samples when the replay audit failed, None while it last passed
+        self._replaced = False  # in the last replay not one golden sample came back as certified
         self._wrong: int | None = None  # number of the fresh sample with which that became the verdict
         self.alarmed_at: float | None = None
         self.passed_as: str | None = None  # a version of the same generator that was good enough by another reference
@@ -146,8 +147,10 @@ class Monitor:
 
         One that differs proves that something else serves than was certified. It says nothing of what that something does, so
         the verdict is left to the samples for AUDIT_PATIENCE of them, which find any gross failure sooner and name it; only
-        where they stay silent is it `wrong_model`, and should they speak later, theirs is the sharper word.
+        where they stay silent is it `wrong_model`, and should they speak later, theirs is the sharper word. But where not one
+        golden sample comes back, another model serves, and a law that is merely shifted or narrower is its doing.
         """
+        self._replaced = bool(0 < checked == mismatched)
         self.replay_checked += checked
         self.replay_mismatched += mismatched
         if not mismatched:
@@ -206,6 +209,7 @@ class Monitor:
         self._detector.merge(other._detector, index=self.monitored - 1)
         self._suspected, self._wrong = (_earliest(a, b) for a, b in ((self._suspected, other._suspected), (self._wrong, other._wrong)))
         self.alarmed_at = _earliest(self.alarmed_at, other.alarmed_at)
+        self._replaced |= other._replaced
         self._judge(at)
 
     def reshare(self, share: float) -> None:
@@ -367,6 +371,8 @@ class Monitor:
         if self._detector.crossed is not None:
             groups = [g for g, named in zip(self._detector.groups, self._detector.named, strict=True) if named]
             self.verdict = diagnose(groups, self.bundle.card.modes, passed_as=self.passed_as)
+            if self._replaced and self.verdict.id in ("within_mode_collapse", "drift"):
+                self.verdict = VERDICTS["wrong_model"]
         elif self._wrong is not None:
             self.verdict = VERDICTS["wrong_model"]
         else:

@@ -103,13 +103,16 @@ def served(registry: Registry, port: int, monitor_url: str) -> Iterator[None]:
 
 @pytest.fixture
 def prometheus(make_bundle: Callable[..., Any], tmp_path: Path, free_ports: Callable[[int], list[int]]) -> Iterator[Prometheus]:
-    """Prometheus, having scraped the monitor of a model `grid` that lost its modes 3 and 8 and has had every kind of request."""
+    """Prometheus, having scraped the monitor of a model `grid` that lost its modes 3 and 8 and has had every kind of request;
+    a healthy canary is probed beside it."""
     if (binary := shutil.which("prometheus")) is None:
         pytest.skip("prometheus is not installed (Debian package prometheus)")
     root = tmp_path / "registry"
     make_bundle(root=root, lost=(3, 8))
     registry = Registry(root)
     registry.set_alias("grid", "production", "v1", reason="test")
+    make_bundle(root=root, version="v2")  # healthy, with no traffic of its own
+    registry.set_alias("grid", "canary", "v2", reason="test")
     serving_port, monitor_port, port = free_ports(3)
     serving_url, monitor_url, url = (f"http://127.0.0.1:{p}" for p in (serving_port, monitor_port, port))
     config = tmp_path / "prometheus.yml"
@@ -132,5 +135,6 @@ def prometheus(make_bundle: Callable[..., Any], tmp_path: Path, free_ports: Call
         found = Prometheus(url, monitor_url)
         # A probe's counter is born with the first probe, and a rate needs two points.
         wait_for(lambda: httpx.get(f"{url}/-/ready", trust_env=False).status_code == 200, "Prometheus")
+        found.until("ganwatch_comparison_pairs > 0")
         found.until('count_over_time(ganwatch_probe_requests_total{outcome="ok"}[1m]) >= 3')
         yield found

@@ -163,8 +163,8 @@ def test_lost_modes_become_an_alert_that_names_them(prometheus: Any) -> None:
     groups = prometheus.get("rules")["groups"]
     assert {rule["name"]: rule["health"] for group in groups for rule in group["rules"]} == dict.fromkeys(ALERTS, "ok")
     (alert,) = (alert for alert in prometheus.get("alerts")["alerts"] if alert["labels"]["alertname"] == "GanModeDropped")
-    assert alert["annotations"]["summary"] == "grid has stopped producing part of its data"
+    assert alert["annotations"]["summary"] == "grid v1 (production) has stopped producing part of its data"
     assert alert["annotations"]["modes"] == "3, 8"
-    assert "`ganwatch rollback --model grid`" in alert["annotations"]["runbook"]
+    assert "`ganwatch rollback --model grid --alias production`" in alert["annotations"]["runbook"]
     firing = {alert["labels"]["alertname"] for alert in prometheus.get("alerts")["alerts"] if alert["state"] == "firing"}
     assert firing == {"GanModeDropped"}, "one fault, one alert"

@@ -227,7 +227,7 @@ def test_snapshot_is_json_and_complete(make_bundle, draw):
         assert json.loads(json.dumps(snapshot, allow_nan=False)) == json.loads(json.dumps(snapshot))
     assert set(snapshot) == {
         *("model", "version", "verdict", "monitored", "served", "rejected", "evidence", "log10_threshold", "arl"),
-        *("budget", "gauges", "tolerance", "modes", "replay", "detectable"),
+        *("budget", "gauges", "tolerance", "modes", "coverage", "replay", "detectable"),
     }
     assert set(snapshot["verdict"]) == {"id", "words", "advice", "modes", "null", "since_sample", "since"}
     assert snapshot["verdict"]["modes"] == ["3", "8"] and snapshot["gauges"]["fresh"]["forward_kl"]["high"] is None
@@ -259,3 +259,17 @@ def test_a_real_cell_without_data_keeps_every_gauge_finite(make_bundle, draw, mo
     monkeypatch.setitem(bundle.reference.__dict__, "cell_share", np.append(share[:-1], 0.0) / share[:-1].sum())
     gauges = watch(bundle, draw(bundle, 2000)).gauges("fresh")
     assert all(math.isfinite(g.value) for g in gauges.values()) and gauges["reverse_kl"].value > 0.1
+
+
+@pytest.mark.parametrize(("fault", "mismatched", "verdict"), [
+    ({"width": 0.8}, 64, "wrong_model"), ({"width": 0.8}, 30, "within_mode_collapse"), ({"lost": (3, 8)}, 64, "mode_dropping"), ({"fakes": 0.05}, 64, "off_manifold"),
+])  # fmt: skip
+def test_where_no_golden_sample_comes_back_a_narrower_law_is_another_models(make_bundle, draw, fault, mismatched, verdict):
+    bundle = make_bundle(**fault)
+    monitor = Monitor(bundle)
+    monitor.audit(checked=64, mismatched=mismatched)
+    monitor.update(draw(bundle, 3000, seed=5), fresh=True, at=0.0)
+    assert monitor.verdict.id == verdict
+    resumed = Monitor(bundle)
+    resumed.restore(monitor.state())
+    assert resumed.verdict.id == verdict
