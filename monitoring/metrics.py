@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -17,6 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from monitoring.monitor import VERDICTS
+from monitoring.runs import STATES
 from monitoring.watch import Live, View, parse_counter
 from serving.records import ORIGINS
 
@@ -29,15 +30,42 @@ RATIOS = {
 ALARMS = tuple(verdict for verdict in VERDICTS if verdict not in ("healthy", "warming_up"))
 DROPPED = ("queue_full", "unknown_model")  # why records that reached the monitor were not looked at
 
+TRAINING = {  # figure of a training run -> end of its series' name, what it is
+    "critic_loss": ("critic_loss", "The critic's loss, without penalty"),
+    "generator_loss": ("generator_loss", "The generator's loss"),
+    "penalty": ("penalty", "What the critic pays for its slope"),
+    "divergence": ("divergence", "What the critic's loss on held-out data says: JS in nats, or the objective's own divergence"),
+    "saturation": ("saturation_ratio", "That as a share of its largest value"),
+    "accuracy": ("critic_accuracy_ratio", "Pairs of a held-out real and a fake that the critic puts in order; 1/2 at chance"),
+    "overfitting": ("critic_overfitting_ratio", "What that accuracy gains on training data"),
+    "mode_coverage": ("mode_coverage_ratio", "Modes of the data that come at a quarter of their real share or more"),
+    "forward_kl": ("forward_kl_nats", "KL of the real from the generated shares of the modes: dropped modes"),
+    "reverse_kl": ("reverse_kl_nats", "KL of the generated from the real shares of the modes"),
+    "weight": ("logit_weight", "Mean size of the derivative of the generator's loss by a logit"),
+    "gradient_norm": ("generator_gradient_norm", "Norm of the gradient of the generator's loss by its weights"),
+    "pull": ("sample_pull", "Mean size of the derivative of the generator's loss by a sample"),
+    "tail_index": ("tail_index", "Hill's tail index of those; below 2 there is no variance"),
+    "signal_to_noise": ("signal_to_noise_ratio", "Squared mean of those over its variance"),
+    "dimension": ("sample_dimensions", "Intrinsic dimension of the generator's samples"),
+    "data_dimension": ("data_dimensions", "Intrinsic dimension of the data"),
+}
+
 Labelled = Iterable[tuple[Mapping[str, str], float | int | None]]  # bool counts as int
 
 
 class Exporter:
-    """Renders what `read` returns at each scrape: the view, the records dropped by reason, the probes by (model, outcome)."""
+    """Renders what `read` returns at each scrape: the view, the records dropped by reason, the probes by (model, outcome).
 
-    def __init__(self, read: Callable[[], tuple[View, Mapping[str, int], Mapping[tuple[str, str], int]]]) -> None:
+    `runs` gives where training runs stand (runs.py).
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], tuple[View, Mapping[str, int], Mapping[tuple[str, str], int]]],
+        runs: Callable[[], Sequence[Mapping[str, Any]]] = tuple,
+    ) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_ViewCollector(read))
+        self._registry.register(_ViewCollector(read, runs))
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition and its content type: OpenMetrics where `accept` asks for it, the text format otherwise."""
@@ -46,8 +74,12 @@ class Exporter:
 
 
 class _ViewCollector(Collector):
-    def __init__(self, read: Callable[[], tuple[View, Mapping[str, int], Mapping[tuple[str, str], int]]]) -> None:
-        self._read = read
+    def __init__(
+        self,
+        read: Callable[[], tuple[View, Mapping[str, int], Mapping[tuple[str, str], int]]],
+        runs: Callable[[], Sequence[Mapping[str, Any]]],
+    ) -> None:
+        self._read, self._runs = read, runs
 
     def describe(self) -> Iterable[Metric]:
         return ()
@@ -64,6 +96,7 @@ class _ViewCollector(Collector):
         yield from _samples(view, dropped, probes)
         yield from _versions(view)
         yield from _serving(view)
+        yield from _training(self._runs())
 
 
 def _estimates(view: View) -> Iterator[Metric]:
@@ -199,6 +232,30 @@ def _serving(view: View) -> Iterator[Metric]:
     for name, samples in sorted(families.items()):
         make = _counter if name.endswith("_total") else _gauge
         yield make(f"ganwatch_serving_{name}", "Counted by the replicas, summed over them", samples)
+
+
+def _training(runs: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
+    """Where runs stand, for all that are shown; figures for those that are under way only, since the last ones are no news."""
+    named = [({"model": run["model"], "run": run["run"]}, run) for run in runs]
+    under_way = [(labels, run) for labels, run in named if run["state"] in ("running", "silent")]
+    states = [(labels | {"state": state}, run["state"] == state) for labels, run in named for state in STATES]
+    yield _gauge("ganwatch_training_state", "1 for what has become of a training run", states)
+    for name, words, key in (
+        ("report_timestamp_seconds", "When the run last said anything", "at"),
+        ("progress_ratio", "Share of the run's steps that are done", "progress"),
+    ):
+        yield _gauge(f"ganwatch_training_{name}", words, [(labels, run[key]) for labels, run in named])
+    left = [(labels, run["seconds_left"]) for labels, run in under_way]
+    yield _gauge("ganwatch_training_remaining_seconds", "Until the last step, as the run expects; NaN before the first look", left)
+    alarms = [
+        (labels | {"alarm": name, "fatal": str(fatal).lower()}, name in run["alarms"])
+        for labels, run in under_way
+        for name, fatal in run["fatal"].items()
+    ]
+    yield _gauge("ganwatch_training_alarm_active", "1 while the run's diagnostics say so; fatal: not to be published like this", alarms)
+    for figure, (name, words) in TRAINING.items():
+        samples = [(labels, run["figures"][figure]) for labels, run in under_way if figure in run["figures"]]
+        yield _gauge(f"ganwatch_training_{name}", words, samples)
 
 
 def _versions_of(view: View) -> Iterator[tuple[dict[str, str], Live]]:

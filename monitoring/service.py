@@ -49,6 +49,7 @@ from monitoring.acting import Policy
 from monitoring.incidents import Incidents
 from monitoring.metrics import Exporter
 from monitoring.probes import Prober, Target
+from monitoring.runs import Runs
 from monitoring.states import States
 from monitoring.watch import View, Watch, parse_counter
 from serving.records import ORIGINS, Heartbeat, Origin, Record
@@ -176,12 +177,16 @@ class Service:
         self.watch = Watch(registry, self.incidents, arl=options.arl, states=States(home / "monitor"), policy=policy)
         self.inbox = Inbox(options.inbox)
         self.prober = Prober(options.serving_url, options.probe_rate, self._targets, self._bundles, self._audited)
-        self.exporter = Exporter(lambda: (self.view, {"queue_full": self.inbox.dropped}, dict(self.prober.outcomes)))
+        self.runs = Runs(home / "runs")
+        self.exporter = Exporter(
+            lambda: (self.view, {"queue_full": self.inbox.dropped}, dict(self.prober.outcomes)), lambda: self.runs.shown
+        )
         self.trouble: str | None = None
         self.stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="monitors", daemon=True)
         now = time.time()
         self._step(self.watch.follow, now)
+        self._step(self.runs.look, now)
         self.view: View = self.watch.publish(now)
         self.viewed = time.monotonic()
 
@@ -200,7 +205,7 @@ class Service:
     def state(self, view: View, since: float = -math.inf) -> dict[str, Any]:
         """The JSON of /api/state: the view, with what troubles the process itself."""
         state = view.state(since)
-        state["errors"] += [*self.prober.trouble.values(), *self.prober.audit_trouble.values(), *([self.trouble] if self.trouble else [])]
+        state["errors"] += [*self.prober.trouble.values(), *self.prober.audit_trouble.values(), *self.runs.trouble.values(), *([self.trouble] if self.trouble else [])]
         return state
 
     def acknowledge(self, model: str) -> Future[list[dict[str, Any]]]:
@@ -250,6 +255,7 @@ class Service:
                 self._step(self._publish, now, point)
                 if point:
                     self._step(self.watch.save)
+                    self._step(self.runs.look, now)
             for answer, incidents in closed:  # the view says so already when the caller hears of it
                 answer.set_result(incidents)
         self._step(self.watch.save)
@@ -318,6 +324,9 @@ def build(options: Options) -> Starlette:
             return _error(404, "no_picture", str(error), "model", model, "a model of images or of vectors in the plane")
         return Response(body, media_type="image/png", headers={"Cache-Control": "no-store"})
 
+    async def training(request: Request) -> Response:
+        return JSONResponse({"now": time.time(), "runs": service.runs.shown})
+
     async def incidents(request: Request) -> Response:
         return JSONResponse({"incidents": await asyncio.to_thread(service.incidents.newest)})
 
@@ -376,6 +385,7 @@ def build(options: Options) -> Starlette:
         Route("/api/events", events),
         Route("/api/samples/{model}.png", samples),
         Route("/api/incidents", incidents),
+        Route("/api/training", training),
         Route("/api/records", records, methods=["POST"]),
         Route("/api/ack", acknowledge, methods=["POST"]),
         Route("/v1/observe/{model}", observe, methods=["POST"]),

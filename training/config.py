@@ -41,8 +41,17 @@ class Config:
     """Directory of the registry; by default GANWATCH_HOME/registry, or .ganwatch/registry here."""
     seed: int = 0
     """Fixes initial weights, batches and latents. The certificate always draws a seed of its own."""
+    batch: int | None = None
+    """Samples of each kind that go through the networks at once, over all workers; by default the recipe's."""
+    accumulate: int = 1
+    """Batches whose gradients make one update: that of a batch so many times as large, in the memory of one. Rates stay."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Of the networks' products; weights, losses and penalties are float32 always. auto: bf16 for images on a GPU that has it."""
+    compile: bool = False
+    """Compile the networks first, a minute that long runs win back; perceptron critics have a faster way already."""
     workers: int = 1
-    """Ray Train workers, one CPU or one GPU each; the batch is split over them."""
+    """Ray Train workers, one CPU or one GPU each. The batch is split over them evenly, so that their number changes neither the
+    gradient nor the learning rate."""
     min_workers: int | None = None
     """Go on with as few as this while the cluster lacks workers, and take more as they come; by default all are waited for."""
     max_failures: int = 3
@@ -111,13 +120,13 @@ class Config:
             equal = critical_gamma(OBJECTIVES[self.objective], PENALTIES[self.penalty])
             equal /= critical_gamma(OBJECTIVES["relativistic"], PENALTIES["r1r2"])
             changed["gamma"] = (recipe.gamma[0] * equal, recipe.gamma[1] * equal)
-        changed |= {name: value for name in ("noise", "width", "network") if (value := getattr(self, name)) is not None}
+        changed |= {name: value for name in ("noise", "width", "network", "batch") if (value := getattr(self, name)) is not None}
         return replace(recipe, **changed)
 
 
 MAY_CHANGE = (  # from one part of a run to the next
-    "model", "registry", "workers", "min_workers", "max_failures", "checkpoint_seconds", "resume", "device", "skip_bad_files",
-    "certify_samples", "certify_seconds", "reference_points", "force",
+    "model", "registry", "workers", "min_workers", "max_failures", "checkpoint_seconds", "resume", "device", "precision", "compile",
+    "skip_bad_files", "certify_samples", "certify_seconds", "reference_points", "force",
 )  # fmt: skip
 
 
@@ -128,7 +137,7 @@ class InputError(ValueError):
 def check(config: Config) -> None:
     """Raise InputError, DataError or RegistryError before anything expensive begins."""
     given = {name: value for name, value in asdict(config).items() if value is not None}
-    for name, low in (("workers", 1), ("min_workers", 1), ("max_failures", 0), ("steps", 1), ("certify_samples", 1000), ("seed", 0), ("packing", 1), ("unroll", 0), ("width", 1), ("noise", 0)):
+    for name, low in (("workers", 1), ("min_workers", 1), ("max_failures", 0), ("steps", 1), ("certify_samples", 1000), ("seed", 0), ("packing", 1), ("unroll", 0), ("width", 1), ("batch", 1), ("accumulate", 1), ("noise", 0)):
         if given.get(name, low) < low:
             raise InputError(f"--{name.replace('_', '-')} is {given[name]}; it must be at least {low}")
     for name in ("gamma", "learning_rate", "certify_seconds", "clip", "checkpoint_seconds"):
@@ -148,13 +157,12 @@ def check(config: Config) -> None:
     fewest = config.workers if config.min_workers is None else config.min_workers
     if fewest > config.workers:
         raise InputError(f"--min-workers is {fewest}; it must not exceed --workers, {config.workers}")
-    for workers in range(fewest, config.workers + 1):
-        if config.recipe.batch % workers:
-            words = f"--workers is {workers}" if fewest == config.workers else f"--min-workers is {fewest}, so there may be {workers} workers"
-            raise InputError(f"{words}; it must divide the batch of {config.recipe.batch}")
-    if (config.recipe.batch // config.workers) % config.packing:
-        local = config.recipe.batch // config.workers
-        raise InputError(f"--packing is {config.packing}; it must divide the {local} samples of a worker's batch")
+    even = config.packing * math.lcm(*range(fewest, config.workers + 1))
+    if config.recipe.batch % even:
+        among = f"{fewest} to {config.workers} workers" if fewest < config.workers else f"--workers {config.workers}"
+        words = f"{among} and --packing {config.packing}" if config.packing > 1 else among
+        near = [n for n in (config.recipe.batch // even * even, (config.recipe.batch // even + 1) * even) if n]
+        raise InputError(f"--batch is {config.recipe.batch}, which {words} do not divide; the nearest that will do: {' and '.join(map(str, near))}")
     for reason in conflicts(config):
         raise InputError(reason)
     try:
@@ -186,6 +194,10 @@ def conflicts(config: Config) -> list[str]:
         "differentiate; use --penalty r1r2": config.unroll and config.spectral_norm,
         "--clip with --spectral-norm: the layers are divided by their norm after clipping, so the bound has no effect; choose "
         "one of them": config.clip and config.spectral_norm,
+        "--unroll with --accumulate: the generator looks ahead at a critic that has seen one part of the batch, so the parts' "
+        "gradients do not add up to the whole's; use a larger --batch": config.unroll and config.accumulate > 1,
+        "--compile with --spectral-norm: the singular vectors are estimated anew in place at each look, which cannot be compiled; "
+        "leave one of them out": config.compile and config.spectral_norm,
         "--packing with --conditional: one critic input would mix samples of different classes; use one of "
         "them": config.packing > 1 and config.conditional,
         f"--objective {config.objective} with nothing that holds the critic back: its best loss is minus infinity; add "

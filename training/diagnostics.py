@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 import torch
@@ -112,6 +113,7 @@ class Look:
     accuracy         pairs of a held-out real and a fake that the critic puts in order: 1/2 at chance
     overfitting      what that accuracy would gain on training data
     weight, pull     mean size of the derivative of the generator's loss by a logit, and by a sample in the networks' units
+    gradient_norm    of the generator's loss by its weights
     tail_index       Hill's, of those pulls over the fakes
     signal_to_noise  of the mean pull
     mode_coverage    share of the data's modes that have at least a quarter of their real share
@@ -139,24 +141,27 @@ class Look:
         y, train_y = (None if labels is None else labels.to(device) for labels in (self.labels, self.train_labels))
         with torch.no_grad():
             z = torch.from_numpy(self.latent.sample(seed=self.seed, count=len(self.held_out))).to(device)
-            fakes = generator(z, y)
             on_real, on_train = critic(self._shown(self.held_out, device), y), critic(self._shown(self.train, device), train_y)
-        shown = pack(fakes, self.packing).requires_grad_()
+        fakes = generator(z, y)
+        shown = pack(fakes.detach(), self.packing).requires_grad_()
         on_fake = critic(shown, y)
         critic.train()
         critic_loss = float(self.objective.critic_loss(on_real, on_fake).detach().mean())
         by_logit = torch.autograd.grad(self.objective.generator_loss(on_real, on_fake).sum(), on_fake, retain_graph=True)[0]
-        pull = torch.autograd.grad(on_fake, shown, by_logit)[0].cpu().numpy().astype(np.float64)
+        by_sample = torch.autograd.grad(on_fake, shown, by_logit)[0]
+        by_weight = torch.autograd.grad(fakes, list(generator.parameters()), by_sample.view_as(fakes) / len(on_fake))
+        pull = by_sample.cpu().numpy().astype(np.float64)
         real, fake, train = (logit.detach().cpu().numpy().astype(np.float64) for logit in (on_real, on_fake, on_train))
         divergence = self.objective.estimate(critic_loss)
         if self.objective.optimal is None:  # Wasserstein, where a logit weighs 1: in units of the steepest slope seen
             divergence /= max(float(np.linalg.norm(pull, axis=1).max()), 1e-300)
-        x, accuracy = fakes.cpu().numpy(), pairs_told_apart(real, fake)
+        x, accuracy = fakes.detach().cpu().numpy(), pairs_told_apart(real, fake)
         return {
             "divergence": divergence,
             "accuracy": accuracy,
             "saturation": divergence / self.objective.largest,
             "weight": float(by_logit.abs().mean()),
+            "gradient_norm": math.sqrt(sum(float(g.double().square().sum()) for g in by_weight)),
             "pull": float(np.linalg.norm(pull, axis=1).mean()),
             "tail_index": hill(np.linalg.norm(pull, axis=1)),
             "signal_to_noise": signal_to_noise(pull),
@@ -187,9 +192,9 @@ class Alarm:
 
 ALARMS: dict[str, Alarm] = {
     "vanishing_gradient": Alarm(  # Arjovsky and Bottou 2017, theorem 2.4
-        fires=lambda f: f["accuracy"] >= 0.99 and f["saturation"] >= 0.95 and f["weight"] <= 0.01,
-        meaning="the critic tells {accuracy:.1%} of pairs apart and the generator's loss no longer feels it: its derivative by a "
-        "logit is {weight:.1e}, so there is no gradient to learn from",
+        fires=lambda f: f["accuracy"] >= 0.99 and f["saturation"] >= 0.95 and min(f["weight"], f["gradient_share"]) <= 0.01,
+        meaning="the critic tells {accuracy:.1%} of pairs apart and the generator no longer feels it: the derivative of its loss "
+        "by a logit is {weight:.1e}, and by its weights {gradient_norm:.1e}, {gradient_share:.1%} of what is usual in this run",
         advice="use an objective that does not saturate (--objective relativistic), or let the laws overlap: --penalty r1r2, "
         "--noise 0.1",
         fatal=True,
@@ -248,13 +253,19 @@ ALARMS: dict[str, Alarm] = {
 
 
 class Diagnosis:
-    """Which alarms are up. One rises after PATIENCE looks in a row and falls with the first look that does not show it."""
+    """Which alarms are up. One rises after PATIENCE looks in a row and falls with the first look that does not show it.
+
+    Alarms see one figure more than a look: `gradient_share`, the gradient's norm over its median in all looks so far.
+    """
 
     def __init__(self) -> None:
         self.looks = dict.fromkeys(ALARMS, 0)
+        self.norms: list[float] = []
         self.words: dict[str, str] = {}  # alarm -> what is wrong and what to change, while it is up
 
     def update(self, figures: dict[str, float], *, progress: float) -> None:
+        self.norms.append(figures["gradient_norm"])
+        figures = figures | {"gradient_share": figures["gradient_norm"] / max(median(self.norms), 1e-300)}
         for name, alarm in ALARMS.items():
             shown = progress >= alarm.after and alarm.fires(figures)
             self.looks[name] = self.looks[name] + 1 if shown else 0

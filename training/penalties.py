@@ -1,11 +1,12 @@
 """Penalties on the critic's slope, and with them all gradients of one adversarial step.
 
-Without R1 and R2 the networks here collapse to a few modes whatever the objective. Two ways to the same numbers:
+Without R1 and R2 the networks here collapse to a few modes whatever the objective. Three ways to the same numbers:
 
-    autograd      differentiates twice; works for any critic without batch statistics, and is the oracle of the other
+    autograd      differentiates twice; works for any critic without batch statistics, and is the oracle of the others
+    functional    the same as one function, for torch.compile, which cannot differentiate again what it has compiled
     closed_form   for perceptrons and plain convolutions with piecewise linear activations: no double backward, about twice as fast
 
-Both leave the critic's gradients in `.grad` and return what the generator needs. They neither step nor know an optimiser.
+All leave the critic's gradients in `.grad` and return what the generator needs. They neither step nor know an optimiser.
 Below them: other ways to hold a critic back (clipping, spectral normalisation), the unrolled critic, and how to choose gamma.
 """
 
@@ -13,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, grad
 from torch.nn.functional import conv2d, leaky_relu, linear
 from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.nn.utils import parametrizations, parametrize
@@ -97,6 +100,45 @@ def autograd(
     return Gradients(loss.detach(), generator_loss, price.detach(), pull[:, None] * slope[n : 2 * n].detach())
 
 
+def functional(
+    critic: nn.Module,
+    objective: Objective,
+    penalty: Penalty,
+    real: Float[Tensor, "n d"],
+    fake: Float[Tensor, "n d"],
+    between: Float[Tensor, "k d"],
+    y: Int64[Tensor, "n"] | None,
+    gamma: float,
+    *,
+    derivatives: Callable[..., Any] | None = None,  # _derivatives compiled
+) -> Gradients:
+    n, x = len(real), torch.cat([real, fake, between]).detach()
+    weights = {name: parameter.detach() for name, parameter in critic.named_parameters()}
+    charged = gamma / 2 * penalty.charged(n, len(between), x)
+    found = (derivatives or _derivatives)(critic, objective, penalty, weights, x, _labels(y, len(x)), n, charged)
+    by_weight, (loss, price, logit, slope) = found
+    for name, parameter in critic.named_parameters():
+        parameter.grad = by_weight[name].clone()
+    _, pull, generator_loss = _by_logits(objective.generator_loss, logit[:n], logit[n : 2 * n])
+    return Gradients(loss, generator_loss, price, pull[:, None] * slope[n : 2 * n])
+
+
+def _derivatives(
+    critic: nn.Module, objective: Objective, penalty: Penalty, weights: dict[str, Tensor], x: Tensor, y: Tensor | None, n: int, charged: Tensor
+) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    def judged(x: Tensor, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        logit = functional_call(critic, weights, (x, y))
+        return logit.sum(), logit
+
+    def total(weights: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        slope, logit = grad(judged, has_aux=True)(x, weights)
+        price = (charged * penalty.price(slope)).sum()
+        loss = objective.critic_loss(logit[:n], logit[n : 2 * n]).mean()
+        return loss + price, (loss, price, logit, slope)
+
+    return grad(total, has_aux=True)(weights)
+
+
 @torch.no_grad()
 def closed_form(
     critic: Critic | ConvCritic,
@@ -153,10 +195,12 @@ def closed_form(
     return Gradients(critic_loss, generator_loss, price.detach(), pull[:, None] * by_input[n : 2 * n])
 
 
-def gradients_for(critic: nn.Module) -> Callable[..., Gradients]:
-    """The fast way where the critic allows it."""
+def gradients_for(critic: nn.Module, *, compiled: bool = False) -> Callable[..., Gradients]:
+    """The fast way where the critic allows it; it gains nothing by being compiled."""
     plain = type(critic) in (Critic, ConvCritic) and not any(parametrize.is_parametrized(module) for module in critic.modules())
-    return closed_form if plain else autograd
+    if plain:
+        return closed_form
+    return partial(functional, derivatives=torch.compile(_derivatives)) if compiled else autograd
 
 
 def _times_slope(v: Tensor, a: Tensor) -> Tensor:

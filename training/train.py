@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -48,6 +48,7 @@ import ray.train
 import ray.train.torch
 import torch
 import tyro
+from jaxtyping import Float
 from PIL import Image
 from ray.exceptions import RayActorError
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -55,12 +56,14 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
+from training.arithmetic import Bf16, Unsupported, check_compiler, takes_bf16
 from training.bundle import Bundle, SignGaussian
 from training.checkpoints import CheckpointError, State, read_state, refuse_other
 from training.config import MAY_CHANGE, Config, InputError, check, check_shape
 from training.data import DATASETS, DataError, Dataset
-from training.diagnostics import Diagnosis, Look
+from training.diagnostics import ALARMS, Diagnosis, Look
 from training.export import ExportError, open_source, write_bundle
 from training.features import fit_eye
 from training.gate import QualityRefused, publish
@@ -96,22 +99,24 @@ def decayed(ends: tuple[float, float], progress: float, hold: float = 0.0) -> fl
     return ends[0] * (ends[1] / ends[0]) ** max(0.0, (progress - hold) / (1 - hold))
 
 
-def average_gradients(networks: tuple[torch.nn.Module, ...], world: int) -> None:
-    """The mean over all workers, who begin with the same weights and therefore keep the same weights.
+def mean_over_parts(networks: Sequence[nn.Module], losses: Float[Tensor, "k"], *, parts: int, world: int) -> Float[Tensor, "k"]:
+    """Turn gradients and losses, which were summed over `parts` batches in each of `world` workers, into means, in all alike.
 
-    By hand, because the hooks of DistributedDataParallel see neither the penalty's second differentiation nor gradients that
-    were written by formula.
+    Workers begin with the same weights and therefore keep the same weights. By hand, because the hooks of
+    DistributedDataParallel see neither the penalty's second differentiation nor gradients that were written by formula.
     """
-    if world == 1:
-        return
-    gradients = [p.grad for network in networks for p in network.parameters()]
-    flat = torch.cat([g.flatten() for g in gradients])
-    torch.distributed.all_reduce(flat)
-    for gradient, part in zip(gradients, (flat / world).split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    if world == parts == 1:
+        return losses
+    sums = [p.grad for network in networks for p in network.parameters()] + [losses]
+    flat = torch.cat([s.flatten() for s in sums])
+    if world > 1:
+        torch.distributed.all_reduce(flat)
+    for total, part in zip(sums, (flat / (world * parts)).split([s.numel() for s in sums]), strict=True):
+        total.copy_(part.view_as(total))
+    return losses
 
 
-def build(config: Config, dataset: Dataset) -> tuple[SignGaussian, torch.nn.Module, torch.nn.Module]:
+def build(config: Config, dataset: Dataset) -> tuple[SignGaussian, nn.Module, nn.Module]:
     """The latent law, the generator and the critic; the same weights for the same seed in every process."""
     recipe, classes = config.recipe, len(dataset.classes) if config.conditional else 0
     torch.manual_seed(config.seed)
@@ -134,7 +139,7 @@ def adversarial_training(
     say: Callable[..., None] = lambda **_: None,
     save: Callable[[State, int, dict[str, Any]], None] = lambda *_: None,
     resume: Path | None = None,
-) -> tuple[torch.nn.Module, dict[str, Any]]:
+) -> tuple[nn.Module, dict[str, Any]]:
     """Train worker `rank` of `world` to the end. Returns the averaged generator, and the last losses and figures of diagnostics
     with the reasons not to publish (`failing`); `say` hears of progress.
 
@@ -149,7 +154,14 @@ def adversarial_training(
     average = copy.deepcopy(generator)
     labels = torch.from_numpy(dataset.labels).to(device) if config.conditional else None
     optimisers = [torch.optim.Adam(n.parameters(), fused=True) for n in (generator, critic)]
-    objective, penalty, gradients_of = OBJECTIVES[config.objective], PENALTIES[config.penalty], gradients_for(critic)
+    objective, penalty = OBJECTIVES[config.objective], PENALTIES[config.penalty]
+    generate, judge = generator, critic
+    if takes_bf16(config.precision, torch.device(device), images=dataset.is_image):
+        generate, judge = Bf16(generator), Bf16(critic)
+    gradients_of = gradients_for(judge, compiled=config.compile)
+    if config.compile:
+        check_compiler()
+        generate = torch.compile(generate)
     noise = InstanceNoise(recipe.noise, config.noise_schedule)
     look = Look(dataset, latent, objective, conditional=config.conditional, packing=config.packing, seed=config.seed)
     diagnosis, every = Diagnosis(), max(50, recipe.steps // 100)
@@ -158,26 +170,34 @@ def adversarial_training(
     state = State(generator, critic, average, optimisers, noise, diagnosis, rng)
     done, last = state.load(resume, rank=rank, world=world) if resume else (0, {})
 
-    def view(x: torch.Tensor) -> torch.Tensor:
+    def view(x: Tensor) -> Tensor:
         return pack(noise(augment(x, dataset.shape, rng) if config.augment else x, rng), config.packing)
 
     for step in range(done, recipe.steps):
         progress = step / recipe.steps
-        # Each worker takes its part of one global batch, so that without noise the number of workers changes only the rounding.
-        first = rank * local
-        pick = np.random.default_rng((config.seed, step)).integers(dataset.trained, size=recipe.batch)[first : first + local]
-        z = torch.from_numpy(latent.sample(seed=config.seed, offset=step * recipe.batch + first, count=local)).to(device)
-        real, y = torch.from_numpy(dataset.normalised(pick)).to(device), None if labels is None else labels[pick]
-        fake = generator(z, y)
-        real, shown = view(real), view(fake)
-        between = penalty.points_between(real, shown.detach(), rng)
-        seen = gradients_of(critic, objective, penalty, real, shown.detach(), between, y, decayed(recipe.gamma, progress))
-        pull = seen.by_fake
-        if config.unroll:
-            pull = unrolled_pull(critic, objective, real, shown, y, steps=config.unroll)
+        rows = np.random.default_rng((config.seed, step)).integers(dataset.trained, size=recipe.batch * config.accumulate)
         generator.zero_grad(set_to_none=True)
-        shown.backward(pull)
-        average_gradients((generator, critic), world)
+        critic.zero_grad(set_to_none=True)
+        losses = torch.zeros(3, device=device)
+        for part in range(config.accumulate):
+            # Each worker takes its part of one global batch, so that without noise the number of workers changes only rounding.
+            first = part * recipe.batch + rank * local
+            pick = rows[first : first + local]
+            z = torch.from_numpy(latent.sample(seed=config.seed, offset=step * len(rows) + first, count=local)).to(device)
+            real, y = torch.from_numpy(dataset.normalised(pick)).to(device), None if labels is None else labels[pick]
+            real, shown = view(real), view(generate(z, y))
+            between = penalty.points_between(real, shown.detach(), rng)
+            before = [p.grad for p in critic.parameters()]
+            seen = gradients_of(judge, objective, penalty, real, shown.detach(), between, y, decayed(recipe.gamma, progress))
+            for p, summed in zip(critic.parameters(), before, strict=True):
+                if summed is not None:
+                    p.grad += summed
+            pull = seen.by_fake
+            if config.unroll:
+                pull = unrolled_pull(critic, objective, real, shown, y, steps=config.unroll)
+            shown.backward(pull)
+            losses += torch.stack([seen.critic_loss, seen.generator_loss, seen.penalty])
+        losses = mean_over_parts((generator, critic), losses, parts=config.accumulate, world=world)
         for optimiser in optimisers:
             group = optimiser.param_groups[0]
             group["lr"] = decayed(recipe.learning_rate, progress, recipe.hold)
@@ -186,7 +206,7 @@ def adversarial_training(
         if config.clip:
             clip_weights(critic, config.clip)
         if config.noise_schedule != "constant":
-            noise.update(progress, objective.estimate(float(seen.critic_loss)) / objective.largest)
+            noise.update(progress, objective.estimate(float(losses[0])) / objective.largest)
 
         # The served weights are a running mean with a half-life of a twentieth of the run so far (Karras et al. 2024).
         keep = 0.5 ** (1 / max(1.0, 0.05 * step))
@@ -199,13 +219,14 @@ def adversarial_training(
             if not all(bool(p.isfinite().all()) for n in (generator, critic) for p in n.parameters()):
                 rate = f"lower --learning-rate (now {recipe.learning_rate[0]:g})"
                 raise TrainingStopped(f"the weights are no longer finite at step {step + 1} of {recipe.steps}; {rate}")
-            losses = {name: float(getattr(seen, name)) for name in ("critic_loss", "generator_loss", "penalty")}
+            said = dict(zip(("critic_loss", "generator_loss", "penalty"), losses.tolist(), strict=True))
             figures = look(generator, critic)  # the same in every worker
             diagnosis.update(figures, progress=progress)
-            say(step=step + 1, steps=recipe.steps, alarms=dict(diagnosis.words), **losses, **figures)
+            fatal = [name for name in diagnosis.words if ALARMS[name].fatal]
+            say(step=step + 1, steps=recipe.steps, alarms=dict(diagnosis.words), failing=fatal, **said, **figures)
             if config.stop_on_alarm and diagnosis.failing:
                 raise TrainingStopped(f"stopped at step {step + 1} of {recipe.steps}: {'; '.join(diagnosis.failing)}")
-            last = {name: value if math.isfinite(value) else None for name, value in (losses | figures).items()}
+            last = {name: value if math.isfinite(value) else None for name, value in (said | figures).items()}
             last["failing"] = diagnosis.failing
             save(state, step + 1, last)
     return average.cpu(), last
@@ -246,7 +267,7 @@ def train_worker(job: dict[str, Any]) -> None:
     first = 0  # step at which progress was first heard of
     up: dict[str, str] = {}
 
-    def say(step: int, steps: int, alarms: dict[str, str], **figures: float) -> None:
+    def say(step: int, steps: int, alarms: dict[str, str], failing: list[str], **figures: float) -> None:
         nonlocal begin, first, said, up
         now = time.monotonic()
         if not first:
@@ -254,7 +275,7 @@ def train_worker(job: dict[str, Any]) -> None:
         if rank == 0 and (now - said > 2.0 or step == steps or alarms.keys() != up.keys()):
             said, left = now, (now - begin) / max(1, step - first) * (steps - step)
             finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-            journal.write("train", step=step, steps=steps, seconds_left=left, alarms=alarms, **finite)
+            journal.write("train", step=step, steps=steps, seconds_left=left, alarms=alarms, failing=failing, **finite)
             words = "  ".join(f"{name} {figures[name]:.4f}" for name in SAID)
             print(f"step {step:>6}/{steps}  {words}  {left:4.0f} s left", flush=True)
             for name in alarms.keys() - up.keys():
@@ -283,7 +304,7 @@ def train_worker(job: dict[str, Any]) -> None:
             if resume and rank == 0:
                 print(f"goes on from {resume.name}", flush=True)
             adversarial_training(config, dataset, rank=rank, world=world, device=device, say=say, save=save, resume=resume)
-    except TrainingStopped as stopped:
+    except (TrainingStopped, Unsupported) as stopped:
         ray.train.report({"stopped": str(stopped)})
 
 
@@ -319,7 +340,7 @@ def start_ray(config: Config) -> bool:
     return config.device != "cpu" and gpus >= config.workers
 
 
-def train(config: Config, run: Path, use_gpu: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def train(config: Config, run: Path, use_gpu: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The averaged generator's weights and the last metrics, from the last checkpoint of this run on where there is one.
 
     Raises TrainingStopped where the loop did or the workers died too often, KeyboardInterrupt on Ctrl-C.
@@ -376,6 +397,8 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     if config.dataset not in DATASETS and config.like is None:
         config = replace(config, like="digits" if dataset.is_image else "grid")
     check_shape(config, dataset)
+    if not use_gpu:
+        takes_bf16(config.precision, torch.device("cpu"), images=dataset.is_image)
     latent = latent_law(config.recipe, dataset.clusters)
     found = "one cluster" if dataset.clusters == 1 else f"{dataset.clusters} separate clusters"
     chosen = f"{latent.signs} signs and {latent.normals} normals as latents, for the data are {found}"
@@ -451,11 +474,11 @@ def begin_run(config: Config) -> tuple[Config, Path]:
         return config, run
     run = Path(config.resume).resolve()
     try:
-        saved = json.loads((run / "config.json").read_text())
-    except (OSError, ValueError) as error:
+        saved = Config(**json.loads((run / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"--resume is {config.resume}, which holds no run ({error}); runs are in {ganwatch_home() / 'runs'}") from None
-    config = tyro.cli(Config, description=__doc__, default=Config(**saved))
-    refuse_other(saved, asdict(config), free=MAY_CHANGE)
+    config = tyro.cli(Config, description=__doc__, default=saved)
+    refuse_other(asdict(saved), asdict(config), free=MAY_CHANGE)
     check(config)
     return config, run
 
@@ -474,20 +497,21 @@ def main() -> None:
         print(f"note: a Ray job runs in a copy of its working directory, so this relative registry is {root.resolve()}")
 
     journal = Journal(run)
+    journal.write("begin", model=model, dataset=config.dataset, steps=config.recipe.steps)
     again = f"go on with: python training/train.py --resume {run}"
     try:
         bundle = execute(config, run, journal)
-    except (InputError, DataError, TrainingStopped, ExportError, QualityRefused, CheckpointError) as failure:
+    except (InputError, DataError, Unsupported, TrainingStopped, ExportError, QualityRefused, CheckpointError) as failure:
         journal.write("failed", reason=str(failure))
         words = f"not published: {failure}"
         if isinstance(failure, QualityRefused):
             words = f"not published, the quality gate objects:\n{failure}\nto publish it all the same: {failure.remedy}"
-        _end(words, status=2 if isinstance(failure, (InputError, DataError)) else 1)
+        _end(words, status=2 if isinstance(failure, (InputError, DataError, Unsupported)) else 1)
     except OSError as error:
         journal.write("failed", reason=str(error))
         _end(f"not published: {error}; {again}", status=1)
     except KeyboardInterrupt:
-        journal.write("failed", reason="interrupted")
+        journal.write("interrupted")
         _end(f"interrupted; {again}", status=130)
     print(f"published {model} {bundle.card.version} at {bundle.path.resolve()} after {time.monotonic() - begin:.0f} s")
 

@@ -27,6 +27,7 @@ from serving.records import Heartbeat, Record
 from serving.rest import App
 from serving.service import Service
 from serving.tap import Tap
+from training.journal import Journal
 from training.registry import Registry
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +105,7 @@ def served(registry: Registry, port: int, monitor_url: str) -> Iterator[None]:
 @pytest.fixture
 def prometheus(make_bundle: Callable[..., Any], tmp_path: Path, free_ports: Callable[[int], list[int]]) -> Iterator[Prometheus]:
     """Prometheus, having scraped the monitor of a model `grid` that lost its modes 3 and 8 and has had every kind of request;
-    a healthy canary is probed beside it."""
+    a healthy canary is probed beside it, and another version trains, which looked bad for a moment."""
     if (binary := shutil.which("prometheus")) is None:
         pytest.skip("prometheus is not installed (Debian package prometheus)")
     root = tmp_path / "registry"
@@ -113,6 +114,11 @@ def prometheus(make_bundle: Callable[..., Any], tmp_path: Path, free_ports: Call
     registry.set_alias("grid", "production", "v1", reason="test")
     make_bundle(root=root, version="v2")  # healthy, with no traffic of its own
     registry.set_alias("grid", "canary", "v2", reason="test")
+    journal = Journal(tmp_path / "runs" / "20261125T000000-grid-0a1b2c")
+    journal.write("begin", model="grid", dataset="grid", steps=5000)
+    figures = {"divergence": 0.2, "accuracy": 0.7, "mode_coverage": 1.0, "gradient_norm": 0.3, "weight": 0.5}
+    for step, up in ((50, {"perfect_critic": "the critic tells 99.0% apart"}), (100, {})):
+        journal.write("train", step=step, steps=5000, seconds_left=60.0, alarms=up, failing=[*up], **figures)
     serving_port, monitor_port, port = free_ports(3)
     serving_url, monitor_url, url = (f"http://127.0.0.1:{p}" for p in (serving_port, monitor_port, port))
     config = tmp_path / "prometheus.yml"

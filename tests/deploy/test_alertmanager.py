@@ -86,7 +86,7 @@ def test_the_commented_webhook_is_valid_once_uncommented(tmp_path: Path) -> None
 
 def test_every_alert_says_what_it_is_about() -> None:
     for name, labels in LABELS.items():
-        assert labels["about"] in ("samples", "monitor", "serving"), name
+        assert labels["about"] in ("samples", "monitor", "serving", "versions", "training"), name
         assert labels["severity"] in ("page", "ticket"), name
 
 

@@ -531,7 +531,8 @@ def test_grafana_can_expand_every_template() -> None:
         assert not any("$" in text for text in [*rule["labels"].values(), rule["data"][0]["model"]["expr"]])
         used = {name for text in rule["annotations"].values() for name in re.findall(r"\{\{(.*?)\}\}", text)}
         about = rule["labels"]["about"]
-        known = {"samples": ("model", "version", "role"), "versions": ("model", "version", "role", "against")}.get(about, ("model",))
+        of = {"samples": ("model", "version", "role"), "versions": ("model", "version", "role", "against"), "training": ("model", "run", "alarm")}
+        known = of.get(about, ("model",))
         assert used <= {f" $labels.{name} " for name in known}, rule["title"]
         if used:
             assert rule["title"] not in ("GanMonitorAbsent", "GanSamplesDropped"), "these come without a model"
@@ -553,7 +554,7 @@ def test_the_dashboard_can_be_provisioned_as_it_is() -> None:
     known = {*variables, "__rate_interval"}
     assert set(re.findall(r"\$\{?(\w+)", json.dumps(committed))) <= known
     rows = [panel["title"] for panel in committed["panels"] if panel["type"] == "row"]
-    assert rows == ["Verdict", "Drift", "Modes", "Traffic", "Health of the monitor"]
+    assert rows == ["Verdict", "Drift", "Modes", "Traffic", "Health of the monitor", "Training"]
     marks = [annotation["expr"] for annotation in committed["annotations"]["list"] if "expr" in annotation]
     assert marks[0].startswith("ganwatch_model_loaded_timestamp_seconds") and marks[0].endswith("* 1000"), "Grafana wants milliseconds"
 

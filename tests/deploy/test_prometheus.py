@@ -38,6 +38,9 @@ ALERTS = [
     "GanSamplesDropped",
     "GanSamplesRejected",
     "GanServingLoadFailed",
+    "GanTrainingFailing",
+    "GanTrainingFailed",
+    "GanTrainingSilent",
 ]
 
 

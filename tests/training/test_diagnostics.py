@@ -27,7 +27,7 @@ from training.registry import Registry
 from training.train import TrainingStopped, adversarial_training
 
 HEALTHY = {
-    "divergence": 0.05, "saturation": 0.07, "accuracy": 0.7, "overfitting": 0.02, "weight": 0.5, "pull": 0.1, "tail_index": 6.0,
+    "divergence": 0.05, "saturation": 0.07, "accuracy": 0.7, "overfitting": 0.02, "weight": 0.5, "gradient_norm": 0.2, "pull": 0.1, "tail_index": 6.0,
     "signal_to_noise": 30.0, "mode_coverage": 1.0, "forward_kl": 0.01, "reverse_kl": 0.01, "dimension": 2.0, "data_dimension": 2.1,
     "latent_dimension": 12.0,
 }  # fmt: skip
@@ -148,6 +148,30 @@ def test_a_look_sees_the_gradient_of_gan0_vanish_and_not_of_gan1(line):
         look = Look(line, SignGaussian(0, 1, 1.0), OBJECTIVES[name], conditional=False, packing=1, seed=0)
         weights[name] = look(Shift(9.0), Linear(9.0, 40.5))["weight"]
     assert weights["minimax"] < 1e-6 and weights["non_saturating"] > 0.99
+
+
+@pytest.mark.parametrize("delta", [0.5, 2.0, 4.0])
+@pytest.mark.parametrize("name", ["minimax", "non_saturating"])
+def test_the_gradient_of_a_shift_is_the_slope_times_the_mean_weight(line, name, delta):
+    # With the optimal critic T = -delta x + delta^2 / 2 and G(z) = z + theta, d loss / d theta = delta E_q of sigma(T), or of sigma(-T).
+    x = torch.linspace(delta - 9, delta + 9, 4001, dtype=torch.float64)
+    q, t = torch.exp(-((x - delta) ** 2) / 2) / math.sqrt(2 * math.pi), -delta * x + delta**2 / 2
+    weight = float((q * torch.sigmoid(t if name == "minimax" else -t)).sum() * (x[1] - x[0]))
+    figures = Look(line, SignGaussian(0, 1, 1.0), OBJECTIVES[name], conditional=False, packing=1, seed=0)(Shift(delta), Linear(delta, delta**2 / 2))
+    assert figures["weight"] == pytest.approx(weight, rel=0.15)
+    assert figures["gradient_norm"] == pytest.approx(delta * figures["weight"], rel=1e-5)
+
+
+def test_a_gradient_that_dies_while_logits_weigh_what_they_did_is_seen():
+    sure = {"accuracy": 1.0, "saturation": 0.99, "weight": 1.0}
+    for norm, dies in ((0.19, False), (1e-3, True)):
+        diagnosis = Diagnosis()
+        for _ in range(10):
+            diagnosis.update(HEALTHY, progress=0.5)
+        for _ in range(PATIENCE):
+            diagnosis.update(HEALTHY | sure | {"gradient_norm": norm}, progress=0.6)
+        assert ("vanishing_gradient" in diagnosis.words) == dies
+    assert "by its weights 1.0e-03, 0.5% of what is usual in this run" in diagnosis.words["vanishing_gradient"]
 
 
 def test_looking_changes_nothing():

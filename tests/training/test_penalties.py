@@ -13,6 +13,7 @@ from training.penalties import (
     clip_weights,
     closed_form,
     critical_gamma,
+    functional,
     gradients_for,
     normalise_spectrally,
     unrolled_pull,
@@ -67,6 +68,23 @@ def compare(critic, real, fake, objective, penalty, classes):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-11, atol=1e-12)
     for name in ("critic_loss", "generator_loss", "penalty", "by_fake"):
         torch.testing.assert_close(getattr(found, name), getattr(oracle, name), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
+@pytest.mark.parametrize(("name", "classes"), [("perceptron", 0), ("dcgan", 4), ("resnet", 0)])
+def test_one_function_of_the_weights_gives_the_same_gradients(objective, penalty, name, classes):
+    torch.manual_seed(1)
+    critic = FAMILIES[name].critic((8, 8, 1), width=16, classes=classes, packing=1, fourier=0).double()
+    real, fake = draw(6, 64)
+    between = penalty.points_between(real, fake, torch.Generator().manual_seed(4))
+    y = torch.randint(classes, (6,)) if classes else None
+    oracle = autograd(critic, objective, penalty, real, fake, between, y, 0.7)
+    expected = [p.grad.clone() for p in critic.parameters()]
+    found = functional(critic, objective, penalty, real, fake, between, y, 0.7)
+    for p, gradient in zip(critic.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-11, atol=1e-12)
+    for part in ("critic_loss", "generator_loss", "penalty", "by_fake"):
+        torch.testing.assert_close(getattr(found, part), getattr(oracle, part), rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -91,8 +91,11 @@ def test_a_collapse_is_refused_with_the_command_that_would_publish_it(tmp_path):
     ("wish", "words"),
     [
         ({"workers": 0}, "--workers is 0; it must be at least 1"),
-        ({"workers": 3}, "--workers is 3; it must divide the batch of 128"),
-        ({"workers": 4, "min_workers": 2}, "--min-workers is 2, so there may be 3 workers; it must divide the batch of 128"),
+        ({"workers": 3}, "--batch is 128, which --workers 3 do not divide; the nearest that will do: 126 and 129"),
+        ({"workers": 4, "min_workers": 2}, "--batch is 128, which 2 to 4 workers do not divide; the nearest that will do: 120 and 132"),
+        ({"workers": 2, "batch": 1}, "--batch is 1, which --workers 2 do not divide; the nearest that will do: 2$"),
+        ({"workers": 2, "packing": 4, "batch": 20}, "--batch is 20, which --workers 2 and --packing 4 do not divide; .* 16 and 24"),
+        ({"accumulate": 0}, "--accumulate is 0; it must be at least 1"),
         ({"min_workers": 2}, "--min-workers is 2; it must not exceed --workers, 1"),
         ({"steps": 0}, "--steps is 0; it must be at least 1"),
         ({"gamma": -1.0}, "--gamma is -1.0; it must be positive"),
