@@ -27,10 +27,10 @@ class Config:
     """Train a GAN, certify it, publish it. Exit status: 0 published, 1 failed or refused, 2 bad input, 130 interrupted."""
 
     dataset: str = "digits"
-    """Real data: ring, grid, grid100, mixture1200, s-curve, moons, flower (all vectors), digits, stacked-digits, mnist, fashion-mnist,
-    or a path or URI: npz, npy, parquet, images."""
+    """Real data: ring, grid, grid100, mixture1200, s-curve, moons, flower (all vectors), digits, stacked-digits, mnist,
+    stacked-mnist, fashion-mnist, or a path or URI: npz, npy, parquet, images."""
     data: str | None = None
-    """Where the files of mnist or fashion-mnist lie: a directory of IDX files, or an npz."""
+    """Where the files of mnist, stacked-mnist or fashion-mnist lie: a directory of IDX files, or an npz."""
     skip_bad_files: bool = False
     """Leave out files that cannot be used, naming each; by default they end the run."""
     like: str | None = None
@@ -149,7 +149,7 @@ def check(config: Config) -> None:
     if config.like is not None and config.like not in RECIPES:
         raise InputError(f"--like is {config.like}; recipes are those of {', '.join(RECIPES)}")
     if config.data is not None and config.dataset not in ON_DISK:
-        raise InputError(f"--data is for {' and '.join(ON_DISK)}; data of your own are named by --dataset PATH")
+        raise InputError(f"--data is for {', '.join(ON_DISK)}; data of your own are named by --dataset PATH")
     if config.dataset in ON_DISK:
         open_dataset(config.dataset, data=config.data, cache=Path())
     elif config.dataset not in DATASETS:

@@ -168,13 +168,12 @@ def stacked_digits() -> Dataset:
 
     Triples that are held out are made of held-out digits.
     """
-    single, rng = digits(), np.random.default_rng(0)
-    parts = (0, single.trained, 80_000), (single.trained, len(single.samples), 20_000)
-    pick = np.concatenate([rng.integers(low, high, size=(count, 3)) for low, high, count in parts])
-    images = single.samples[pick, :, :, 0].transpose(0, 2, 3, 1)
-    labels = single.labels[pick] @ np.array([100, 10, 1])
-    classes = tuple(f"{k:03}" for k in range(1000))
-    return Dataset("stacked-digits", np.ascontiguousarray(images), 1000, labels, classes, stacked=True)
+    return _stacked("stacked-digits", digits())
+
+
+def stacked_mnist(where: str | Path = DEBIAN / "mnist") -> Dataset:
+    """100,000 triples of MNIST's digits, one in each channel: 1,000 classes (Metz et al. 2017). It fills 235 MB."""
+    return _stacked("stacked-mnist", mnist(where))
 
 
 def mnist(where: str | Path = DEBIAN / "mnist") -> Dataset:
@@ -199,9 +198,10 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "digits": digits,
     "stacked-digits": stacked_digits,
     "mnist": mnist,
+    "stacked-mnist": stacked_mnist,
     "fashion-mnist": fashion_mnist,
 }
-ON_DISK = ("mnist", "fashion-mnist")  # these take the place where their files lie
+ON_DISK = ("mnist", "stacked-mnist", "fashion-mnist")  # these take the place where their files lie
 
 
 def read_mnist(where: Path) -> tuple[ndarray, Int64[ndarray, "n"]]:
@@ -246,6 +246,15 @@ def _idx(where: Path, part: str, kind: str) -> ndarray:
 def _labelled(name: str, images: ndarray, labels: ndarray, names: tuple[str, ...] = tuple("0123456789")) -> Dataset:
     order = np.random.default_rng(0).permutation(len(images))
     return Dataset(name, images[order], len(names), labels[order].astype(np.int64), names)
+
+
+def _stacked(name: str, single: Dataset) -> Dataset:
+    rng = np.random.default_rng(0)
+    parts = (0, single.trained, 80_000), (single.trained, len(single.samples), 20_000)
+    pick = np.concatenate([rng.integers(low, high, size=(count, 3)) for low, high, count in parts])
+    images = np.stack([single.samples[column, :, :, 0] for column in pick.T], axis=-1)
+    labels = single.labels[pick] @ np.array([100, 10, 1])
+    return Dataset(name, images, 1000, labels, tuple(f"{k:03}" for k in range(1000)), stacked=True)
 
 
 def _mixture(

@@ -41,7 +41,7 @@ class Lens(nn.Module):
     def __init__(self, dataset: Dataset) -> None:
         super().__init__()
         self.is_image, self.parts = dataset.is_image, dataset.shape[-1] if dataset.stacked else 1
-        self.pool = math.ceil(math.sqrt(dataset.dim / MOST_INPUTS)) if dataset.is_image else 1
+        self.pool = math.ceil(math.sqrt(dataset.dim / self.parts / MOST_INPUTS)) if dataset.is_image else 1
         for name in ("shift", "scale"):
             value = getattr(dataset, name)
             self.register_buffer(name, torch.from_numpy(value[:1] if dataset.is_image else value))

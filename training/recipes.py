@@ -27,6 +27,8 @@ class Recipe:
 
 PLANE = Recipe(5000, 10, 2, 1.0, 128, 32, (4e-3, 1.2e-5), (1.0, 1e-4), 0.0)
 IMAGES = Recipe(8000, 48, 16, 0.5, 256, 0, (2e-3, 2e-5), (1.0, 0.1), 0.02, hold=0.5)
+# Table 6 of Huang et al. (2024) and ten million images, for a GPU: R3GAN of this size reached 1000 modes, KL .029. Not run here.
+STACKED_MNIST = Recipe(20_000, 0, 64, 1.0, 512, 0, (2e-4, 5e-5), (1.0, 0.1), 0.0, batch=512, network="resnet")
 RECIPES = {
     "ring": PLANE,
     "grid": PLANE,
@@ -37,6 +39,7 @@ RECIPES = {
     "flower": PLANE,
     "digits": IMAGES,
     "stacked-digits": replace(IMAGES, steps=34_000, signs=72, width=384),
+    "stacked-mnist": STACKED_MNIST,
     "mnist": replace(IMAGES, steps=12_000, width=512),
     "fashion-mnist": replace(IMAGES, steps=12_000, width=512),
 }

@@ -46,7 +46,7 @@ def open_dataset(
 ) -> Dataset:
     """The built-in data set called `name`, or what lies at the path or URI `name`, read into the directory `cache` once.
 
-    `data` is where the files of mnist or fashion-mnist lie. Raises DataError.
+    `data` is where the files of the data sets ON_DISK lie. Raises DataError.
     """
     if name in DATASETS:
         return DATASETS[name](*([data] if data is not None else []))

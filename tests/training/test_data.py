@@ -6,7 +6,7 @@ import pytest
 from scipy.spatial.distance import pdist
 from sklearn.datasets import load_sample_image
 
-from training.data import DATASETS, ON_DISK, DataError, mnist
+from training.data import DATASETS, DEBIAN, ON_DISK, DataError, mnist
 from training.evaluation import mixture_fit, sliced_wasserstein
 from training.recipes import RECIPES
 
@@ -118,3 +118,12 @@ def test_damaged_files_are_named(files, tmp_path):
 def test_the_real_mnist():
     dataset = mnist(MNIST)
     assert dataset.samples.shape == (70_000, 28, 28, 1) and np.bincount(dataset.labels).min() == 6313
+
+
+@pytest.mark.skipif(not (DEBIAN / "fashion-mnist").exists(), reason="Debian's package dataset-fashion-mnist is not installed")
+def test_the_real_fashion_mnist():
+    dataset = DATASETS["fashion-mnist"]()
+    assert dataset.samples.shape == (70_000, 28, 28, 1) and np.bincount(dataset.labels).tolist() == [7000] * 10
+    raw = gzip.decompress((DEBIAN / "fashion-mnist" / "t10k-images-idx3-ubyte.gz").read_bytes())[16:]
+    last = {raw[i : i + 784] for i in range(0, len(raw), 784)}
+    assert last <= {image.tobytes() for image in dataset.samples}
