@@ -567,7 +567,7 @@ def _summary(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def _colour(verdict: str) -> str:
-    style = {"healthy": "green", "warming_up": "yellow"}.get(verdict, "bold red")
+    style = {"healthy": "green", "demand_shift": "green", "warming_up": "yellow"}.get(verdict, "bold red")
     return f"[{style}]{verdict}[/]"
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy import ndarray
+from scipy.special import rel_entr
 
 from training.bundle import Certificate
 
@@ -34,13 +34,14 @@ class MomentBounds(NamedTuple):
 
 
 def moment_bounds(certificate: Certificate) -> MomentBounds:
-    """Bounds on the first two moments of y, wrong with probability <= 2 delta / bounds.
+    """Bounds on the first two moments of y, wrong with probability <= 3 delta / bounds.
 
-    S = E[Y Y^T] for Y = y + certified mean, |Y| <= r: by Tropp's matrix Bernstein inequality (User-friendly tail bounds for
-    sums of random matrices, 2012, Theorem 6.1), with |Y Y^T - S| <= r^2 and variance <= r^2 |S|, the largest eigenvalue of
-    S - S_hat exceeds u = sqrt(2 r^2 |S| x / N) + 2 r^2 x / (3 N) with probability <= w exp(-x). As |S| <= |S_hat| + u, u solves
-    a quadratic equation. The mean: Bousquet's inequality (2002) for the supremum over unit vectors, |Y - E Y| <= 2 r, and
-    E |mean - E Y| <= sqrt(E |Y|^2 / N).
+    Y = y + certified mean, |Y| <= r. S = E[Y Y^T]: by Tropp's matrix Bernstein inequality (User-friendly tail bounds for sums of
+    random matrices, 2012, Theorem 6.1), with |Y Y^T - S| <= r^2 and variance <= r^2 |S|, the largest eigenvalue of S - S_hat
+    exceeds u = sqrt(2 r^2 |S| x / N) + 2 r^2 x / (3 N) with probability <= w exp(-x). As |S| <= |S_hat| + u, u solves a
+    quadratic equation. E |Y|^2: |Y|^2 / r^2 in [0, 1] is no more spread than a coin of its mean, so N kl(its mean here, its
+    mean) <= x (Hoeffding, 1963, Theorem 1). The mean: Bousquet's inequality (2002) for the supremum over unit vectors,
+    |Y - E Y| <= 2 r, and E |mean - E Y| <= sqrt(E |Y|^2 / N).
     """
     n, mean, moment = certificate.count, certificate.white_mean, certificate.white_moment
     delta = certificate.delta / certificate.bounds
@@ -49,12 +50,21 @@ def moment_bounds(certificate: Certificate) -> MomentBounds:
     a, b, largest = 2 * r**2 * x / n, 2 * r**2 * x / (3 * n), np.linalg.eigvalsh(moment)[-1]
     u = (a + np.sqrt(a**2 + 4 * a * (largest + b))) / 2 + b
     x = np.log(1 / delta)
-    expected = np.sqrt((np.trace(moment) + width * u) / n)
+    size = r**2 * _coin(np.trace(moment) / r**2, x / n)
+    expected = np.sqrt(size / n)
     error = expected + np.sqrt(2 * x * (largest + u + 4 * r * expected) / n) + 2 * r * x / (3 * n)
     # Centring at the certified mean: E[y y^T] = S - mean (E y)^T - (E y) mean^T - mean mean^T.
-    shift = 2 * np.linalg.norm(mean) * error
-    centred = moment - np.outer(mean, mean)
-    return MomentBounds(float(error), float(np.linalg.eigvalsh(centred)[-1] + u + shift), float(np.trace(centred) + width * u + shift))
+    shift, centred = 2 * np.linalg.norm(mean) * error, moment - np.outer(mean, mean)
+    return MomentBounds(float(error), float(np.linalg.eigvalsh(centred)[-1] + u + shift), float(size - mean @ mean + shift))
+
+
+def _coin(mean: float, radius: float) -> float:
+    """The largest p with kl(mean, p) <= radius, rounded up."""
+    low, high = mean, 1.0
+    for _ in range(60):
+        p = (low + high) / 2
+        low, high = (p, high) if rel_entr(mean, p) + rel_entr(1 - mean, 1 - p) <= radius else (low, p)
+    return high
 
 
 class Moments:

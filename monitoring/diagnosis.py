@@ -14,7 +14,7 @@ from jaxtyping import Float64
 from numpy import ndarray
 from scipy.special import xlogy
 
-from monitoring.edetectors import DROP_BETS, KINDS, mode_bounds
+from monitoring.edetectors import DROP_BETS, drop_bounds
 from training.bundle import Certificate
 
 
@@ -34,6 +34,11 @@ VERDICTS: dict[str, Verdict] = {
     for v in (
         Verdict("healthy", "Nothing distinguishes the served samples from those of the certified model.", "Nothing to do."),
         Verdict("warming_up", "Too few samples have been seen yet to say anything.", "Wait; traffic or probes will bring more."),
+        Verdict(
+            "demand_shift",
+            "Clients ask for other classes than the model draws by itself; each class looks as it was certified.",
+            "Nothing is wrong with the model: only what clients get has changed, and the gauges of what is served with it.",
+        ),
         Verdict(
             "latent_fault",
             "Exact copies of samples keep coming: the model is fed latents that repeat or are too coarse.",
@@ -90,6 +95,9 @@ VERDICTS: dict[str, Verdict] = {
     )
 }
 
+QUIET = ("healthy", "warming_up", "demand_shift")
+"""Verdicts that are no alarm."""
+
 EXPLANATIONS = {
     "duplicates": "latent_fault",
     "drop": "mode_dropping",
@@ -129,12 +137,12 @@ def delay_of_loss(certificate: Certificate, losses: Float64[ndarray, "m"], *, th
 
     Wald: log(threshold / w) over the growth of the best bet, E[log L]. An approximation for people, no bound.
     """
-    low, _ = mode_bounds(certificate)
+    (low, *_), (weight, *_) = drop_bounds(certificate)
     modes = certificate.cell_count[:-1]
     delay = np.full((len(losses), len(low)), np.inf)
     if not (watched := low > 0).any():
         return delay
-    weight = KINDS["drop"][1] / (len(DROP_BETS) * watched.sum())
+    weight = weight / (len(DROP_BETS) * watched.sum())
     q = (1 - losses[:, None]) * modes[watched] / modes.sum()
     bound = low[watched]
     growth = np.max([xlogy(q, rho) + (1 - q) * np.log((1 - rho * bound) / (1 - bound)) for rho in DROP_BETS], axis=0)

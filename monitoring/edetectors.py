@@ -59,6 +59,7 @@ TAIL_FROM = 1 / 16  # shallower levels are the bulk's
 COPIES_FROM = 1 / 1024  # what is merely close to the training data is no copy: only the deepest levels tell
 TILTS = (0.3, 0.8, 2.0)  # of a score's normal quantile: the shift, in standard deviations, that a bet is best for
 DROP_BETS = (0.0, 0.35)  # theta / m: what is left of a mode
+LEAST_GIVEN = 0.05  # of a class: a mode that it makes more rarely is not bet on given that class
 INFLATE_BETS = (1.5, 3.0)  # theta / m
 QUALITY_BETS = (0.0, 0.25, 0.5)  # theta / m: what is left of the least share that null B allows, RHO of the real one
 EXCESS_BETS = (0.1, 0.3, 0.7)  # (theta - m) / (1 - m) for off-manifold samples under null B
@@ -70,16 +71,30 @@ def tail_levels(certificate: Certificate) -> Bool[ndarray, "l"]:
     return certificate.levels * certificate.count >= LEAST_EXPECTED_HITS
 
 
-def mode_bounds(certificate: Certificate) -> tuple[Float64[ndarray, "k"], Float64[ndarray, "k"]]:
-    """Bounds on each mode's share of the *on-manifold* samples.
+def mode_bounds(certificate: Certificate) -> tuple[Float64[ndarray, "g k"], Float64[ndarray, "g k"]]:
+    """Bounds on each mode's share of the *on-manifold* samples: row 0 of all, row c + 1 of those of class c, if there are classes.
 
     Fakes lower the share of every mode; among on-manifold samples they do not, so that a mode is accused only of what it lost
     to other modes or to junk of its own. Given how many of the certificate's samples lie on the manifold, the counts are
     binomial: still exact.
     """
-    modes = certificate.cell_count[:-1]
-    on_manifold = int(modes.sum())
-    return certificate.lower(modes, on_manifold), certificate.upper(modes, on_manifold)
+    modes = np.concatenate([certificate.cell_count[None], certificate.class_cell_count.reshape(-1, len(certificate.cell_count))])[:, :-1]
+    bounds = [(certificate.lower(row, int(row.sum())), certificate.upper(row, int(row.sum()))) for row in modes]
+    low, high = (np.stack(side) for side in zip(*bounds, strict=True))
+    return low, high
+
+
+def drop_bounds(certificate: Certificate) -> tuple[Float64[ndarray, "g k"], Float64[ndarray, "g"]]:
+    """The lower bound that each bet on a loss is against, 0 where there is none, and the weight of each row's bets together.
+
+    Given a class, only those modes are bet on which it makes often; the rest is confusion. Where there are classes, samples
+    drawn by the law and samples of classes that clients asked for have half of the weight each, whichever come.
+    """
+    low, _ = mode_bounds(certificate)
+    low[1:][low[1:] < LEAST_GIVEN] = 0.0
+    bets = (low > 0).sum(axis=1)
+    part = np.append(1.0, bets[1:] / max(1, bets[1:].sum())) / (2 if len(low) > 1 else 1)
+    return low, KINDS["drop"][1] * part
 
 
 def tilted(payoff: Float64[ndarray, "... b"], low: Float64[ndarray, "e"], high: Float64[ndarray, "e"]) -> Float64[ndarray, "... b"]:
@@ -151,33 +166,39 @@ class Shares:
 
 
 class Cells:
-    """Bets [b, K] that each of K modes pays `hit` at its own samples and `miss` at all others; those not allowed pay nothing."""
+    """Bets [..., K] that each of K modes pays `hit` at its own samples and `miss` at all others; those not allowed pay nothing."""
 
-    def __init__(self, bound: Float64[ndarray, "b k"], theta: Float64[ndarray, "b k"]) -> None:
+    def __init__(self, bound: Float64[ndarray, "*b k"], theta: Float64[ndarray, "*b k"]) -> None:
         self.allowed = (bound > 0) & (bound < 1) & (theta < 1)
         bound = np.where(self.allowed, bound, 0.5)
         self.hit, self.miss = np.where(self.allowed, theta / bound, 0.0), np.where(self.allowed, (1 - theta) / (1 - bound), 0.0)
 
 
 class Modes:
-    """The bets on single cells: drop and inflate, and null B's quality.
+    """The bets on single cells: drop and inflate [g, b, K], and null B's quality [b, K + 1].
 
-    Drop and inflate look at on-manifold samples only; R stays as it is at others, which no bet of theirs concerns.
+    Drop and inflate look at on-manifold samples only; R stays as it is at others, which no bet of theirs concerns. Row 0 eats
+    samples drawn by the whole law; row c + 1 those of class c, whose counts are tested given the class: how often clients ask
+    for it is their business. Each R grows by at most 1 in expectation with a sample of its own row and not at all with others,
+    so the sum over rows, less all samples, stays a supermartingale, whatever makes clients choose.
     """
 
     def __init__(self, certificate: Certificate, reference: Reference) -> None:
-        low, high = mode_bounds(certificate)
-        bound = np.repeat(np.stack([low, high]), (len(DROP_BETS), len(INFLATE_BETS)), axis=0)
+        (_, high), (low, drop) = mode_bounds(certificate), drop_bounds(certificate)
+        high[1:] = 0.0  # no bets: what a class makes too often takes another mode's place
+        bound = np.repeat(np.stack([low, high], axis=1), (len(DROP_BETS), len(INFLATE_BETS)), axis=1)
         self.shares = Cells(bound, bound * np.array(DROP_BETS + INFLATE_BETS)[:, None])
         real = reference.cell_share
         m = np.append(RHO * real[:-1], real[-1] + OFF_MANIFOLD_EXCESS)  # from the real data alone: what was certified may be bad
         theta = np.array(QUALITY_BETS)[:, None] * m
         theta[:, -1] = m[-1] + (1 - m[-1]) * np.array(EXCESS_BETS)
         self.quality = Cells(np.repeat(m[None], len(QUALITY_BETS), axis=0), theta)
-        drop, inflate = np.split(self.shares.allowed.sum(axis=1), [len(DROP_BETS)])
-        each = lambda kind, bets: np.full(len(bets), KINDS[kind][1] / max(1, bets.sum()))  # noqa: E731
-        self.weights = np.concatenate([each("drop", drop), each("inflate", inflate)])  # [b]: of every allowed bet of the row
-        self.quality_weights = each("quality", self.quality.allowed.sum(axis=1))
+        # [g, b]: of every allowed bet
+        allowed, split = self.shares.allowed.sum(axis=2), len(DROP_BETS)
+        total = np.column_stack([drop, np.append(KINDS["inflate"][1], np.zeros(len(drop) - 1))])
+        parts = [total[:, [i]] / np.maximum(1, part.sum(axis=1, keepdims=True)) for i, part in enumerate((allowed[:, :split], allowed[:, split:]))]
+        self.weights = np.repeat(np.concatenate(parts, axis=1), (split, len(INFLATE_BETS)), axis=1)
+        self.quality_weights = np.full(len(QUALITY_BETS), KINDS["quality"][1] / max(1, self.quality.allowed.sum()))
 
 
 class Duplicates:
@@ -226,7 +247,7 @@ class EDetector:
             *(moments.centre, moments.map, moments.radius, moments.mean, moments.rates, np.array(moments.bounds)),
             *(shares.prior, shares.bound, shares.rates),
             *(weights, group),
-            *(cells.shares.hit[None], cells.shares.miss[None], cells.weights[None], len(DROP_BETS)),
+            *(cells.shares.hit, cells.shares.miss, cells.weights, len(DROP_BETS)),
             *(cells.quality.hit, cells.quality.miss, cells.quality_weights),
             *(duplicates.win, duplicates.lose, duplicates.weights),
         )
@@ -235,9 +256,9 @@ class EDetector:
             "moved_means": np.zeros((len(moments.rates), len(moments.mean))),
             "share_counts": np.zeros((len(shares.rates), len(shares.prior))),
             "share_totals": np.zeros(len(shares.rates)),
-            "r_modes": np.zeros((1, *cells.shares.hit.shape)),
+            "r_modes": np.zeros(cells.shares.hit.shape),
             "r_quality": np.zeros(cells.quality.hit.shape),
-            "sums": np.zeros(4),  # evidence of the few, of duplicates, of quality, of the modes
+            "sums": np.zeros(3 + len(cells.shares.hit)),  # evidence of the few, of duplicates, of quality, of each row of the modes
             "block_start": np.zeros(len(duplicates.win)),  # R of duplicates where the block began
             "block_joined": np.zeros(len(duplicates.win)),  # R of other detectors, which bets from the next block on
             "block": np.zeros((DUPLICATE_BLOCK, 0), np.uint8),  # the bytes of its samples
@@ -272,18 +293,29 @@ class EDetector:
         self.restore(self._blank)
 
     def update(
-        self, scores: Float[ndarray, "n s"], features: Float[ndarray, "n p"], cells: Int64[ndarray, "n"], samples: ndarray, *, index: int
+        self,
+        scores: Float[ndarray, "n s"],
+        features: Float[ndarray, "n p"],
+        cells: Int64[ndarray, "n"],
+        samples: ndarray,
+        *,
+        index: int,
+        classes: Int64[ndarray, "n"] | None = None,
     ) -> Float64[ndarray, "n"]:
         """Feed n samples, the first of which has number `index`; returns the total evidence after each.
 
-        Any split of a stream into updates comes to the same.
+        classes: those that clients asked for; None where the samples were drawn by the whole law. Any split of a stream into
+        updates comes to the same. Raises ValueError for a class that the certificate does not know.
         """
+        known = len(self._state["r_modes"]) - 1
+        if classes is not None and len(classes) and not 0 <= classes.min() <= classes.max() < known:
+            raise ValueError(f"classes lie in {classes.min()} .. {classes.max()}; the certificate knows {known}, counted from 0")
         rows = np.ascontiguousarray(samples).reshape(len(samples), math.prod(samples.shape[1:])).view(np.uint8)
         rows.flags.writeable = False  # as samples from the network are: for others the kernel would be compiled again
         if len(rows) and self._state["block"].shape[1] != rows.shape[1]:
             self._state["block"] = np.zeros((DUPLICATE_BLOCK, rows.shape[1]), np.uint8)
         crossed = -1 if self.crossed is None else self.crossed
-        seen = np.ascontiguousarray(scores, np.float64), np.ascontiguousarray(features, np.float64), np.ascontiguousarray(cells), np.zeros(len(cells), np.int64), rows
+        seen = np.ascontiguousarray(scores, np.float64), np.ascontiguousarray(features, np.float64), np.ascontiguousarray(cells), np.zeros(len(cells), np.int64) if classes is None else classes + 1, rows
         totals, crossed = kernel.eat(*seen, index, float(self.threshold), *self._bets, *self._state.values(), crossed)
         self.crossed = None if crossed < 0 else crossed
         return totals

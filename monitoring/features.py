@@ -25,6 +25,7 @@ class Seen(NamedTuple):
     scores: Float32[ndarray, "n s"]  # larger = further from the data
     cells: Int64[ndarray, "n"]  # 0 .. K-1: the mode; K: off-manifold
     rejected: dict[str, int]  # reason -> samples: "dtype", "shape" or "nan"
+    rows: Int64[ndarray, "n"] = np.empty(0, np.int64)  # which of those that were shown; left out of parts
 
 
 class Eye:
@@ -45,6 +46,7 @@ class Eye:
             np.empty((0, len(bundle.card.scores)), np.float32),
             np.empty(0, np.int64),
             {},
+            np.empty(0, np.int64),
         )
 
     def look(self, samples: ndarray) -> Seen:
@@ -62,6 +64,7 @@ class Eye:
         samples = np.ascontiguousarray(samples)
         finite = np.isfinite(samples).all(axis=tuple(range(1, samples.ndim)))
         # A row of NaN may poison a graph's whole batch, so such rows are taken out before it runs.
+        rows = np.flatnonzero(finite)
         samples = samples if finite.all() else samples[finite]
         batches = (samples[i : i + BATCH] for i in range(0, len(samples), BATCH))
         parts = [self._session.run(["features", "scores", "mode"], {"x": batch}) for batch in batches]
@@ -70,7 +73,7 @@ class Eye:
         features, scores, mode = (np.concatenate(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True))
         finite = np.isfinite(features).all(axis=1) & np.isfinite(scores).all(axis=1)
         if not finite.all():
-            samples, features, scores, mode = samples[finite], features[finite], scores[finite], mode[finite]
+            samples, features, scores, mode, rows = samples[finite], features[finite], scores[finite], mode[finite], rows[finite]
         rejected = {"nan": count - len(samples)} if len(samples) < count else {}
         cells = np.where(mode < 0, self._modes, mode).astype(np.int64)
-        return Seen(samples, features, scores, cells, rejected)
+        return Seen(samples, features, scores, cells, rejected, rows)

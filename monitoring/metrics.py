@@ -16,7 +16,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from monitoring.monitor import VERDICTS
+from monitoring.diagnosis import QUIET, VERDICTS
 from monitoring.runs import STATES
 from monitoring.watch import Live, View, parse_counter
 from serving.records import ORIGINS
@@ -27,7 +27,7 @@ RATIOS = {
     "mode_coverage": "modes of the real data that the model still serves",
     "off_manifold": "samples that look like nothing in the real data",
 }
-ALARMS = tuple(verdict for verdict in VERDICTS if verdict not in ("healthy", "warming_up"))
+ALARMS = tuple(verdict for verdict in VERDICTS if verdict not in QUIET)
 DROPPED = ("queue_full", "unknown_model")  # why records that reached the monitor were not looked at
 
 TRAINING = {  # figure of a training run -> end of its series' name, what it is

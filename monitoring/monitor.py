@@ -17,11 +17,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Int64
 from numpy import ndarray
 
 from monitoring.coverage import mode_coverage, mode_status
 from monitoring.diagnosis import VERDICTS, Verdict, delay_of_loss, detectable, diagnose
-from monitoring.divergences import DIVERGENCES, INTERVALS, ShareSet, frechet, smoothed
+from monitoring.divergences import DIVERGENCES, INTERVALS, ShareSet, frechet, smoothed, total_variation
 from monitoring.edetectors import FAMILIES, NULLS, EDetector
 from monitoring.features import Eye, Seen
 from monitoring.points import POINT_GAUGES, Cloud, Embedding
@@ -34,12 +35,12 @@ of whatever clients got."""
 GAUGES = (*DIVERGENCES, "mode_coverage", "off_manifold", "frechet")
 ALL_GAUGES = (*GAUGES, "mmd", *POINT_GAUGES)  # the latter of the fresh population only, and only where the bundle has real points
 REAL_POINTS = 1024  # real points that served ones are compared with
-AUDIT_PATIENCE = 4096  # fresh samples for which a failed replay audit waits for the samples to say which failure it is
+AUDIT_PATIENCE = 4096  # samples tested for which a failed replay audit waits for the samples to say which failure it is
 UNWATCHED = 1e5  # samples: a mode whose loss would take longer to be seen counts as unwatched, never as fine
-WARM_UP = 512  # fresh samples before silence is called health
+WARM_UP = 512  # samples tested before silence is called health
 FLOOR_DRAWS = 64
 GAUGE_DELTA = 0.05  # chance that an interval fails at any sample of a block
-_COUNTS = ("monitored", "served", "frechet_clipped", "replay_checked", "replay_mismatched")  # what a Monitor counts over its whole life
+_COUNTS = ("monitored", "given", "served", "frechet_clipped", "replay_checked", "replay_mismatched")  # what a Monitor counts over its whole life
 _MARKS = ("alarmed_at", "_since", "_suspected", "_wrong", "_replaced")  # when something happened to it
 PRIOR_SAMPLES = 1024  # how strongly one of the two priors of the intervals believes in the certificate
 
@@ -64,10 +65,11 @@ class Gauge:
 
 
 class Monitor:
-    """Watches one bundle. arl: least mean number of fresh samples to a false alarm; share: this version's part of that budget.
+    """Watches one bundle. arl: least mean number of samples eaten to a false alarm; share: this version's part of that budget.
 
-    verdict; first_alarm: 0-based number among the fresh samples of the one at which the alarm was raised; alarmed_at: the `at`
-    of its update; monitored: fresh samples eaten; served: all samples looked at; rejected: reason -> samples; tolerance:
+    verdict; first_alarm: 0-based number among the samples eaten of the one at which the alarm was raised; alarmed_at: the `at`
+    of its update; monitored: fresh samples eaten; given: samples eaten of classes that were asked for; served: all samples looked
+    at; demand [classes]: how many of each were asked for, the older the less they weigh; rejected: reason -> samples; tolerance:
     divergence -> its value for the certified generator and the threshold above which it deserves a look.
     """
 
@@ -95,17 +97,23 @@ class Monitor:
         self._certified = certificate.cell_count / certificate.count
         self.tolerance = self._tolerance()
         self._priors = np.stack([np.full(cells, 0.5), 0.5 + PRIOR_SAMPLES * self._certified])
-        self.monitored = self.served = 0
-        self.rejected = {"nan": 0, "shape": 0, "dtype": 0}
+        self.monitored = self.given = self.served = 0
+        self.demand = np.zeros(len(certificate.class_cell_count))
+        self.rejected = {"nan": 0, "shape": 0, "dtype": 0, "class": 0}
         self.frechet_clipped = 0  # eigenvalues below zero that rounding cannot explain, over all Frechet gauges read
-        self._since = 0  # monitored samples at the last restart of the detectors
+        self._since = 0  # samples tested at the last restart of the detectors
         self.replay_checked = self.replay_mismatched = 0  # golden samples asked for again, and those that came back different
-        self._suspected: int | None = None  # monitored samples when the replay audit failed, None while it last passed
+        self._suspected: int | None = None  # samples tested when the replay audit failed, None while it last passed
         self._replaced = False  # in the last replay not one golden sample came back as certified
-        self._wrong: int | None = None  # number of the fresh sample with which that became the verdict
+        self._wrong: int | None = None  # number of the tested sample with which that became the verdict
         self.alarmed_at: float | None = None
         self.passed_as: str | None = None  # a version of the same generator that was good enough by another reference
         self.verdict = VERDICTS["warming_up"]
+
+    @property
+    def tested(self) -> int:
+        """Samples that the detectors have eaten."""
+        return self.monitored + self.given
 
     @property
     def first_alarm(self) -> int | None:
@@ -124,8 +132,15 @@ class Monitor:
         """Samples in the eyes of this version's features.onnx; nothing is counted."""
         return self._eye.look(samples)
 
-    def update(self, samples: ndarray, *, fresh: bool, at: float) -> None:
-        """Look at n samples [n, *sample_shape], n >= 0; `at`: Unix seconds. What is no sample is counted, never an error."""
+    def update(self, samples: ndarray, *, fresh: bool, at: float, classes: Int64[ndarray, "n"] | None = None) -> None:
+        """Look at n samples [n, *sample_shape], n >= 0; `at`: Unix seconds. What is no sample is counted, never an error.
+
+        fresh: independent draws of the model's law, or of `classes`, those that clients asked for (None: they named none).
+        Samples of given classes are tested given these, and are no part of the fresh population.
+        """
+        if classes is not None and self.demand.size and (known := (classes >= 0) & (classes < self.demand.size)).sum() < len(classes):
+            self.rejected["class"] += int((~known).sum())
+            samples, classes = samples[known], classes[known]
         seen = self._eye.look(samples)
         for reason, count in seen.rejected.items():
             self.rejected[reason] += count
@@ -134,13 +149,34 @@ class Monitor:
         self.served += len(seen.cells)
         embedded = self._embedding(seen.features)
         self._blocks["served"].add(seen.cells, seen.features, embedded)
-        if fresh:
+        if classes is not None:
+            self._asked(seen, classes[seen.rows], fresh=fresh, at=at)
+        elif fresh:
             self._blocks["fresh"].add(seen.cells, seen.features, embedded)
             self._recent.add(seen.cells, seen.features)
             self._newest.add(seen.features)
-            self._detector.update(seen.scores, seen.features, seen.cells, seen.samples, index=self.monitored)
+            self._detector.update(seen.scores, seen.features, seen.cells, seen.samples, index=self.tested)
             self.monitored += len(seen.cells)
             self._judge(at)
+
+    def _asked(self, seen: Seen, classes: Int64[ndarray, "n"], *, fresh: bool, at: float) -> None:
+        """Samples of given classes: their modes are evidence given the class, the classes themselves are demand."""
+        if not self.demand.size:
+            return  # certified before classes were counted: nothing is known of them
+        self.demand = self.demand * 0.5 ** (len(classes) / BLOCK) + np.bincount(classes, minlength=self.demand.size)
+        if fresh:
+            self._detector.update(seen.scores, seen.features, seen.cells, seen.samples, index=self.tested, classes=classes)
+            self.given += len(classes)
+        self._judge(at)
+
+    @property
+    def demand_shifted(self) -> bool:
+        """Whether clients ask for other classes than the model draws: by more than the tolerance and what chance would explain."""
+        drawn, n = np.array(self.bundle.card.class_shares), self.demand.sum()
+        if n < WARM_UP:
+            return False
+        chance = np.sqrt(drawn * (1 - drawn) / (2 * math.pi * n)).sum()  # E TV of n draws
+        return bool(total_variation(drawn, self.demand / n) > TOLERANCES["tv"] + chance)
 
     def audit(self, *, checked: int, mismatched: int) -> None:
         """Take in a replay of the certificate's golden samples: how many were compared, how many came back different.
@@ -156,11 +192,11 @@ class Monitor:
         if not mismatched:
             self._suspected = None
         elif self._suspected is None:
-            self._suspected = self.monitored
+            self._suspected = self.tested
 
     def state(self) -> dict[str, Any]:
         """All that the past has left here, under plain names: arrays, and values that JSON can say."""
-        flat: dict[str, Any] = {name: getattr(self, name) for name in (*_COUNTS, *_MARKS)} | {"rejected": dict(self.rejected)}
+        flat: dict[str, Any] = {name: getattr(self, name) for name in (*_COUNTS, *_MARKS)} | {"rejected": dict(self.rejected), "demand": self.demand}
         parts = {name: owner.state() for name, owner in self._parts().items()}
         flat |= {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
         return {name: value.copy() if isinstance(value, ndarray) else value for name, value in flat.items()} | {"identity": self.identity()}
@@ -184,7 +220,7 @@ class Monitor:
             raise ValueError(f"the state is of another monitor: {'; '.join(differing)}")
         for name in (*_COUNTS, *_MARKS):
             setattr(self, name, state[name])
-        self.rejected = dict(state["rejected"])
+        self.rejected, self.demand = dict(state["rejected"]), np.array(state["demand"])
         for part, owner in self._parts().items():
             owner.restore({name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")})
         self._judge()
@@ -206,7 +242,8 @@ class Monitor:
         for name, owner in self._parts().items():
             if name != "detector":
                 owner.merge(theirs[name])
-        self._detector.merge(other._detector, index=self.monitored - 1)
+        self.demand = self.demand + other.demand
+        self._detector.merge(other._detector, index=self.tested - 1)
         self._suspected, self._wrong = (_earliest(a, b) for a, b in ((self._suspected, other._suspected), (self._wrong, other._wrong)))
         self.alarmed_at = _earliest(self.alarmed_at, other.alarmed_at)
         self._replaced |= other._replaced
@@ -222,7 +259,7 @@ class Monitor:
         """Unlatch: the detectors forget everything and start again; counts and gauges go on."""
         self._detector.restart()
         self.alarmed_at = self._suspected = self._wrong = None
-        self._since = self.monitored
+        self._since = self.tested
         self._judge()
 
     def evidence(self) -> dict[str, float]:
@@ -340,13 +377,14 @@ class Monitor:
         """Everything there is to show of this version, JSON-able; what is not finite is None."""
         card, verdict = self.bundle.card, self.verdict
         gauges = {population: {name: asdict(g) for name, g in self.gauges(population).items()} for population in POPULATIONS}
-        seen, threshold = self.monitored - self._since, self._detector.threshold
+        seen, threshold = self.tested - self._since, self._detector.threshold
         return _jsonable(
             {
                 "model": card.model,
                 "version": card.version,
                 "verdict": {**asdict(verdict), "since_sample": self.first_alarm, "since": self.alarmed_at},
                 "monitored": self.monitored,
+                "given": self.given,
                 "served": self.served,
                 "rejected": dict(self.rejected),
                 "evidence": self.evidence(),
@@ -365,7 +403,7 @@ class Monitor:
     def _judge(self, at: float | None = None) -> None:
         """The verdict as of now; `at` is the time of an alarm that is raised by it."""
         if self._detector.crossed is None and self._wrong is None and self._suspected is not None:
-            self._wrong = self._suspected + AUDIT_PATIENCE - 1 if self.monitored - self._suspected >= AUDIT_PATIENCE else None
+            self._wrong = self._suspected + AUDIT_PATIENCE - 1 if self.tested - self._suspected >= AUDIT_PATIENCE else None
         if self.first_alarm is not None and self.alarmed_at is None:
             self.alarmed_at = at
         if self._detector.crossed is not None:
@@ -375,8 +413,10 @@ class Monitor:
                 self.verdict = VERDICTS["wrong_model"]
         elif self._wrong is not None:
             self.verdict = VERDICTS["wrong_model"]
+        elif self.tested - self._since < WARM_UP:
+            self.verdict = VERDICTS["warming_up"]
         else:
-            self.verdict = VERDICTS["warming_up" if self.monitored - self._since < WARM_UP else "healthy"]
+            self.verdict = VERDICTS["demand_shift" if self.demand_shifted else "healthy"]
 
     def _tolerance(self) -> dict[str, dict[str, float]]:
         ours, real = self.bundle.certificate, self.bundle.reference

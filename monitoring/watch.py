@@ -494,7 +494,7 @@ class Watch:
 
     def eat(self, records: Iterable[Record], at: float) -> None:
         """Feed the Monitors. Records of one version are joined, since small batches cost a run of features.onnx each."""
-        groups: dict[tuple[Any, ...], list[ndarray]] = {}
+        groups: dict[tuple[Any, ...], list[Record]] = {}
         for record in records:
             model = self._models.get(record.model)
             if model is None:
@@ -507,12 +507,14 @@ class Watch:
                 self._watched[record.model, record.version].drawn.append((at, len(record.samples)))
             if model.comparisons:
                 self._compare(record.model, model, record)
-            kind = (record.samples.dtype.str, record.samples.shape[1:])
-            groups.setdefault((record.model, record.version, record.is_fresh, kind), []).append(record.samples)
-        for (name, version, fresh, _), arrays in groups.items():
-            samples = np.concatenate(arrays)
+            kind = (record.samples.dtype.str, record.samples.shape[1:], record.label is None)
+            groups.setdefault((record.model, record.version, record.is_independent, kind), []).append(record)
+        for (name, version, fresh, (*_, unlabelled)), group in groups.items():
+            samples = np.concatenate([record.samples for record in group])
+            classes = None if unlabelled else np.concatenate([np.broadcast_to(np.asarray(r.label, np.int64), len(r.samples)) for r in group])
             for start in range(0, len(samples), CHUNK):
-                self._update(name, version, samples[start : start + CHUNK], fresh, at)
+                part = slice(start, start + CHUNK)
+                self._update(name, version, samples[part], fresh, at, None if classes is None else classes[part])
 
     def audited(self, bundle: Bundle, compared: int, different: int) -> None:
         """Take in a replay audit of a version's golden samples, unless that very bundle is watched no longer."""
@@ -525,16 +527,16 @@ class Watch:
         self._replays[name, "mismatched"] += different
         self.changed |= different > 0
 
-    def _update(self, name: str, version: str, samples: ndarray, fresh: bool, at: float) -> None:
+    def _update(self, name: str, version: str, samples: ndarray, fresh: bool, at: float, classes: ndarray | None) -> None:
         watched = self._watched[name, version]
-        served, monitored, rejected = watched.monitor.served, watched.monitor.monitored, dict(watched.monitor.rejected)
-        watched.monitor.update(samples, fresh=fresh, at=at)
+        served, tested, rejected = watched.monitor.served, watched.monitor.tested, dict(watched.monitor.rejected)
+        watched.monitor.update(samples, fresh=fresh, at=at, classes=classes)
         for reason, count in watched.monitor.rejected.items():
             self._rejected[name, reason] += count - rejected.get(reason, 0)
         if watched.monitor.served > served:  # samples of which none could be looked at leave the estimates as old as they are
             watched.last_sample_at = at
             watched.show(samples)
-        if watched.monitor.monitored > monitored:
+        if watched.monitor.tested > tested:
             watched.last_fresh_at = at
         self._raise_alarm(name, version, at)
 

@@ -34,9 +34,14 @@ class Record:
     truncation: float = 1.0
 
     @property
+    def is_independent(self) -> bool:
+        """Whether these are independent draws of the model, of its own law or of the classes asked for: what an alarm may eat."""
+        return self.origin in ("server_seed", "probe") and self.truncation == 1.0
+
+    @property
     def is_fresh(self) -> bool:
-        """Whether these are independent draws of the model's own law: the only samples an alarm may eat."""
-        return self.origin in ("server_seed", "probe") and self.truncation == 1.0 and self.label is None
+        """Whether these are independent draws of the model's own law, classes included."""
+        return self.is_independent and self.label is None
 
     def head(self, count: int) -> Record:
         """The first `count` rows, copied: a view would keep the whole batch alive."""

@@ -211,6 +211,7 @@ class Certificate:
     white_radius: float = 0.0
     white_mean: Float64[ndarray, "w"] = field(default_factory=lambda: np.zeros(0))  # of y = white(x)
     white_moment: Float64[ndarray, "w w"] = field(default_factory=lambda: np.zeros((0, 0)))  # mean of y y^T
+    class_cell_count: Int64[ndarray, "classes cells"] = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # cell_count of each class
 
     def white(self, features: Float[ndarray, "n p"]) -> Float64[ndarray, "n w"]:
         """Features whitened and clipped: no row is longer than white_radius."""
@@ -219,8 +220,9 @@ class Certificate:
     @property
     def bounds(self) -> int:
         """How many bounds share delta: both sides of every tail on both sides, both sides of every mode's part of the on-manifold
-        samples, the upper side of every cell's share, the duplicates, two of the whitened moments. The count is never too low."""
-        return 4 * self.upper_hits.size + 3 * self.cell_count.size + 1 + 2
+        samples, given each class too, the upper side of every cell's share, the duplicates, three of the whitened moments. The count
+        is never too low."""
+        return 4 * self.upper_hits.size + 3 * self.cell_count.size + 2 * self.class_cell_count.size + 1 + 3
 
     def upper(self, hits: Int64[ndarray, "..."] | int, count: int) -> Float64[ndarray, "..."]:
         return clopper_pearson(hits, count, self.delta / self.bounds)[1]

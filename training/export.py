@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from numpy import ndarray
 from torch import Tensor, nn
 
@@ -141,8 +141,13 @@ class Source:
     def samples(self, *, seed: int, offset: int = 0, count: int) -> ndarray:
         feed: dict[str, Any] = {"z": self.latent.sample(seed=seed, offset=offset, count=count)}
         if self.class_shares:
-            feed["y"] = sample_classes(np.array(self.class_shares), seed=seed, offset=offset, count=count)
+            feed["y"] = self.classes(seed=seed, offset=offset, count=count)
         return self.model.run(["samples"], feed)[0]
+
+    def classes(self, *, seed: int, offset: int = 0, count: int) -> Int64[ndarray, "count"]:
+        """Of these samples; 0 of all where there are none."""
+        shares = np.array(self.class_shares)
+        return sample_classes(shares, seed=seed, offset=offset, count=count) if len(shares) else np.zeros(count, np.int64)
 
     def see(self, samples: ndarray) -> tuple[ndarray, ndarray, ndarray]:
         """features [n, p], scores [n, s], mode [n]."""
@@ -165,7 +170,7 @@ def certify(
     """
     seed, least = secrets.randbits(53), min(most, CERTIFY_AT_LEAST)
     chunks = _chunks(source, seed, 0, least=least // 5, most=most // 5, seconds=seconds / 5)
-    seen = [source.see(samples)[:2] for samples in chunks]
+    seen = [source.see(samples)[:2] for samples, _ in chunks]
     features, scores = (np.concatenate(column).astype(np.float64) for column in zip(*seen, strict=True))
     centre, scale, radius = whitening(features)
     first = len(scores)
@@ -196,26 +201,33 @@ def certify(
         white_radius=radius,
         white_mean=np.zeros(scale.shape[1]),
         white_moment=np.zeros((scale.shape[1],) * 2),
+        class_cell_count=np.zeros((len(source.class_shares), cells + 1) if source.class_shares else (0, 0), np.int64),
     )
     rest = _chunks(source, seed, first, least=least - least // 5, most=4 * first, seconds=seconds * 4 / 5)
     return count(nothing, source, rest, lambda done: progress(first + done, most))
 
 
-def count(certificate: Certificate, source: Source, chunks: Iterable[ndarray], progress: Callable[[int], None]) -> Certificate:
-    """The certificate with what fresh samples show added to its counts; its thresholds and golden samples stay."""
+def count(
+    certificate: Certificate, source: Source, chunks: Iterable[tuple[ndarray, ndarray]], progress: Callable[[int], None]
+) -> Certificate:
+    """The certificate with what fresh samples, and their classes, add to its counts; its thresholds and golden samples stay."""
     upper, lower, cells = certificate.upper_threshold, certificate.lower_threshold, len(certificate.cell_count) - 1
-    upper_hits, lower_hits, cell_count = (a.copy() for a in (certificate.upper_hits, certificate.lower_hits, certificate.cell_count))
+    upper_hits, lower_hits = certificate.upper_hits.copy(), certificate.lower_hits.copy()
+    cell_count, given = certificate.cell_count.copy(), certificate.class_cell_count.copy()
     n, blocks, hits = certificate.count, certificate.duplicate_blocks, certificate.duplicate_hits
     mean = certificate.feature_mean * n
     square = certificate.feature_cov * max(0, n - 1) + n * np.outer(certificate.feature_mean, certificate.feature_mean)
     white_sum, white_square = certificate.white_mean * n, certificate.white_moment * n
-    for samples in chunks:
+    for samples, classes in chunks:
         features, chunk_scores, mode = source.see(samples)
         n += len(samples)
         for s, column in enumerate(np.sort(chunk_scores.astype(np.float64), axis=0).T):
             upper_hits[s] += len(column) - np.searchsorted(column, upper[s], side="right")
             lower_hits[s] += np.searchsorted(column, lower[s], side="left")
-        cell_count += np.bincount(np.where(mode < 0, cells, mode), minlength=cells + 1)
+        mode = np.where(mode < 0, cells, mode)
+        cell_count += np.bincount(mode, minlength=cells + 1)
+        if given.size:
+            np.add.at(given, (classes, mode), 1)
         chunk_blocks, chunk_hits = _repeats(samples)
         blocks, hits = blocks + chunk_blocks, hits + chunk_hits
         features = features.astype(np.float64)
@@ -237,6 +249,7 @@ def count(certificate: Certificate, source: Source, chunks: Iterable[ndarray], p
         feature_cov=(square - n * np.outer(mean, mean)) / (n - 1),
         white_mean=white_sum / n,
         white_moment=white_square / n,
+        class_cell_count=given,
     )
 
 
@@ -258,12 +271,13 @@ def certify_more(
     return write_card(directory, replace(card, certified=certified, created=datetime.now(UTC).isoformat(timespec="seconds")))
 
 
-def _chunks(source: Source, seed: int, offset: int, *, least: int, most: int, seconds: float) -> Iterator[ndarray]:
-    """Samples from `offset` on: `most`, or after `seconds` no more than `least`."""
+def _chunks(source: Source, seed: int, offset: int, *, least: int, most: int, seconds: float) -> Iterator[tuple[ndarray, ndarray]]:
+    """Samples and their classes from `offset` on: `most`, or after `seconds` no more than `least`."""
     end, drawn = time.monotonic() + seconds, 0
     while drawn < most and (drawn < least or time.monotonic() < end):
         chunk = min(CERTIFY_CHUNK, most - drawn)
-        yield source.samples(seed=seed, offset=offset + drawn, count=chunk)
+        window = {"seed": seed, "offset": offset + drawn, "count": chunk}
+        yield source.samples(**window), source.classes(**window)
         drawn += chunk
 
 

@@ -7,6 +7,7 @@ const SVG = "http://www.w3.org/2000/svg";
 const TITLES = {
   healthy: "Healthy",
   warming_up: "Warming up",
+  demand_shift: "Healthy, but asked for other classes",
   mode_dropping: "Modes are being dropped",
   off_manifold: "Samples unlike the real data",
   within_mode_collapse: "Collapse within modes",
@@ -17,6 +18,7 @@ const TITLES = {
   drift: "Drift",
   wrong_model: "Not the certified model",
 };
+const QUIET = ["healthy", "warming_up", "demand_shift"]; // no alarms
 const SHAPES = { // told apart without colour
   good: '<circle cx="24" cy="24" r="20" fill="none" stroke="currentColor" stroke-width="4"/><path d="m15 25 6.500 6.500L33.500 18" fill="none" stroke="currentColor" stroke-width="4.500" stroke-linecap="round" stroke-linejoin="round"/>',
   wait: '<circle cx="24" cy="24" r="20" fill="none" stroke="currentColor" stroke-width="4" stroke-dasharray="5.500 7"/><path d="M24 13v11l7 5" fill="none" stroke="currentColor" stroke-width="4" stroke-linecap="round" stroke-linejoin="round"/>',
@@ -72,8 +74,8 @@ const replayed = ({ checked, mismatched, suspect }) => !checked ? "" : suspect ?
 const code = words => words.split("`").map((part, i) => i % 2 ? element("code", {}, part) : part);
 const tone = model => {
   const id = model.snapshot.verdict.id;
-  if (id !== "healthy" && id !== "warming_up") return "alarm";
-  return model.stale ? "stale" : id === "healthy" ? "good" : "wait";
+  if (!QUIET.includes(id)) return "alarm";
+  return model.stale ? "stale" : id === "warming_up" ? "wait" : "good";
 };
 const shape = name => `<svg viewBox="0 0 48 48" role="img">${SHAPES[name]}</svg>`; // constant markup; everything from outside goes in as text
 

@@ -22,7 +22,7 @@ class Oracle:
         parts = np.concatenate([self.scores.allowed, self.moments.parts, np.ones(len(self.shares.rates))])
         self.weights = np.array([KINDS[k][1] * part / parts[self.kinds == k].sum() for k, part in zip(self.kinds, parts, strict=True)])
         self.log_r = np.full(len(self.kinds), -np.inf)
-        self.log_modes = np.full(self.cells.shares.hit.shape, -np.inf)
+        self.log_modes = np.full(self.cells.shares.hit.shape[1:], -np.inf)  # of samples drawn by the whole law
         self.log_quality = np.full(self.cells.quality.hit.shape, -np.inf)
         self.means = np.zeros((len(self.moments.rates), len(self.moments.mean)))
         self.past: list[int] = []
@@ -69,11 +69,11 @@ class Oracle:
         with np.errstate(divide="ignore"):
             self.log_r = np.logaddexp(0, self.log_r) + np.log(np.concatenate([self.tilts(scores), self.moved(x), self.recent(cell)]))
             if cell < len(self.names):
-                self.log_modes = self._mode(self.log_modes, cell, self.cells.shares.hit, self.cells.shares.miss)
+                self.log_modes = self._mode(self.log_modes, cell, self.cells.shares.hit[0], self.cells.shares.miss[0])
             self.log_quality = self._mode(self.log_quality, cell, self.cells.quality.hit, self.cells.quality.miss)
             found = {k: logsumexp((self.log_r + np.log(self.weights))[self.kinds == k]) for k in KINDS if k in self.kinds}
             found["duplicates"] = np.log(self.repeats(row))
-            modes = self.log_modes + np.log(self.cells.weights)[:, None]
+            modes = self.log_modes + np.log(self.cells.weights[0])[:, None]
             found |= {f"drop:{name}": logsumexp(modes[: len(DROP_BETS), k]) for k, name in enumerate(self.names)}
             found["inflate"] = logsumexp(modes[len(DROP_BETS) :])
             found["quality"] = logsumexp(self.log_quality + np.log(self.cells.quality_weights)[:, None])

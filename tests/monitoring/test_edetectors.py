@@ -120,7 +120,7 @@ def test_bets_on_shares_are_fair_whatever_the_past(small, past):
 def test_the_budget_is_spent_once(healthy):
     found = detector(healthy)
     bets, duplicates, state = Modes(healthy.certificate, healthy.reference), Duplicates(healthy.certificate), found.state()
-    state["r"][:], state["r_modes"][0] = 1.0, bets.shares.allowed
+    state["r"][:], state["r_modes"][:] = 1.0, bets.shares.allowed
     state["sums"][1:3] = duplicates.weights.sum(), bets.quality_weights @ bets.quality.allowed.sum(axis=1)
     found.restore(state)
     spent = dict.fromkeys(KINDS, 0.0)
@@ -137,7 +137,7 @@ def test_bets_on_modes_are_on_the_right_side_of_their_bounds(healthy):
     low, high = mode_bounds(certificate)
     assert (low < on_manifold).all() and (on_manifold < high).all()
     bets = Modes(certificate, healthy.reference)
-    assert (bets.shares.hit < 1).all(axis=1).tolist() == [True, True, False, False]  # drop, inflate
+    assert (bets.shares.hit[0] < 1).all(axis=1).tolist() == [True, True, False, False]  # drop, inflate
     assert (bets.quality.hit[:, :-1] < 1).all() and (bets.quality.hit[:, -1] > 1).all()
 
 
@@ -222,6 +222,7 @@ def test_run_lengths_hold_for_the_worst_law_that_the_bounds_allow(healthy):
         scores=np.repeat(rng.random((n, 1), np.float32), 2, axis=1),
         cells=rng.choice(11, size=n, p=certificate.cell_count / certificate.count),
         rejected={},
+        rows=np.arange(n),
     )
     length, alarms = run_length(EDetector(worst, healthy.reference, healthy.card.modes, threshold=50.0), seen)
     assert alarms > 100 and length >= 50

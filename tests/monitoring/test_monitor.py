@@ -152,7 +152,7 @@ def test_what_is_no_sample_is_counted_and_changes_nothing(make_bundle, draw):
         pestered.update(np.zeros((2, 5), np.float32), fresh=True, at=0.0)
         pestered.update(np.zeros((4, 2)), fresh=True, at=0.0)
         pestered.update(np.zeros((0, 2), np.float32), fresh=True, at=0.0)
-    assert pestered.rejected == {"nan": 20 * 4, "shape": 20 * 2, "dtype": 20 * 4}
+    assert pestered.rejected == {"nan": 20 * 4, "shape": 20 * 2, "dtype": 20 * 4, "class": 0}
     assert pestered.evidence() == plain.evidence() and pestered.monitored == plain.monitored == 2000
 
 
@@ -226,7 +226,7 @@ def test_snapshot_is_json_and_complete(make_bundle, draw):
         snapshot = watch(bundle, samples).snapshot()
         assert json.loads(json.dumps(snapshot, allow_nan=False)) == json.loads(json.dumps(snapshot))
     assert set(snapshot) == {
-        *("model", "version", "verdict", "monitored", "served", "rejected", "evidence", "log10_threshold", "arl"),
+        *("model", "version", "verdict", "monitored", "given", "served", "rejected", "evidence", "log10_threshold", "arl"),
         *("budget", "gauges", "tolerance", "modes", "coverage", "replay", "detectable"),
     }
     assert set(snapshot["verdict"]) == {"id", "words", "advice", "modes", "null", "since_sample", "since"}
