@@ -215,6 +215,7 @@ class AsyncClient:
         finally:
             if waiting is not None:
                 waiting.cancel()
+                await asyncio.gather(waiting, return_exceptions=True)
 
     async def models(self) -> list[dict[str, Any]]:
         return (await self._send("GET", "/v1/models")).json()["models"]

@@ -19,7 +19,8 @@ def dataset(url: str, model: str, n: int, *, size: int = 4096, **law: Any) -> It
     """`n` samples of `model`, one tensor each as they are served: uint8 [h, w, c] of images, float32 [d] of vectors.
 
     `size`: rows fetched at a time. `law`: what Client.sample takes, but no list of labels, no `z` and no `interpolate`. Seed and
-    version are fixed now, so that all workers and epochs agree. Raises what Client raises.
+    version are fixed now, so that all workers and epochs agree; each process of a distributed training asks for rows of its own by
+    `offset`. Raises what Client raises.
     """
     from torch import from_numpy
     from torch.utils.data import IterableDataset, get_worker_info

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy import ndarray
@@ -20,7 +20,10 @@ from serving.request import SampleRequest, check_latents, read_object, server_se
 from serving.sampler import Window
 from training.bundle import Card
 
-SERVER = {"name": "ganwatch", "version": "1", "extensions": ["binary_tensor_data"]}
+if TYPE_CHECKING:
+    from serving.models import Model
+
+SERVER = {"name": "ganwatch", "version": "1", "extensions": ["binary_tensor_data", "model_repository(index)", "model_configuration"]}
 HEADER_LENGTH = "Inference-Header-Content-Length"
 _DATATYPES = {"FP32": np.dtype("<f4"), "INT64": np.dtype("<i8"), "UINT8": np.dtype("u1")}
 DATATYPE_NAMES = {dtype.name: name for name, dtype in _DATATYPES.items()}
@@ -41,6 +44,26 @@ def metadata(card: Card, versions: Sequence[str]) -> dict[str, Any]:
         inputs.append({"name": "y", "datatype": "INT64", "shape": [-1]})
     outputs = [{"name": "samples", "datatype": DATATYPE_NAMES[card.sample_dtype], "shape": [-1, *card.sample_shape]}]
     return {"name": card.model, "versions": list(versions), "platform": "onnx_onnxv1", "inputs": inputs, "outputs": outputs}
+
+
+def config(card: Card) -> dict[str, Any]:
+    """A model as Triton's perf_analyzer asks for it (extension_model_configuration.md). 0: the shapes have the batch in them."""
+    about = metadata(card, ())
+    sides = {
+        f"{side}": [{"name": t["name"], "data_type": f"TYPE_{t['datatype']}", "dims": t["shape"]} for t in about[f"{side}s"]]
+        for side in ("input", "output")
+    }
+    return {"name": card.model, "platform": about["platform"], "backend": "onnxruntime", "max_batch_size": 0, **sides}
+
+
+def index(models: Mapping[str, Model], *, ready: bool) -> list[dict[str, str]]:
+    """Every version that an alias wants, and whether it answers (Triton's extension_model_repository.md)."""
+    found = []
+    for name, model in models.items():
+        for alias, version in sorted(model.aliases.items()):
+            reason = model.errors.get(alias, "")
+            found.append({"name": name, "version": version, "state": "UNAVAILABLE" if reason else "READY", "reason": reason})
+    return [entry for entry in {(e["name"], e["version"]): e for e in found}.values() if not ready or entry["state"] == "READY"]
 
 
 def tensor(name: str, datatype: Any, shape: Any, data: bytes | Sequence[Any]) -> ndarray:

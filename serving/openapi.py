@@ -261,6 +261,14 @@ def _tensors(path: str, suffix: str, key: str, parameters: list[dict[str, Any]])
                 "responses": {"200": _json("It does.", {"type": "object"}), **errors},
             },
         },
+        f"{path}/config": {
+            "parameters": parameters,
+            "get": {
+                "operationId": f"config{suffix}",
+                "summary": "A model as Triton's perf_analyzer asks for it",
+                "responses": {"200": _json("Inputs and outputs.", {"type": "object"}), **errors},
+            },
+        },
         f"{path}/infer": {
             "parameters": [*parameters, _TIMEOUT, _REQUEST_ID],
             "post": {
@@ -309,6 +317,23 @@ _FIXED_PATHS: dict[str, Any] = {
             "operationId": "server",
             "summary": "What this server is, in the Open Inference Protocol",
             "responses": {"200": _json("Name, version, extensions.", {"type": "object"})},
+        }
+    },
+    "/v2/repository/index": {
+        "post": {
+            "operationId": "index",
+            "summary": "The versions that aliases want, in the words of Triton's model repository",
+            "requestBody": {
+                "required": False,
+                "content": {"application/json": {"schema": _form({"ready": {"type": "boolean"}})}},
+            },
+            "responses": {
+                "200": _json("Name, version, state and reason of each.", {"type": "array", "items": {"type": "object"}}),
+                **{
+                    status: _json(_ERROR_WORDS[status], {"$ref": "#/components/schemas/TensorError"})
+                    for status in ("400", "413", "415", "422")
+                },
+            },
         }
     },
     "/v2/health/live": {

@@ -36,7 +36,7 @@ from serving.errors import InvalidValue, NotAcceptable, NotFound, SamplingFailed
 from serving.formats import FORMATS, STREAMS, as_dtype, negotiate
 from serving.models import Model
 from serving.openapi import MAX_SAMPLES, document
-from serving.request import SampleRequest, one_of
+from serving.request import SampleRequest, one_of, read_object
 from serving.rpc import Rpc
 from serving.sampler import Sampler, Window
 from serving.service import Service, Wait, note
@@ -50,7 +50,7 @@ _CHUNK_BYTES = 1 << 20  # of a stream
 
 _PATTERNS = [
     f"/{path}"
-    for model, verb in (("v1/models/{model}", "/sample"), ("v2/models/{model}", "/infer"), ("v2/models/{model}", ""))
+    for model, verb in (("v1/models/{model}", "/sample"), ("v2/models/{model}", "/infer"), ("v2/models/{model}", ""), ("v2/models/{model}", "/config"))
     for path in (f"{model}{verb}", f"{model}/versions/{{version}}{verb}")
 ]
 
@@ -103,10 +103,12 @@ class App:
                 await self._work(self._infer, call, receive, model, None)
             case ["", "v2", "models", model, "versions", reference, "infer"]:
                 await self._work(self._infer, call, receive, model, reference)
-            case ["", "v2", "models", model, *rest] if rest in ([], ["ready"]):
-                await self._metadata(call, model, None, rest == ["ready"])
-            case ["", "v2", "models", model, "versions", reference, *rest] if rest in ([], ["ready"]):
-                await self._metadata(call, model, reference, rest == ["ready"])
+            case ["", "v2", "models", model, *rest] if rest in ([], ["ready"], ["config"]):
+                await self._metadata(call, model, None, *rest)
+            case ["", "v2", "models", model, "versions", reference, *rest] if rest in ([], ["ready"], ["config"]):
+                await self._metadata(call, model, reference, *rest)
+            case ["", "v2", "repository", "index"]:
+                await self._index(call, receive)
             case _:
                 await self._document(call, path)
 
@@ -212,14 +214,34 @@ class App:
         answer, about = await asyncio.to_thread(oip.encode, inference, sampler.card, samples)
         await respond(call.send, 200, answer, "application/octet-stream" if about else "application/json", about)
 
-    async def _metadata(self, call: Call, name: str, reference: str | None, ready: bool) -> None:
+    async def _index(self, call: Call, receive: Receive) -> None:
+        try:
+            check_method(call.scope, "POST")
+            body = await read_body(call.headers, receive, _BODY_LIMIT)
+            fields = read_object(body) if body.strip() else {}
+            ready = fields.get("ready", False)
+            if type(ready) is not bool or fields.keys() - {"ready"}:
+                raise InvalidValue(f"the body is {str(fields)[:100]}", field="ready", value=ready, expected="ready, true or false, or nothing")
+            answer = oip.index(self.service.table.models, ready=ready)
+        except ServingError as error:
+            return await _respond_text(call, error)
+        except ClientGone:
+            call.status = 499
+            return
+        await respond(call.send, 200, json.dumps(answer).encode(), "application/json")
+
+    async def _metadata(self, call: Call, name: str, reference: str | None, what: str = "") -> None:
         try:
             check_method(call.scope, "GET", "HEAD")
             sampler = await self.service.find(name, reference)
         except ServingError as error:
             return await _respond_text(call, error)
-        versions = self.service.table.registry.versions(name)
-        body = {"name": name, "ready": True} if ready else oip.metadata(sampler.card, versions)
+        if what == "ready":
+            body = {"name": name, "ready": True}
+        elif what == "config":
+            body = oip.config(sampler.card)
+        else:
+            body = oip.metadata(sampler.card, self.service.table.registry.versions(name))
         await respond(call.send, 200, json.dumps(body).encode(), "application/json")
 
     def _models(self) -> tuple[int, bytes]:

@@ -25,6 +25,7 @@ from serving.sampler import Sampler
 from serving.service import Service, note
 
 _MESSAGE_LIMIT = 64 << 20  # bytes of a request; an answer has no limit
+_PING_MS = 5_000
 _PIECE_BYTES = 1 << 20
 _PATIENCE_S = 30.0  # with a client that reads nothing
 _GRACE_S = 15.0  # for calls under way when a replica stops
@@ -51,6 +52,8 @@ class Rpc:
     async def start(self) -> None:
         """Raises RuntimeError where the port is taken by a process that does not share it."""
         options = [("grpc.so_reuseport", 1), ("grpc.max_receive_message_length", _MESSAGE_LIMIT), ("grpc.max_send_message_length", -1)]
+        # Clients that ask every ten seconds whether we live are answered; gRPC's own measure, five minutes, sends them away.
+        options += [("grpc.http2.min_ping_interval_without_data_ms", _PING_MS), ("grpc.keepalive_permit_without_calls", 1)]
         self._server = grpc.aio.server(options=options)
         calls = {
             "ServerLive": (pb.ServerLiveRequest, self._live),
@@ -59,6 +62,7 @@ class Rpc:
             "ServerMetadata": (pb.ServerMetadataRequest, self._server_metadata),
             "ModelMetadata": (pb.ModelMetadataRequest, self._model_metadata),
             "ModelInfer": (pb.ModelInferRequest, self._infer),
+            "RepositoryIndex": (pb.RepositoryIndexRequest, self._index),
         }
         inference = {
             name: grpc.unary_unary_rpc_method_handler(
@@ -135,6 +139,9 @@ class Rpc:
     async def _model_metadata(self, message: pb.ModelMetadataRequest, context: Any, entry: Entry) -> pb.ModelMetadataResponse:
         sampler = await self.service.find(message.name, message.version or None)
         return pb.ModelMetadataResponse(**oip.metadata(sampler.card, self.service.table.registry.versions(message.name)))
+
+    async def _index(self, message: pb.RepositoryIndexRequest, context: Any, entry: Entry) -> pb.RepositoryIndexResponse:
+        return pb.RepositoryIndexResponse(models=oip.index(self.service.table.models, ready=message.ready))
 
     async def _infer(self, message: pb.ModelInferRequest, context: grpc.aio.ServicerContext, entry: Entry) -> pb.ModelInferResponse:
         sampler = await self.service.find(message.model_name, message.model_version or None)

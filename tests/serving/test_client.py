@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import json
+import select
 import socket
 import threading
 import time
@@ -123,6 +124,86 @@ def test_a_connection_that_dies_is_tried_once_more(address, samplers):
         np.testing.assert_array_equal(client.sample("ring", 2, seed=1).array, samplers["ring"].sample([Window(1, 0, 2)]))
         thread.join()
     assert requests[0] == requests[1]
+
+
+@contextmanager
+def cutting(url: str, sizes: list[int]):
+    """The URL of a proxy that passes bytes through, and cuts its i-th connection after sizes[i] bytes of answers."""
+    host, port = url.removeprefix("http://").split(":")
+    listening, stop, threads = socket.create_server(("127.0.0.1", 0)), threading.Event(), []
+
+    def serve(inside: socket.socket, limit: float) -> None:
+        with inside, socket.create_connection((host, int(port))) as outside:
+            while not stop.is_set():
+                for source in select.select([inside, outside], [], [], 0.05)[0]:
+                    piece = source.recv(1 << 14)
+                    if source is outside:
+                        piece, limit = piece[: int(min(limit, len(piece)))], limit - len(piece)
+                    if not piece:
+                        return
+                    (inside if source is outside else outside).sendall(piece)
+                    if limit <= 0:
+                        return
+
+    def accept() -> None:
+        for limit in (*sizes, *[float("inf")] * 1000):
+            try:
+                inside, _ = listening.accept()
+            except OSError:
+                return
+            threads.append(threading.Thread(target=serve, args=(inside, limit)))
+            threads[-1].start()
+
+    accepting = threading.Thread(target=accept)
+    accepting.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        stop.set()
+        listening.shutdown(socket.SHUT_RDWR)
+        listening.close()
+        for thread in (accepting, *threads):
+            thread.join()
+
+
+@pytest.mark.parametrize("law", [{"seed": 5, "offset": 3}, {}])
+def test_a_connection_cut_in_the_middle_of_an_answer_is_taken_up_and_every_byte_is_right(address, samplers, law):
+    """Once in its head, once in the first page, once in the third, by which the server has been chosen and must not change."""
+
+    def whole(drawn, seed):
+        assert drawn.seed == seed
+        np.testing.assert_array_equal(drawn.array, samplers["ring"].sample([Window(seed, law.get("offset", 0), 200_000)]))
+
+    sizes = [10, 200_000, 65536 * 8 * 2 + 100_000]
+    with cutting(address[0], sizes) as url, Client(url, retries=3) as client:
+        drawn = client.sample("ring", 200_000, **law)
+        whole(drawn, law.get("seed", drawn.seed))
+
+    async def scene(url):
+        async with AsyncClient(url, retries=3) as client:
+            return await client.sample("ring", 200_000, **law)
+
+    with cutting(address[0], sizes) as url:
+        drawn = asyncio.run(scene(url))
+        whole(drawn, law.get("seed", drawn.seed))
+
+
+def test_a_stream_that_is_cut_is_seen_to_be_cut_and_its_rest_is_had_by_offset(address, samplers):
+    body = {"n": 300_000, "seed": 5, "stream": True}
+    headers = {"Accept": "application/octet-stream"}
+    got = b""
+    with cutting(address[0], [1_000_000, 700_003]) as url:
+        for _ in range(5):
+            asked = body | {"n": body["n"] - len(got) // 8, "offset": len(got) // 8}
+            got = got[: len(got) // 8 * 8]
+            try:
+                with httpx.stream("POST", f"{url}/v1/models/ring/sample", json=asked, headers=headers) as answer:
+                    for piece in answer.iter_raw():
+                        got += piece
+                break
+            except httpx.RemoteProtocolError:
+                pass
+    np.testing.assert_array_equal(np.frombuffer(got, np.float32).reshape(-1, 2), samplers["ring"].sample([Window(5, 0, 300_000)]))
 
 
 def test_a_client_killed_while_it_waits_leaves_nothing_behind(address):

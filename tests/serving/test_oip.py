@@ -19,7 +19,7 @@ from serving.protocol import ganwatch_pb2 as own
 from serving.protocol import inference_pb2 as pb
 from serving.rpc import Rpc
 from serving.sampler import Window
-from tests.serving.conftest import running
+from tests.serving.conftest import publish, running
 
 ROOT = Path(__file__).parents[2]
 TRITON = Path(os.environ.get("GANWATCH_TRITONCLIENT", ROOT / ".venv/tritonclient/bin/python"))
@@ -34,7 +34,7 @@ def latents(samplers, count=5):
 async def calling(registry, **options):
     """(app, gRPC channel)."""
     async with running(registry, **options) as app:
-        rpc = Rpc(app.service, 0)
+        rpc = app.rpc = Rpc(app.service, 0)
         await rpc.start()
         try:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{rpc.port}") as channel:
@@ -168,6 +168,42 @@ def test_metadata_and_readiness_over_rest(registry):
     assert "unknown model 'none'" in unknown.json()["error"]
 
 
+@pytest.mark.slow
+def test_clients_that_ask_whether_we_live_keep_their_connection(registry):
+    """gRPC by itself allows a ping in five minutes, and ends the connection of whoever sends a third one too early."""
+
+    async def scene():
+        async with calling(registry) as (app, _):
+            options = [("grpc.keepalive_time_ms", 6_000), ("grpc.keepalive_permit_without_calls", 1), ("grpc.http2.max_pings_without_data", 0)]
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{app.rpc.port}", options) as channel:
+                await call(channel, "ServerLive", pb.ServerLiveRequest(), pb.ServerLiveResponse)
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(channel.wait_for_state_change(grpc.ChannelConnectivity.READY), 26)
+
+    asyncio.run(scene())
+
+
+def test_the_index_of_the_repository_says_what_answers(registry):
+    publish(registry, "digits", promote=False)
+    registry.set_alias("digits", "canary", "v2", reason="test")
+    (registry.root / "digits" / "v2" / "model.onnx").write_bytes(b"nonsense")
+
+    async def scene():
+        async with calling(registry) as (app, channel):
+            over_grpc = await call(channel, "RepositoryIndex", pb.RepositoryIndexRequest(ready=True), pb.RepositoryIndexResponse)
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+                answers = [await client.post("/v2/repository/index", content=body) for body in (b"", b'{"ready": true}', b'{"ready": 1}', b"[")]
+                return over_grpc, answers, await client.get("/v2/models/ring/config")
+
+    over_grpc, (all_of_them, ready, wrong, broken), config = asyncio.run(scene())
+    states = {(e["name"], e["version"]): e["state"] for e in all_of_them.json()}
+    assert states == {("clothes", "v1"): "READY", ("digits", "v1"): "READY", ("digits", "v2"): "UNAVAILABLE", ("ring", "v1"): "READY"}
+    assert [(e["name"], e["version"]) for e in ready.json()] == [(e.name, e.version) for e in over_grpc.models]
+    assert len(over_grpc.models) == 3
+    assert (wrong.status_code, broken.status_code) == (422, 400)
+    assert config.json()["output"] == [{"name": "samples", "data_type": "TYPE_FP32", "dims": [-1, 2]}]
+
+
 def test_grpc_answers_and_names_what_is_wrong(registry, samplers):
     z, y = latents(samplers)
     inputs = [{"name": "z", "datatype": "FP32", "shape": z.shape}, {"name": "y", "datatype": "INT64", "shape": y.shape}]
@@ -288,7 +324,8 @@ def test_tritonclient_works_unchanged_over_both_protocols(registry, samplers, tm
     assert result.stdout == "done\n", result.stderr
     answers = np.load(tmp_path / "out.npz")
     expected = samplers["clothes"].run(z, y)
-    for name in ("http_both", "grpc_both", "http_text"):
+    assert answers["grpc_large"].shape == (65536, 4, 4, 3)
+    for name in ("http_both", "grpc_both", "http_text", "http_gzip", "http_deflate"):
         np.testing.assert_array_equal(answers[name], expected)
     by_class = [samplers["clothes"].run(z, np.full(5, label)) for label in range(3)]
     for name in ("http_drawn", "grpc_drawn"):  # each row is of some class of the class law

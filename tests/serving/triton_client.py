@@ -20,6 +20,11 @@ for name, kind, url in (("http", tritonclient.http, http_url), ("grpc", tritoncl
         assert client.get_server_metadata(**options)["name"] == "ganwatch"
         metadata = client.get_model_metadata("clothes", **options)
         assert [i["name"] for i in metadata["inputs"]] == ["z", "y"], metadata
+        index = client.get_model_repository_index(**options)
+        names = [model["name"] for model in (index if name == "http" else index["models"])]
+        assert names == ["clothes", "digits", "ring"], index
+        if name == "http":
+            assert client.get_model_config("clothes")["input"][0] == {"name": "z", "data_type": "TYPE_FP32", "dims": [-1, 16]}
         z = kind.InferInput("z", given["z"].shape, "FP32")
         z.set_data_from_numpy(given["z"])
         y = kind.InferInput("y", given["y"].shape, "INT64")
@@ -34,6 +39,8 @@ for name, kind, url in (("http", tritonclient.http, http_url), ("grpc", tritoncl
             z.set_data_from_numpy(given["z"], binary_data=False)
             y.set_data_from_numpy(given["y"], binary_data=False)
             asked = [kind.InferRequestedOutput("samples", binary_data=False)]
+            for algorithm in ("gzip", "deflate"):
+                answers[f"http_{algorithm}"] = client.infer("clothes", [z, y], request_compression_algorithm=algorithm).as_numpy("samples")
             answers["http_text"] = client.infer("clothes", [z, y], outputs=asked).as_numpy("samples")
         for model, version, words in (("nothing", "", "unknown model"), ("clothes", "v9", "unknown version")):
             try:
@@ -41,5 +48,9 @@ for name, kind, url in (("http", tritonclient.http, http_url), ("grpc", tritoncl
                 raise AssertionError("answered")
             except tritonclient.utils.InferenceServerException as error:
                 assert words in error.message(), error.message()
+with tritonclient.grpc.InferenceServerClient(grpc_url) as client:  # 4 MB each way, which is more than gRPC takes by itself
+    z = tritonclient.grpc.InferInput("z", [65536, 16], "FP32")
+    z.set_data_from_numpy(np.resize(given["z"], (65536, 16)))
+    answers["grpc_large"] = client.infer("clothes", [z]).as_numpy("samples")
 np.savez(out, **answers)
 print("done")
