@@ -95,7 +95,7 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, limit: int) -
             _refuse_body(len(body), limit)
         if not message.get("more_body", False):
             break
-    encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
+    encoding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower() or "identity"
     return bytes(body) if encoding == "identity" else await asyncio.to_thread(_inflated, bytes(body), encoding, limit)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy import ndarray
 
 from serving.errors import BadRequest, InvalidValue, SamplingFailed, ServingError
-from serving.request import SampleRequest, check_latents, read_object, server_seed
+from serving.request import SampleRequest, check_latents, holds_bool, read_object, server_seed
 from serving.sampler import Window
 from training.bundle import Card
 
@@ -84,7 +84,7 @@ def tensor(name: str, datatype: Any, shape: Any, data: bytes | Sequence[Any]) ->
         array = np.array("")
     if dtype.kind == "i" and array.dtype.kind == "f" and (array == np.trunc(array)).all() and (abs(array) <= 2**53).all():
         array = array.astype(dtype)  # 2.0 is the integer 2 in JSON
-    if len(data) and array.dtype.kind not in ("iuf" if dtype.kind == "f" else "iu"):
+    if len(data) and (array.dtype.kind not in ("iuf" if dtype.kind == "f" else "iu") or holds_bool(data)):
         raise InvalidValue(f"{name} holds what is no {datatype}", field=name, value=str(data)[:100], expected=f"{datatype} numbers")
     if len(array) != count:
         raise InvalidValue(f"{name} has {len(array)} values", field=name, value=len(array), expected=f"{count} for shape {list(shape)}")

@@ -182,6 +182,11 @@ def _path(fields: dict[str, Any]) -> tuple[int, int] | None:
     )
 
 
+def holds_bool(value: Any) -> bool:
+    """Whether true or false stands among nested lists of numbers: numpy would make 1 and 0 of them."""
+    return type(value) is bool or (type(value) is list and any(map(holds_bool, value)))
+
+
 def _given(fields: dict[str, Any], card: Card) -> Float32[ndarray, "n d"] | None:
     if "z" not in fields:
         return None
@@ -189,7 +194,7 @@ def _given(fields: dict[str, Any], card: Card) -> Float32[ndarray, "n d"] | None
         z = np.array(fields["z"])
     except (ValueError, OverflowError):  # rows of different lengths, an integer beyond all floats
         z = np.array("")
-    if z.dtype.kind not in "iuf":
+    if z.dtype.kind not in "iuf" or holds_bool(fields["z"]):
         raise InvalidValue("z is no array of numbers", field="z", value=fields["z"], expected=f"n x {card.latent.dim} finite numbers")
     z = check_latents(z, card)
     if "n" in fields and (type(whole(fields["n"])) is not int or fields["n"] != len(z)):

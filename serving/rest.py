@@ -293,16 +293,16 @@ def _headers(about: dict[str, Any], media_type: str, shape: tuple[int, ...], dty
 
 
 def _timeout(headers: Headers) -> float | None:
-    text = headers.get(b"x-ganwatch-timeout")
-    if text is None:
+    if b"x-ganwatch-timeout" not in headers:
         return None
+    text = headers[b"x-ganwatch-timeout"].decode("latin-1")
     try:
-        value = float(text)
+        value = math.nan if "_" in text else float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
         raise InvalidValue(
-            f"X-Ganwatch-Timeout is {text[:100]!r}", field="X-Ganwatch-Timeout", value=text[:100].decode("latin-1"), expected="seconds above 0"
+            f"X-Ganwatch-Timeout is {text[:100]!r}", field="X-Ganwatch-Timeout", value=text[:100], expected="seconds above 0"
         )
     return value
 

@@ -82,6 +82,9 @@ class Service:
         model = self.table.models.get(name)
         if model is None:
             raise NotFound(f"unknown model {name!r}", field="model", value=name, expected=one_of(self.table.models))
+        if reference == "":
+            versions = [*self.table.registry.versions(name), *model.aliases]
+            raise NotFound(f"no version of model {name} is named", field="version", value="", expected=one_of(versions))
         if sampler := model.find(reference or "production"):
             return sampler
         if reference is None and "production" not in model.aliases:

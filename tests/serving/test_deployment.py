@@ -238,8 +238,16 @@ def test_an_id_goes_through_every_layer_and_a_wrong_one_through_none(stack):
     twice = httpx.get(f"{stack.url}/nowhere", headers=[("X-Request-Id", "a"), ("X-Request-Id", "b")])
     assert twice.json()["error"]["request_id"] == "b" == twice.headers["x-request-id"]
     # Headers by which a client could tell Ray what to do; the second would end the connection with a traceback.
-    for headers in ({"X-Request-Timeout-Seconds": "0.000001"}, {"X-Session-Id": b"\xff"}, {"X-Request-Disconnect-Disabled": "?1"}):
+    for headers in ({"X-Request-Timeout-Seconds": "0.000001"}, {"X-Session-Id": b"\xff"}, {"X-Request-Disconnect-Disabled": "?1"}, {"Serve-Multiplexed_Model-Id": b"\xff"}):
         assert httpx.post(path, json=body, headers=headers).status_code == 200
+    host, port = stack.url.removeprefix("http://").split(":")
+    for line, status, code in (("OPTIONS *", b"400", "bad_request"), ("FOO /v1/models", b"405", "method_not_allowed")):
+        with socket.create_connection((host, int(port))) as strange:
+            strange.sendall(f"{line} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Request-Id: odd-1\r\n\r\n".encode())
+            answer = b"".join(iter(lambda: strange.recv(1 << 16), b""))
+        assert answer.split()[1] == status
+        assert (error := ServingError.parse(int(status), answer.partition(b"\r\n\r\n")[2])).code == code
+        assert error.request_id == "odd-1"
     wanted = {answer.headers["x-request-id"] for answer in (good, *made)}
     deadline = time.monotonic() + 10
     while not wanted <= {line["request_id"] for line in stack.lines() if line["status"] == 200}:

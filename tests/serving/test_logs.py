@@ -187,10 +187,11 @@ def test_bodies_may_come_compressed_and_cannot_unfold_without_bound(registry, sa
                 await post(body),
                 await post(compressed(body, kind), "br"),
                 await post(body, "identity"),
+                await post(body, ""),
             ]
 
-    fine, bomb, cut, plain, unknown, identity = asyncio.run(scene())
-    for answer in (fine, identity):
+    fine, bomb, cut, plain, unknown, identity, nothing = asyncio.run(scene())
+    for answer in (fine, identity, nothing):
         np.testing.assert_array_equal(np.load(io.BytesIO(answer.content)), samplers["digits"].sample([Window(7, 0, 3)]))
     assert [answer.status_code for answer in (bomb, cut, plain, unknown)] == [413, 400, 400, 415]
     assert unknown.headers["accept-encoding"] == "gzip, deflate"

@@ -113,6 +113,8 @@ Z = {"name": "z", "datatype": "FP32", "shape": [1, 16], "data": [0.0] * 16}
         ([{**Z, "data": [0.0] * 15}], "z has 15 values"),
         ([{**Z, "data": ["a"] * 16}], "z holds what is no FP32"),
         ([{**Z, "data": [[0.0] * 15, [1.0]]}], "z holds what is no FP32"),
+        ([{**Z, "data": [0.0] * 15 + [True]}], "z holds what is no FP32"),
+        ([Z, {"name": "y", "datatype": "INT64", "shape": [1], "data": [True]}], "y holds what is no INT64"),
         ([{**Z, "data": None}], "z has no data"),
         ([{**Z, "data": [1e39] * 16}], "NaN or infinity"),
         ([{**Z, "parameters": {"binary_data_size": 64}}], "binary_data_size of z is 64"),

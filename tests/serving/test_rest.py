@@ -209,6 +209,7 @@ def test_n_at_the_limit_comes_whole(registry):
         ({"z": [["1"] * 16]}, "z", [["1"] * 16]),
         ({"z": [[0.0] * 16, [1.1e6, *[0.0] * 15]]}, "z", str([np.float32(1.1e6).item(), *[0.0] * 15])),
         ({"z": [[0.0] * 15]}, "z", [1, 15]),
+        ({"z": [[0.0] * 15 + [True]]}, "z", [[0.0] * 15 + [True]]),
         ({"z": [[0.0] * 16], "seed": 3}, "seed", 3),
         ({"z": [[0.0] * 16], "n": 2}, "n", 2),
     ],
@@ -287,6 +288,7 @@ def test_unknown_names_are_answered_with_those_there_are(registry):
         ("POST", "/v1/models/unpromoted/sample", "model", "promote a version"),
         ("POST", "/v1/models/digits/versions/v7/sample", "version", "v1, production"),
         ("POST", "/v1/models/digits/versions/canary/sample", "version", "v1, production"),
+        ("POST", "/v1/models/digits/versions//sample", "version", "v1, production"),
         ("POST", "/v1/models/digits/versions/..%2Fring%2Fv1/sample", "path", "/v1/models"),
         ("GET", "/", "path", "/v1/models"),
         ("GET", "/v1/models/", "path", "/v1/models"),
@@ -477,7 +479,7 @@ def test_a_client_says_how_long_it_waits(registry, samplers):
     async def conversation(client, app):
         stuck = Stuck(samplers["digits"])
         app.service.table.models = {"digits": served(stuck)}
-        answers = [await client.post(DIGITS, json={}, headers={"X-Ganwatch-Timeout": text}) for text in ("0.01", "0", "soon", "nan")]
+        answers = [await client.post(DIGITS, json={}, headers={"X-Ganwatch-Timeout": text}) for text in ("0.01", "0", "soon", "nan", "1_0")]
         stuck.gate.set()
         return answers
 
@@ -498,7 +500,7 @@ def test_every_answer_is_in_the_document(registry):
     listed = paths["/v1/models/clothes/sample"]["post"]["responses"].keys()
     assert listed == {"200", "400", "404", "406", "413", "415", "422", "429", "500", "503", "504"}
     for path, item in paths.items():
-        assert ("post" in item) == path.endswith(("/sample", "/infer"))
+        assert ("post" in item) == path.endswith(("/sample", "/infer", "/index"))
     assert schemas["Draw0"]["oneOf"][0]["properties"]["label"]["enum"] == [*CLASSES, 0, 1, 2]
     assert "image/png" not in paths["/v1/models/ring/sample"]["post"]["responses"]["200"]["content"]
     assert found == json.loads(json.dumps(talk(registry, lambda client, app: as_coroutine(document(app.service.table.models)))))
