@@ -41,6 +41,7 @@ progress = Console(stderr=True, highlight=False, soft_wrap=True)
 answer = Console(highlight=False, soft_wrap=True)
 
 Fault = Literal["drop-modes", "off-manifold", "collapse", "truncated", "copies", "latent-fault", "int8", "checkpoint", "nothing"]
+ACTION_PATIENCE = 120.0  # seconds for which `inject --act` waits for the monitor
 SettingsFlags = Annotated[Settings, tyro.conf.arg(name="")]
 _LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
 JsonFlag = Annotated[bool, tyro.conf.arg(name="json", help="Print JSON for a program to read.")]
@@ -224,6 +225,7 @@ def promote(
     model: str | None = None,
     alias: Literal["production", "canary", "shadow"] = "production",
     share: float = 0.0,
+    act: bool = False,
     registry: Path | None = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -234,10 +236,11 @@ def promote(
         model: default: the only model of the registry.
         alias: what to point at it.
         share: of a canary: the part of the requests without seed and version that it answers, in [0, 1].
+        act: let the monitor take it back by itself when the version is alarmed: a canary goes, production rolls back.
         registry: directory of bundles.
     """
     reg = _registry(registry)
-    change = reg.set_alias(_model(reg, model), alias, version, reason="promote", share=share)
+    change = reg.set_alias(_model(reg, model), alias, version, reason="promote", share=share, act=act)
     _await_alias(_model(reg, model), alias, change.version)
     _tell(asdict(change), as_json)
 
@@ -266,6 +269,8 @@ def inject(
     model: str | None = None,
     labels: str = "",
     data: str | None = None,
+    alias: Literal["production", "canary"] = "production",
+    act: bool = False,
     registry: Path | None = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -281,6 +286,8 @@ def inject(
         model: default: the only model of the registry.
         labels: modes to drop, such as 3,8.
         data: of copies: the training data; default: those that the card names.
+        alias: what to point at it: production, or the canary beside it.
+        act: let the monitor take it back by itself, and wait until it has: a canary goes, production rolls back.
         registry: directory of bundles.
     """
     from deploy.inject import inject as make
@@ -288,9 +295,12 @@ def inject(
     reg = _registry(registry)
     name = _model(reg, model)
     made = make(reg, name, fault, labels=tuple(_LABEL.findall(labels)), data=data)
-    reg.set_alias(name, "production", made.card.version, reason=f"inject {made.card.fault}")
-    _await_alias(name, "production", made.card.version)
-    _tell({"model": name, "version": made.card.version, "fault": made.card.fault, "injected_from": made.card.injected_from}, as_json)
+    if act and stack.running() is None:
+        raise StackError("--act waits for the monitor to act, and nothing is up; start it with `ganwatch up` or `make demo`")
+    reg.set_alias(name, alias, made.card.version, reason=f"inject {made.card.fault}", act=act)
+    _await_alias(name, alias, made.card.version)
+    told = {"model": name, "version": made.card.version, "fault": made.card.fault, "injected_from": made.card.injected_from}
+    _tell(told | (_await_action(reg, name, alias, made.card.version) if act else {}), as_json)
 
 
 # --- using it ---------------------------------------------------------------------------------------------------------
@@ -526,6 +536,8 @@ def _say_where(run: stack.Run, model: str | None = None) -> None:
     answer.print(f"curl -s -X POST {run.url}/v1/models/{served}/sample -H 'Accept: image/png' -d '{{\"n\": 64, \"seed\": 7}}' -o {served}.png", markup=False)
     if model is not None:
         answer.print(f"[dim]break it:[/]  ganwatch inject drop-modes --model {served} --labels 3,8     [dim]mend it:[/]  ganwatch rollback")
+        answer.print(f"[dim]let it mend itself:[/]  ganwatch inject drop-modes --model {served} --labels 3,8 --act")
+        answer.print(f"[dim]a bad canary:[/]  ganwatch inject off-manifold --model {served} --alias canary --act")
 
 
 def _await_ready(run: stack.Run) -> None:
@@ -551,6 +563,28 @@ def _await_alias(model: str, alias: str, version: str | None) -> None:
             raise StackError(f"the registry says {alias} of {model} is {version}, but the server refuses it: {refused}")
         time.sleep(0.1)
     raise StackError(f"the registry says {alias} of {model} is {version}, but after 30 s it is not served and watched: {json.dumps(served)[:500]}")
+
+
+def _await_action(registry: Registry, model: str, alias: str, version: str) -> dict[str, Any]:
+    """Wait until the monitor has taken `version` away from `alias`; what it found and did, from its record of incidents."""
+    run, start = stack.require_running(), time.monotonic()
+    with _stage(f"{version} is {alias} of {model}; waiting for the monitor to find out and act") as show:
+        while registry.aliases(model).get(alias) == version:
+            seen = _state(run)["models"].get(model, {})
+            live = next((v for v in [seen, *seen.get("other_versions", [])] if v.get("version") == version), {})
+            snapshot = live.get("snapshot", live)
+            if snapshot:
+                evidence = max(snapshot["evidence"].values())
+                show(f"{snapshot['monitored']:,} samples, evidence 10^{0 if evidence is None else evidence:.1f} of 10^{snapshot['log10_threshold']:.1f}")
+            if time.monotonic() - start > ACTION_PATIENCE:
+                raise StackError(f"no alarm of {model} {version} within {ACTION_PATIENCE:g} s; `ganwatch status` says what the monitor sees")
+            time.sleep(0.2)
+    incidents = httpx.get(f"{run.monitor_url}/api/incidents", timeout=10).json()["incidents"]
+    incident = next(i for i in incidents if (i["model"], i["version"]) == (model, version))
+    progress.print(f"  alarm at its sample {incident['first_alarm'] + 1:,}: [bold red]{escape(incident['verdict'])}[/] {escape(incident['words'])}")
+    progress.print(f"  acted: [bold]{escape(incident['evidence'].get('action', alias))}[/], {time.monotonic() - start:.1f} s after the fault was in service; the page keeps the evidence")
+    _await_alias(model, alias, registry.aliases(model).get(alias))
+    return {"verdict": incident["verdict"], "modes": incident["modes"], "first_alarm": incident["first_alarm"], "action": incident["evidence"].get("action")}
 
 
 def _state(run: stack.Run) -> dict[str, Any]:

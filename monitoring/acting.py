@@ -1,4 +1,5 @@
-"""What an alarm may do by itself, where the operator allows it: take the canary away, roll production back. Off by default.
+"""What an alarm may do by itself, where the operator allows it: take the canary away, roll production back. Off by default;
+allowed for every alias (`--act` of the monitor) or for one, by the change that promoted its version (`promote --act`).
 
 Never twice within the cool-down, never to a version that is alarmed itself, or was when it was last served and nobody has
 acknowledged it, or that the gate refused. Whatever is done is an ordinary change of an alias, its reason says why; so the
@@ -8,7 +9,7 @@ cool-down outlives the process, too. It does not judge: it reads verdicts and in
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -20,10 +21,15 @@ ALIASES = ("canary", "production")  # in this order; a shadow answers nobody, so
 
 @dataclass(frozen=True)
 class Policy:
-    """`cool_down`: seconds after a change made here in which no other is made to the same alias."""
+    """`cool_down`: seconds after a change made here in which no other is made to the same alias; `always`: for every alias."""
 
     registry: Registry
     cool_down: float = 600.0
+    always: bool = True
+
+    def allows(self, history: Sequence[AliasChange], alias: str) -> bool:
+        """Whether an alarm of the version that `alias` names may change it."""
+        return self.always or next((change.act for change in reversed(history) if change.alias == alias), False)
 
     def act(self, model: str, alias: str, *, why: str, alarmed: Collection[str], at: float | None = None) -> AliasChange:
         """Change `alias`, whose version is alarmed; `alarmed`: versions not to go to; `at`: Unix seconds, now by default.

@@ -85,7 +85,8 @@ class Options:
     home: Path | None = None
     """Where the record of alarms and the Monitors' states lie; None: GANWATCH_HOME, or .ganwatch under the working directory."""
     act: bool = False
-    """Change aliases for alarms: an alarm of the canary removes it, one of production rolls back to the last sound version."""
+    """Change any alias for an alarm: one of the canary removes it, one of production rolls back to the last sound version. Without
+    it only what was promoted with --act is changed."""
     cool_down: float = 600.0
     """Seconds after such a change in which no other is made to the same alias."""
     inbox: int = 65_536
@@ -173,7 +174,7 @@ class Service:
         self.options = options
         self.incidents = Incidents(home / "incidents.db")
         registry = Registry(options.registry or home / "registry")
-        policy = Policy(registry, options.cool_down) if options.act else None
+        policy = Policy(registry, options.cool_down, always=options.act)
         self.watch = Watch(registry, self.incidents, arl=options.arl, states=States(home / "monitor"), policy=policy)
         self.inbox = Inbox(options.inbox)
         self.prober = Prober(options.serving_url, options.probe_rate, self._targets, self._bundles, self._audited)

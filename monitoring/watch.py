@@ -460,6 +460,8 @@ class Watch:
                 version = model.aliases.get(alias)
                 if version not in alarmed or wanted.get(alias) != version:  # else `follow` has not caught up
                     continue
+                if not self.policy.allows(model.history, alias):
+                    continue
                 verdict = self._watched[name, version].monitor.verdict
                 why = f"{version} is {' '.join([verdict.id, *verdict.modes])}"
                 try:

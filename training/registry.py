@@ -35,6 +35,7 @@ class AliasChange:
     at: str  # ISO 8601, UTC
     reason: str
     share: float = 0.0  # of a canary: how many of the requests that name neither seed nor version it answers
+    act: bool = False  # whether the monitor may take this change back by itself when the version is alarmed
 
 
 def ganwatch_home() -> Path:
@@ -132,10 +133,13 @@ class Registry:
             os.rename(staged, target)
         return open_bundle(target)
 
-    def set_alias(self, model: str, alias: str, reference: str | None, *, reason: str, share: float = 0.0) -> AliasChange:
+    def set_alias(
+        self, model: str, alias: str, reference: str | None, *, reason: str, share: float = 0.0, act: bool = False
+    ) -> AliasChange:
         """Point `alias` at a version (None removes it), in one step, with the reason kept for ever.
 
-        `share`: of a canary, the part of the requests that name neither seed nor version which it answers.
+        `share`: of a canary, the part of the requests that name neither seed nor version which it answers. `act`: the monitor may
+        take the change back by itself when the version is alarmed.
         """
         if alias not in ALIASES:
             raise RegistryError(f"alias is {alias!r}; it must be one of {', '.join(ALIASES)}")
@@ -145,7 +149,7 @@ class Registry:
         if version is not None:
             self.open(model, version)
         with self._locked(model):
-            change = AliasChange(alias, version, datetime.now(UTC).isoformat(timespec="milliseconds"), reason, share)
+            change = AliasChange(alias, version, datetime.now(UTC).isoformat(timespec="milliseconds"), reason, share, act)
             history = [*self.history(model), change]
             target = self.root / model / "aliases.json"
             partial = target.with_suffix(".json.partial")

@@ -252,6 +252,24 @@ def share_of(images: np.ndarray, digits: set[int]) -> float:
     return float(np.isin(judge.predict(images.reshape(len(images), 64) / 255 * 16), list(digits)).mean())
 
 
+def test_the_demo_teaches_how_the_monitor_acts_by_itself(demo: Stack) -> None:
+    """What `inject --act` prints: the alarm, what it was, what was done; canary gone, production back, never more than asked for."""
+    assert any("--labels 3,8 --act" in line for line in demo.lines) and any("--alias canary --act" in line for line in demo.lines)
+    demo.verdict("healthy")
+    canary = demo.run("inject", "off-manifold", "--model", "digits", "--alias", "canary", "--act")
+    assert "off_manifold" in canary.stderr and "canary -> none" in canary.stderr
+    done = demo.run("inject", "drop-modes", "--model", "digits", "--labels", "3,8", "--act", "--json")
+    report = json.loads(done.stdout)
+    assert (report["verdict"], report["modes"], report["action"]) == ("mode_dropping", ["3", "8"], "production -> v1")
+    assert "alarm at its sample" in done.stderr and "acted: production -> v1" in done.stderr
+    registry = Registry(demo.home / "registry")
+    assert registry.aliases("digits") == {"production": "v1"} and registry.history("digits")[-1].reason.startswith("acted on an alarm")
+    assert demo.sample(n=1).headers["X-Ganwatch-Version"] == "v1"
+    demo.verdict("healthy")
+    incidents = httpx.get(demo.url("monitor", "/api/incidents"), timeout=10).json()["incidents"]
+    assert [i["evidence"].get("action") for i in incidents[:2]] == ["production -> v1", "canary -> none"]
+
+
 @needs_chromium
 def test_the_page_of_a_healthy_model(demo: Stack, tmp_path: Path) -> None:
     demo.verdict("healthy")

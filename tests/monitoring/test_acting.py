@@ -125,3 +125,16 @@ def test_an_acknowledged_version_counts_as_sound_again(scene):
     scene.watch.acknowledge("grid", scene.now)
     scene.promote("v3")
     assert scene.serve("v3").models["grid"].version == "v4"
+
+
+def test_one_alias_may_be_allowed_and_the_others_not(scene):
+    scene = scene()
+    scene.watch.policy = Policy(scene.registry, 0.0, always=False)
+    scene.promote("v1")
+    scene.promote("v3")
+    assert scene.serve("v3").actions["grid", "production"] == 0
+    scene.promote("v1")
+    scene.registry.set_alias("grid", "production", "v3", reason="inject", act=True)
+    scene.watch.follow(scene.now)
+    assert scene.serve("v3").actions["grid", "production"] == 1 and scene.registry.aliases("grid") == {"production": "v1"}
+    assert not scene.registry.history("grid")[-1].act  # what was done is not undone by itself
