@@ -333,6 +333,12 @@ class EDetector:
         self._state = {name: np.array(state[name], value.dtype) for name, value in self._state.items()}
         self.crossed = state["crossed"]
 
+    def latch(self, crossed: int | None, named: Bool[ndarray, "g"]) -> None:
+        """Take over an alarm that was raised elsewhere over the same bets."""
+        if crossed is not None:
+            self.crossed = crossed if self.crossed is None else min(self.crossed, crossed)
+            self._state["named"] |= named
+
     def merge(self, other: EDetector, *, index: int) -> None:
         """Take over the evidence of a detector with the same bets that ate other samples of the same version.
 
@@ -345,9 +351,7 @@ class EDetector:
             self._state[name] = np.minimum(self._state[name] + other._state[name], kernel.CAP)
         self._state["block_joined"] = np.minimum(self._state["block_joined"] + other._duplicates, kernel.CAP)
         self._state["sums"] += other._state["sums"]
-        if other.crossed is not None:
-            self.crossed = other.crossed if self.crossed is None else min(self.crossed, other.crossed)
-        self._state["named"] |= other.named
+        self.latch(other.crossed, other.named)
         evidence = self.evidence
         if self.crossed is None and evidence.sum() >= self.threshold:
             self.crossed = index

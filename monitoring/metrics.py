@@ -157,6 +157,7 @@ def _alarms(view: View) -> Iterator[Metric]:
         "log10 of what the families' e-values must sum to for an alarm",
         _by_version(view, lambda live: live.snapshot["log10_threshold"]),
     )
+    yield _gauge("ganwatch_shards", "Other monitors whose samples are summed up here", _by_version(view, lambda live: live.shards))
     yield _gauge("ganwatch_budget_share", "Part of the model's false-alarm budget that the version has", _by_version(view, lambda live: live.share))
 
 

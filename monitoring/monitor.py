@@ -221,6 +221,7 @@ class Monitor:
         for name in (*_COUNTS, *_MARKS):
             setattr(self, name, state[name])
         self.rejected, self.demand = dict(state["rejected"]), np.array(state["demand"])
+        self._gauges.clear()
         for part, owner in self._parts().items():
             owner.restore({name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")})
         self._judge()
@@ -248,6 +249,17 @@ class Monitor:
         self.alarmed_at = _earliest(self.alarmed_at, other.alarmed_at)
         self._replaced |= other._replaced
         self._judge(at)
+
+    def keep_alarm(self, crossed: int | None, named: ndarray, alarmed_at: float | None) -> None:
+        """Latch what an earlier sum of the same shards had latched, as `alarm` says it: the evidence may have gone since."""
+        self._detector.latch(crossed, named)
+        self.alarmed_at = _earliest(self.alarmed_at, alarmed_at)
+        self._judge()
+
+    @property
+    def alarm(self) -> tuple[int | None, ndarray, float | None]:
+        """What `keep_alarm` takes."""
+        return self._detector.crossed, self._detector.named.copy(), self.alarmed_at
 
     def reshare(self, share: float) -> None:
         """Another part of the false-alarm budget from now on. The evidence stays, and so does a latched alarm: what bounds the

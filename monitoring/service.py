@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -50,7 +50,8 @@ from monitoring.incidents import Incidents
 from monitoring.metrics import Exporter
 from monitoring.probes import Prober, Target
 from monitoring.runs import Runs
-from monitoring.states import States
+from monitoring.shipping import Shipper, shard_name
+from monitoring.states import StateError, States, decode
 from monitoring.watch import View, Watch, parse_counter
 from serving.records import ORIGINS, Heartbeat, Origin, Record
 from training.bundle import Bundle
@@ -89,6 +90,8 @@ class Options:
     it only what was promoted with --act is changed."""
     cool_down: float = 600.0
     """Seconds after such a change in which no other is made to the same alias."""
+    merge_into: str | None = None
+    """URL of another monitor that sums up what this one and others like it see, once a second; none: nobody does."""
     inbox: int = 65_536
     """Samples that may wait for the Monitors; what comes beyond is dropped and counted."""
 
@@ -103,6 +106,8 @@ class Options:
             raise ValueError(f"cool_down is {self.cool_down}; it must be a finite number of seconds, 0 or more")
         if self.probe_rate < 0:
             raise ValueError(f"probe_rate is {self.probe_rate}; it must be 0 or more samples a second")
+        if self.merge_into is not None and urlsplit(self.merge_into).scheme not in ("http", "https"):
+            raise ValueError(f"merge_into is {self.merge_into!r}; it must be an http:// or https:// URL")
         if urlsplit(self.serving_url).scheme not in ("http", "https"):
             raise ValueError(f"serving_url is {self.serving_url!r}; it must be an http:// or https:// URL")
 
@@ -116,11 +121,12 @@ class Audited:
     different: int
 
 
-Item = Heartbeat | Record | Audited | tuple[str, Future[Any]]
+Ask = tuple[Callable[[float], Any], Future[Any]]  # what to do at a time in the Monitors' thread, and who waits for it
+Item = Heartbeat | Record | Audited | Ask
 
 
 class Inbox:
-    """What waits for the Monitors' thread: heartbeats and observed records, bounded in samples; audits and acknowledgements."""
+    """What waits for the Monitors' thread: heartbeats and observed records, bounded in samples; audits and requests."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -182,6 +188,10 @@ class Service:
         self.exporter = Exporter(
             lambda: (self.view, {"queue_full": self.inbox.dropped}, dict(self.prober.outcomes)), lambda: self.runs.shown
         )
+        self.shipper: Shipper | None = None
+        if options.merge_into is not None:
+            settle = lambda model, version, at: self.ask(lambda _: self.watch.acknowledged(model, version, at))  # noqa: E731
+            self.shipper = Shipper(options.merge_into, shard_name(home), settle)
         self.trouble: str | None = None
         self.stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="monitors", daemon=True)
@@ -195,25 +205,33 @@ class Service:
         self._thread.start()
         if self.options.probe_rate:
             self.prober.start()
+        if self.shipper is not None:
+            self.shipper.start()
 
     def stop(self) -> None:
         self.stopping.set()
         self._thread.join()
         if self.options.probe_rate:
             self.prober.stop()
+        if self.shipper is not None:
+            self.shipper.stop()
         self.incidents.close()
 
     def state(self, view: View, since: float = -math.inf) -> dict[str, Any]:
         """The JSON of /api/state: the view, with what troubles the process itself."""
         state = view.state(since)
-        state["errors"] += [*self.prober.trouble.values(), *self.prober.audit_trouble.values(), *self.runs.trouble.values(), *([self.trouble] if self.trouble else [])]
+        state["errors"] += [*self.prober.trouble.values(), *self.prober.audit_trouble.values(), *self.runs.trouble.values(), *filter(None, (self.trouble, self.shipper and self.shipper.trouble))]
         return state
+
+    def ask(self, what: Callable[[float], Any]) -> Future[Any]:
+        """What `what`, called with the time in the Monitors' thread, returns or raises, once readers see its effect."""
+        answer: Future[Any] = Future()
+        self.inbox.put((what, answer))
+        return answer
 
     def acknowledge(self, model: str) -> Future[list[dict[str, Any]]]:
         """The incidents that acknowledging the alarms of `model` closes, when that is done; KeyError where it is not watched."""
-        answer: Future[list[dict[str, Any]]] = Future()
-        self.inbox.put((model, answer))
-        return answer
+        return self.ask(lambda at: self.watch.acknowledge(model, at))
 
     def _targets(self) -> list[Target]:
         return [
@@ -245,9 +263,9 @@ class Service:
                 self._step(self.watch.audited, audited.bundle, audited.compared, audited.different)
             answers = [item for item in items if isinstance(item, tuple)]
             closed: list[tuple[Future[Any], Any]] = []
-            for model, answer in answers:
+            for what, answer in answers:
                 try:
-                    closed.append((answer, self.watch.acknowledge(model, now)))
+                    closed.append((answer, what(now)))
                 except Exception as error:  # the caller's answer, not the end of the watch
                     answer.set_exception(error)
             if self.watch.changed or elapsed - published >= PUBLISH_PERIOD:
@@ -257,9 +275,15 @@ class Service:
                 if point:
                     self._step(self.watch.save)
                     self._step(self.runs.look, now)
+                    if self.shipper is not None:
+                        self._step(self._ship)
             for answer, incidents in closed:  # the view says so already when the caller hears of it
                 answer.set_result(incidents)
         self._step(self.watch.save)
+
+    def _ship(self) -> None:
+        assert self.shipper is not None
+        self.shipper.offer({key: self.watch.state(*key) for key in self.watch.live()})
 
     def _publish(self, now: float, point: bool) -> None:
         self.view = self.watch.publish(now, point=point)
@@ -364,6 +388,23 @@ def build(options: Options) -> Starlette:
             return _error(503, "busy", f"{len(samples)} samples found no room beside those that wait", None, len(samples), "fewer at a time, or later")
         return JSONResponse({"model": model, "version": card.version, "received": len(samples), "judged": iid == "true"}, 202)
 
+    async def merge(request: Request) -> Response:
+        model, version, shard = request.path_params["model"], request.path_params["version"], request.query_params.get("shard", "")
+        if not 0 < len(shard) <= 256:
+            return _error(422, "bad_field", "the shard has no name, or one too long", "shard", shard, "?shard=NAME, the same one whenever the same monitor sends")
+        body = await _body(request, BODY_LIMIT)
+        try:
+            state = await asyncio.to_thread(decode, body)
+            at = await asyncio.wrap_future(service.ask(lambda now: service.watch.merge(model, version, shard, state, now)))
+        except StateError as error:
+            return _error(400, "bad_state", f"the body is no state: {error}", "body", None, "what a monitor with --merge-into sends")
+        except KeyError:
+            live = {name: [live.version for live in shown.live] for name, shown in service.view.models.items()}
+            return _error(404, "unknown_version", f"{version!r} of {model!r} is not watched", "version", version, f"one of {live}")
+        except ValueError as error:
+            return _error(409, "other_monitor", str(error), "body", None, "a state of the same bundle, --arl and alias")
+        return JSONResponse({"acknowledged_at": at})
+
     async def acknowledge(request: Request) -> Response:
         body = await _body(request, 4096)
         try:
@@ -389,6 +430,7 @@ def build(options: Options) -> Starlette:
         Route("/api/training", training),
         Route("/api/records", records, methods=["POST"]),
         Route("/api/ack", acknowledge, methods=["POST"]),
+        Route("/v1/merge/{model}/{version}", merge, methods=["POST"]),
         Route("/v1/observe/{model}", observe, methods=["POST"]),
         Mount("/page", StaticFiles(directory=PAGE)),
     ]

@@ -23,6 +23,28 @@ class StateError(ValueError):
     """A file that holds no state that this version can read. The text says which."""
 
 
+def encode(state: Mapping[str, Any]) -> bytes:
+    """A state as it lies on the disk and travels between monitors. Values are arrays or what JSON can say."""
+    arrays = {name: value for name, value in state.items() if isinstance(value, ndarray)}
+    values = {name: value for name, value in state.items() if name not in arrays}
+    header = json.dumps({"schema": SCHEMA, "values": values}, allow_nan=False)
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, header=np.frombuffer(header.encode(), np.uint8), **{f"array.{name}": a for name, a in arrays.items()})
+    return buffer.getvalue()
+
+
+def decode(body: bytes) -> dict[str, Any]:
+    """The state in `body`. Raises StateError where it is not what `encode` writes."""
+    try:
+        with np.load(io.BytesIO(body), allow_pickle=False) as data:
+            header = json.loads(data["header"].tobytes())
+            if header["schema"] != SCHEMA:
+                raise ValueError(f"schema is {header['schema']!r}, this monitor reads {SCHEMA}")
+            return {**header["values"], **{name.removeprefix("array."): data[name] for name in data.files if name != "header"}}
+    except Exception as error:  # numpy, zipfile and json each raise their own for broken bytes
+        raise StateError(f"{type(error).__name__}: {error}") from error
+
+
 class States:
     """The states under `directory`, named by model and version."""
 
@@ -31,16 +53,11 @@ class States:
 
     def save(self, model: str, version: str, state: Mapping[str, Any]) -> None:
         """Values are arrays or what JSON can say. Raises OSError where the disk does not take them."""
-        arrays = {name: value for name, value in state.items() if isinstance(value, ndarray)}
-        values = {name: value for name, value in state.items() if name not in arrays}
-        header = json.dumps({"schema": SCHEMA, "values": values}, allow_nan=False)
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, header=np.frombuffer(header.encode(), np.uint8), **{f"array.{name}": a for name, a in arrays.items()})
         path = self._path(model, version)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         with open(partial, "wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(encode(state))
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -49,15 +66,11 @@ class States:
         """The state that was saved last, None where there never was one. Raises StateError."""
         path = self._path(model, version)
         try:
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as data:
-                header = json.loads(data["header"].tobytes())
-                if header["schema"] != SCHEMA:
-                    raise ValueError(f"schema is {header['schema']!r}, this monitor reads {SCHEMA}")
-                return {**header["values"], **{name.removeprefix("array."): data[name] for name in data.files if name != "header"}}
+            return decode(path.read_bytes())
         except FileNotFoundError:
             return None
-        except Exception as error:  # numpy, zipfile and json each raise their own for a broken file
-            raise StateError(f"{path}: {type(error).__name__}: {error}") from error
+        except StateError as error:
+            raise StateError(f"{path}: {error}") from error
 
     def _path(self, model: str, version: str) -> Path:
         return self.directory / model / f"{version}.npz"

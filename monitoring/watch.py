@@ -41,7 +41,7 @@ REPLICAS = 256  # silent replicas whose counters are kept apart, in case they sp
 RESTORES = ("restored", "absent", "refused")  # what became of the saved state of a version that comes under watch
 NOTICE = 60.0  # seconds for which a state that could not be restored is said
 UNPAIRED = 256  # records of a model that wait for what another version makes of the same latents
-_TIMES = ("last_sample_at", "last_fresh_at")
+_TIMES = ("last_sample_at", "last_fresh_at")  # of a version; what else of it is saved is its Monitor
 COLUMNS = ("t", "js", "js_low", "js_high", "log10_e")
 
 _COUNTER = re.compile(r'([a-z_][a-z0-9_]*)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)*)\})?')
@@ -108,6 +108,15 @@ class Watched:
     since: float = 0.0  # when an alias first named it, Unix seconds
     drawn: deque[tuple[float, int]] = field(default_factory=deque)  # (at, samples) that clients drew with the server's seeds
     saved: int = 0  # samples that the state on the disk knows of, looked at or rejected
+    acknowledged_at: float = 0.0  # when its alarm was last acknowledged; what shards say from before counts no more
+    shards: OrderedDict[str, Mapping[str, Any]] = field(default_factory=OrderedDict)  # name of another monitor -> its newest state
+    sum: Monitor | None = None  # of this monitor and all shards
+    scratch: Monitor | None = None  # through which shards are read
+
+    @property
+    def judged(self) -> Monitor:
+        """What the verdict, the gauges and the alarm are taken from."""
+        return self.monitor if self.sum is None else self.sum
 
     @property
     def eaten(self) -> int:
@@ -164,6 +173,7 @@ class Live:
     snapshot: dict[str, Any]
     gauges: Mapping[str, Mapping[str, Gauge]]  # population -> name -> gauge
     comparison: dict[str, Any] | None  # with production, of a candidate
+    shards: int = 0  # other monitors whose samples are summed up here
 
     def state(self) -> dict[str, Any]:
         """What the page shows of a version beside the one it speaks of."""
@@ -259,6 +269,7 @@ class View:
             "last_fresh_at": shown.last_fresh_at,
             "loaded_at": shown.loaded_at,
             "budget_share": shown.share,
+            "shards": shown.live[0].shards,
             "sample_shape": list(card.sample_shape),
             "card": {"created": card.created, "injected_from": card.injected_from, "fault": card.fault, "forced": card.forced},
             "history": history,
@@ -336,7 +347,7 @@ class Watch:
         aliased = {(n, v) for n, m in self._models.items() for v in m.aliases.values()}
         retired = [key for key in self._watched if key not in aliased]
         for key in retired:
-            self._unlatch(*key)
+            self._unlatch(*key, at)
         for key in retired[:-RETIRED]:
             del self._watched[key]
         for version in set(settled.values()):
@@ -428,6 +439,7 @@ class Watch:
             else:
                 watched.monitor.restore(state)
                 watched.last_sample_at, watched.last_fresh_at = state["last_sample_at"], state["last_fresh_at"]
+                watched.acknowledged_at = state["acknowledged_at"]
                 watched.saved = watched.eaten
         except (StateError, ValueError, KeyError) as error:
             outcome = "refused"
@@ -445,8 +457,59 @@ class Watch:
     def _save(self, name: str, version: str) -> None:
         if self.states is not None:
             watched = self._watched[name, version]
-            self.states.save(name, version, watched.monitor.state() | {name: getattr(watched, name) for name in _TIMES})
+            self.states.save(name, version, self.state(name, version))
             watched.saved = watched.eaten
+
+    def state(self, name: str, version: str) -> dict[str, Any]:
+        """What this monitor itself knows of a version, without its shards: for the disk, and for a monitor that sums shards up."""
+        watched = self._watched[name, version]
+        return watched.monitor.state() | {key: getattr(watched, key) for key in (*_TIMES, "acknowledged_at")}
+
+    def live(self) -> list[tuple[str, str]]:
+        """(model, version) of everything that an alias names."""
+        return sorted({(name, version) for name, model in self._models.items() for version in model.aliases.values()})
+
+    def merge(self, name: str, version: str, shard: str, state: Mapping[str, Any], at: float) -> float:
+        """Take in the newest state of a version's shard: another monitor, which looks at other samples of the same version.
+
+        It replaces that shard's last one, so it may be sent again and again, and the verdict is that of the sum from then on.
+        Returns when the version's alarm was last acknowledged: a state from before that is not taken, and its sender must
+        acknowledge, too. Raises KeyError where the version is not live, ValueError where the state is of another bundle or budget.
+        """
+        if (name, version) not in self.live():
+            raise KeyError(f"{name} {version}")
+        watched = self._watched[name, version]
+        if state.get("acknowledged_at") != watched.acknowledged_at:
+            return watched.acknowledged_at
+        if watched.scratch is None:
+            watched.scratch = self._monitor(watched.bundle, watched.share)
+        watched.scratch.restore(state)
+        watched.shards[shard] = state
+        watched.shards.move_to_end(shard)
+        for key in _TIMES:
+            if (newest := max(filter(None, (getattr(watched, key), state[key])), default=None)) is not None:
+                setattr(watched, key, min(newest, at))
+        self._sum(name, version, at)
+        return watched.acknowledged_at
+
+    def _sum(self, name: str, version: str, at: float) -> None:
+        """Sum up this monitor and its shards anew; an alarm of an earlier sum stays."""
+        watched = self._watched[name, version]
+        if not watched.shards:
+            return
+        if watched.sum is None:
+            watched.sum = self._monitor(watched.bundle, watched.share)
+        if watched.sum.log10_threshold != watched.monitor.log10_threshold:  # another share of the budget: older states do not fit
+            watched.shards.clear()
+            watched.sum = watched.scratch = None
+            return
+        alarm = watched.sum.alarm
+        watched.sum.restore(watched.monitor.state())
+        for state in watched.shards.values():
+            watched.scratch.restore(state)
+            watched.sum.merge(watched.scratch, at=at)
+        watched.sum.keep_alarm(*alarm)
+        self._raise_alarm(name, version, at)
 
     def act(self, at: float) -> None:
         """Let the policy change the aliases whose version is alarmed. `follow` then sees the change like anybody's."""
@@ -454,7 +517,7 @@ class Watch:
         if self.policy is None:
             return
         for name, model in self._models.items():
-            alarmed = {v for v in model.aliases.values() if self._watched[name, v].monitor.first_alarm is not None}
+            alarmed = {v for v in model.aliases.values() if self._watched[name, v].judged.first_alarm is not None}
             wanted = self.registry.aliases(name) if alarmed else {}
             for alias in acting.ALIASES:
                 version = model.aliases.get(alias)
@@ -462,7 +525,7 @@ class Watch:
                     continue
                 if not self.policy.allows(model.history, alias):
                     continue
-                verdict = self._watched[name, version].monitor.verdict
+                verdict = self._watched[name, version].judged.verdict
                 why = f"{version} is {' '.join([verdict.id, *verdict.modes])}"
                 try:
                     change = self.policy.act(name, alias, why=why, alarmed=alarmed | self.incidents.unsettled(name), at=at)
@@ -545,7 +608,7 @@ class Watch:
     def _raise_alarm(self, name: str, version: str, at: float) -> None:
         """Write an alarm down before anybody can read of it, and follow its verdict while that sharpens."""
         watched = self._watched[name, version]
-        monitor, verdict = watched.monitor, watched.monitor.verdict
+        monitor, verdict = watched.judged, watched.judged.verdict
         if monitor.first_alarm is None or watched.recorded == (verdict.id, verdict.modes):
             return
         self._save(name, version)
@@ -565,11 +628,22 @@ class Watch:
         self._alarms[name, verdict.id] += opened
         self.changed = True
 
-    def _unlatch(self, name: str, version: str) -> None:
+    def acknowledged(self, name: str, version: str, at: float) -> None:
+        """The monitor that sums up this one's samples has acknowledged its alarm, at `at`: the evidence here is settled as well."""
+        if (watched := self._watched.get((name, version))) is not None and watched.acknowledged_at != at:
+            watched.monitor.acknowledge()
+            self.incidents.acknowledge(name, at=at)
+            watched.recorded, watched.acknowledged_at = None, at
+            self._save(name, version)
+            self.changed = True
+
+    def _unlatch(self, name: str, version: str, at: float) -> None:
         watched = self._watched[name, version]
         watched.recorded = None
-        if watched.monitor.first_alarm is not None:
+        if watched.judged.first_alarm is not None:
             watched.monitor.acknowledge()
+            watched.shards.clear()
+            watched.sum, watched.acknowledged_at = None, at
             self._save(name, version)
 
     def acknowledge(self, name: str, at: float) -> list[dict[str, Any]]:
@@ -577,7 +651,7 @@ class Watch:
         versions = set(self._models[name].aliases.values())
         closed = self.incidents.acknowledge(name, at=at)
         for version in versions:
-            self._unlatch(name, version)
+            self._unlatch(name, version, at)
         self.changed = True
         return closed
 
@@ -586,6 +660,9 @@ class Watch:
         self._tell_time(at)
         self.changed = False
         at = round(at, 3)
+        for name, version in self.live():
+            if point:
+                self._sum(name, version, at)
         errors = [*self._unreadable.values(), *(words for _, words in self._failed.values())]
         errors += self._held.values()
         errors += [words for noticed, words in self._notices if at - noticed < NOTICE]
@@ -619,7 +696,7 @@ class Watch:
         first = live[0]
         if point:
             js = first.gauges["fresh"]["js"]
-            values = (js.value, js.low, js.high, total_log10(watched.monitor.evidence()))
+            values = (js.value, js.low, js.high, total_log10(watched.judged.evidence()))
             model.rows.append((at, *(None if first.stale else _short(value) for value in values)))
         return Shown(
             alias=alias,
@@ -652,8 +729,9 @@ class Watch:
             last_fresh_at=watched.last_fresh_at,
             stale=watched.is_stale(at),
             fresh_rate=watched.fresh_rate(at),
-            snapshot=watched.monitor.snapshot(),
-            gauges={population: watched.monitor.gauges(population) for population in POPULATIONS},
+            shards=len(watched.shards),
+            snapshot=watched.judged.snapshot(),
+            gauges={population: watched.judged.gauges(population) for population in POPULATIONS},
             comparison=comparison.state(production, version) if comparison is not None else None,
         )
 

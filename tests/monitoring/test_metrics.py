@@ -41,6 +41,7 @@ CONTRACT = {  # name -> label names
     "ganwatch_alarms_total": {"model", "verdict"},
     "ganwatch_evidence_log10": {"model", "role", "version", "family"},
     "ganwatch_evidence_threshold_log10": {"model", "role", "version"},
+    "ganwatch_shards": {"model", "role", "version"},
     "ganwatch_budget_share": {"model", "role", "version"},
     "ganwatch_modes": {"model", "role", "version", "state"},
     "ganwatch_comparison_evidence_log10": {"model", "role", "version", "against"},

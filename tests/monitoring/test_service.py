@@ -343,3 +343,45 @@ def test_a_page_of_another_site_is_refused_by_its_name(world: World, run: Callab
     assert service.http.get("/api/state", headers=foreign).status_code == 400
     assert service.http.post("/api/ack", headers=foreign, json={"model": "grid"}).status_code == 400
     assert service.http.get("/api/state", headers={"Host": "localhost:9464"}).status_code == 200
+
+
+def test_two_monitors_that_see_half_each_give_the_verdict_of_one(tmp_path: Path, world: World, run: Callable[..., Running]) -> None:
+    """Two real services over one registry: the sum says what one monitor of all samples says; one acknowledgement settles both."""
+    world.registry.set_alias("grid", "production", "v2", reason="inject")
+    head = run()
+    shard = run(home=tmp_path / "shard", registry=tmp_path / "registry", merge_into=head.url)
+    one = run(home=tmp_path / "one", registry=tmp_path / "registry")
+    for i in range(6):
+        heartbeat = world.heartbeat("v2", 200)
+        one.post(heartbeat)
+        (head, shard)[i % 2].post(heartbeat)
+    single = one.until(lambda s: monitored(s) == 1200)
+    joined = head.until(lambda s: monitored(s) == 1200)
+    assert verdict(joined) == verdict(single) == "mode_dropping"
+    ours, alone = (s["models"]["grid"]["snapshot"] for s in (joined, single))
+    assert ours["verdict"]["modes"] == alone["verdict"]["modes"] == ["3", "8"] and joined["models"]["grid"]["shards"] == 1
+    assert ours["gauges"]["fresh"]["js"]["value"] == pytest.approx(alone["gauges"]["fresh"]["js"]["value"])
+    assert head.metric("ganwatch_alarm_active", verdict="mode_dropping", role="production") == 1 and head.metric("ganwatch_shards") == 1
+    assert monitored(shard.http.get("/api/state").json()) == 600
+    joined = [s for _, s in zip(range(4), head.events(), strict=False)][-1]
+    assert monitored(joined) == 1200  # states come again and again and count once
+
+    head.http.post("/api/ack", json={"model": "grid"}).raise_for_status()
+    assert verdict(head.http.get("/api/state").json()) == "warming_up"
+    head.until(lambda s: s["models"]["grid"]["shards"] == 1)  # the shard has heard of it and began anew
+    state = head.http.get("/api/state").json()
+    assert verdict(state) == "warming_up" and monitored(state) == 1200 and shard.http.get("/api/state").json()["errors"] == []
+    shard.post(world.heartbeat("v2", 800))
+    head.until(lambda s: verdict(s) == "mode_dropping")
+
+
+def test_states_that_do_not_fit_are_refused_in_words(tmp_path: Path, world: World, run: Callable[..., Running]) -> None:
+    head = run()
+    assert head.http.post("/v1/merge/grid/v1", content=b"x").json()["error"]["field"] == "shard"
+    assert head.http.post("/v1/merge/grid/v1?shard=a", content=b"x").status_code == 400
+    shard = run(home=tmp_path / "shard", registry=tmp_path / "registry", merge_into=head.url, arl=1e6)
+    words = shard.until(lambda s: s["errors"])["errors"][0]
+    assert "409" in words and "arl is 1000000.0, here it is 2600000000.0" in words
+    head.server.should_exit = True
+    head.thread.join(20)
+    assert "do not reach" in shard.until(lambda s: "409" not in s["errors"][0])["errors"][0]
