@@ -574,8 +574,8 @@ def _await_action(registry: Registry, model: str, alias: str, version: str) -> d
             live = next((v for v in [seen, *seen.get("other_versions", [])] if v.get("version") == version), {})
             snapshot = live.get("snapshot", live)
             if snapshot:
-                evidence = max(snapshot["evidence"].values())
-                show(f"{snapshot['monitored']:,} samples, evidence 10^{0 if evidence is None else evidence:.1f} of 10^{snapshot['log10_threshold']:.1f}")
+                evidence = max((e for e in snapshot["evidence"].values() if e is not None), default=0.0)
+                show(f"{snapshot['monitored']:,} samples, evidence 10^{evidence:.1f} of 10^{snapshot['log10_threshold']:.1f}")
             if time.monotonic() - start > ACTION_PATIENCE:
                 raise StackError(f"no alarm of {model} {version} within {ACTION_PATIENCE:g} s; `ganwatch status` says what the monitor sees")
             time.sleep(0.2)
