@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import os
 import secrets
@@ -25,7 +26,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -263,6 +264,7 @@ def train_worker(job: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     config, journal = Config(**job["config"]), Journal(Path(job["run"]))
     world = context.get_world_size()
+    logging.getLogger().setLevel(logging.WARNING)  # Ray announces each report under the name of a file, not of ray.train
     begin = said = kept = time.monotonic()
     first = 0  # step at which progress was first heard of
     up: dict[str, str] = {}
@@ -273,11 +275,11 @@ def train_worker(job: dict[str, Any]) -> None:
         if not first:
             begin, first = now, step
         if rank == 0 and (now - said > 2.0 or step == steps or alarms.keys() != up.keys()):
-            said, left = now, (now - begin) / max(1, step - first) * (steps - step)
+            said, left = now, (now - begin) / (step - first) * (steps - step) if step > first else None
             finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
             journal.write("train", step=step, steps=steps, seconds_left=left, alarms=alarms, failing=failing, **finite)
             words = "  ".join(f"{name} {figures[name]:.4f}" for name in SAID)
-            print(f"step {step:>6}/{steps}  {words}  {left:4.0f} s left", flush=True)
+            print(f"step {step:>6}/{steps}  {words}" + (f"  {left:4.0f} s left" if left is not None else ""), flush=True)
             for name in alarms.keys() - up.keys():
                 print(f"alarm {name}: {alarms[name]}", flush=True)
             for name in up.keys() - alarms.keys():
@@ -292,6 +294,12 @@ def train_worker(job: dict[str, Any]) -> None:
         if due:
             with tempfile.TemporaryDirectory() as directory:
                 state.save(Path(directory), step, metrics, rank=rank, world=world)
+                room = shutil.disk_usage(job["run"]).free - sum(file.stat().st_size for file in Path(directory).iterdir())
+                crowded = torch.tensor(float(room < 0), device=device)
+                if world > 1:
+                    torch.distributed.all_reduce(crowded)  # one worker that stops alone would leave the others waiting
+                if crowded:
+                    raise TrainingStopped(f"there is no room in {job['run']} for the checkpoint of step {step}; free some, then --resume it")
                 saved, clock = Checkpoint.from_directory(directory), {"loop_seconds": time.monotonic() - begin, "device": str(device)}
                 ray.train.report(metrics | clock, checkpoint=saved, checkpoint_dir_name=f"step-{step:07}")
             kept = time.monotonic()
@@ -302,10 +310,14 @@ def train_worker(job: dict[str, Any]) -> None:
         with one_group(Path(job["run"]), device), found.as_directory() if found else nullcontext() as directory:
             resume = Path(directory) if directory else None
             if resume and rank == 0:
-                print(f"goes on from {resume.name}", flush=True)
+                print(f"goes on from {resume.name} with {world} worker{'s' * (world > 1)}", flush=True)
             adversarial_training(config, dataset, rank=rank, world=world, device=device, say=say, save=save, resume=resume)
     except (TrainingStopped, Unsupported) as stopped:
         ray.train.report({"stopped": str(stopped)})
+    except OSError as error:
+        if world > 1:
+            raise  # Ray ends the others, too
+        ray.train.report({"stopped": f"{job['run']} cannot be written ({error}); mend that, then --resume it"})
 
 
 # The run ----------------------------------------------------------------------------------------------------------------------
@@ -469,8 +481,12 @@ def begin_run(config: Config) -> tuple[Config, Path]:
         check(config)
         model = config.model or label(config.dataset)
         run = ganwatch_home() / "runs" / f"{time.strftime('%Y%m%dT%H%M%S')}-{model}-{uuid.uuid4().hex[:6]}"
-        run.mkdir(parents=True)
-        (run / "config.json").write_text(json.dumps(asdict(config)))
+        try:
+            run.mkdir(parents=True)
+            (run / "config.json").write_text(json.dumps(asdict(config)))
+        except OSError as error:
+            shutil.rmtree(run, ignore_errors=True)
+            raise InputError(f"{run} cannot be written ({error.strerror}); name a directory that can be in GANWATCH_HOME") from None
         return config, run
     run = Path(config.resume).resolve()
     try:
@@ -490,29 +506,33 @@ def main() -> None:
     except (InputError, DataError, RegistryError, CheckpointError) as error:
         _end(f"error: {error}", status=2)
     root, model = Registry(config.registry).root, config.model or label(config.dataset)
-    shutil.rmtree(run / "bundle", ignore_errors=True)
-    (run / "bundle").mkdir()
     print(f"run      {run}", flush=True)
     if JOB in os.environ and not root.is_absolute():
         print(f"note: a Ray job runs in a copy of its working directory, so this relative registry is {root.resolve()}")
 
-    journal = Journal(run)
-    journal.write("begin", model=model, dataset=config.dataset, steps=config.recipe.steps)
-    again = f"go on with: python training/train.py --resume {run}"
+    journal, again = Journal(run), f"go on with: python training/train.py --resume {run}"
+
+    def end(words: str, *, status: int, stage: str = "failed", **values: str) -> NoReturn:
+        with suppress(OSError):  # the disk may be what failed
+            journal.write(stage, **values)
+        _end(words, status=status)
+
     try:
+        journal.write("begin", model=model, dataset=config.dataset, steps=config.recipe.steps)
+        shutil.rmtree(run / "bundle", ignore_errors=True)
+        (run / "bundle").mkdir()
         bundle = execute(config, run, journal)
-    except (InputError, DataError, Unsupported, TrainingStopped, ExportError, QualityRefused, CheckpointError) as failure:
-        journal.write("failed", reason=str(failure))
-        words = f"not published: {failure}"
-        if isinstance(failure, QualityRefused):
-            words = f"not published, the quality gate objects:\n{failure}\nto publish it all the same: {failure.remedy}"
-        _end(words, status=2 if isinstance(failure, (InputError, DataError, Unsupported)) else 1)
+    except (InputError, DataError, Unsupported) as failure:
+        end(f"not published: {failure}", status=2, reason=str(failure))
+    except QualityRefused as failure:
+        words = f"not published, the quality gate objects:\n{failure}\nto publish it all the same: {failure.remedy}"
+        end(words, status=1, reason=str(failure))
+    except (TrainingStopped, ExportError, CheckpointError) as failure:
+        end(f"not published: {failure}", status=1, reason=str(failure))
     except OSError as error:
-        journal.write("failed", reason=str(error))
-        _end(f"not published: {error}; {again}", status=1)
+        end(f"not published: {error}; {again}", status=1, reason=str(error))
     except KeyboardInterrupt:
-        journal.write("interrupted")
-        _end(f"interrupted; {again}", status=130)
+        end(f"interrupted; {again}", status=130, stage="interrupted")
     print(f"published {model} {bundle.card.version} at {bundle.path.resolve()} after {time.monotonic() - begin:.0f} s")
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from serving.records import Heartbeat, Record
 from training.bundle import Bundle
+from training.journal import Journal
 from training.registry import Registry
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
@@ -141,6 +142,40 @@ def test_what_a_person_sees_from_no_model_to_an_alarm_and_back(
 
 @pytest.mark.slow
 @needs_chromium
+def test_a_person_sees_where_training_stands_and_why_it_failed(page: playwright.Page, monitored: Monitored) -> None:
+    page.goto(monitored.url)
+    page.get_by_text("No model to watch yet").wait_for()
+    assert page.locator("#training").is_hidden()
+
+    journal = Journal(monitored.root / "runs" / "20261125T000000-digits-0a1b2c")
+    journal.write("begin", model="digits", dataset="digits", steps=8000)
+    figures = {"steps": 8000, "seconds_left": 40.0, "divergence": 0.21, "accuracy": 0.81, "mode_coverage": 0.9}
+    for step in (800, 1600, 2400):
+        journal.write("train", step=step, alarms={}, failing=[], **figures)
+    run = page.locator("#training li.running")
+    run.wait_for()
+    words = run.inner_text()
+    assert "digits" in words and "step 2,400 of 8,000" in words and "s left" in words and "20261125T000000-digits-0a1b2c" in words
+    assert [caption.split() for caption in run.locator("figcaption").all_inner_texts()] == [
+        ["Divergence", "0.21"], ["Held-out", "accuracy", "81", "%"], ["Modes", "covered", "90", "%"]
+    ]  # fmt: skip
+    assert run.locator("polyline").first.get_attribute("points").count(",") == 3
+
+    alarm = {"mode_dropping": "the generator covers 50% of the data's modes; --packing 4 or --unroll 5"}
+    journal.write("train", step=3200, alarms=alarm, failing=[*alarm], **figures)
+    page.locator("#training li.running .found", has_text="the generator covers 50% of the data's modes; --packing 4").wait_for()
+    journal.write("failed", reason="mode 3 is dropped: <b>0.00%</b>\nmode 8 is dropped")
+    failed = page.locator("#training li.failed")
+    failed.wait_for()
+    assert failed.locator(".found li").all_inner_texts() == ["mode 3 is dropped: <b>0.00%</b>", "mode 8 is dropped"]
+    assert "not published" in failed.inner_text() and "at step 3,200 of 8,000" in failed.inner_text()
+    for width in (1280, 420):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
+@pytest.mark.slow
+@needs_chromium
 def test_a_lost_connection_is_said_and_comes_back(
     page: playwright.Page, monitored: Monitored, make_bundle: Callable[..., Bundle]
 ) -> None:
@@ -188,8 +223,8 @@ def test_it_fits_wide_and_narrow_light_and_dark(
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:
-    ours = [file for file in PAGE.iterdir() if file.name in ("index.html", "app.js", "style.css")]
-    assert len(ours) == 3
+    ours = [file for file in PAGE.iterdir() if file.name in ("index.html", "app.js", "training.js", "style.css")]
+    assert len(ours) == 4
     for file in ours:
         addresses = set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+[^\s\"'`]*", file.read_text()))
         assert addresses <= {"http://www.w3.org/2000/svg"}, f"{file.name} names {addresses}"
