@@ -83,6 +83,9 @@ from training.views import InstanceNoise, augment, pack
 SAID = ("critic_loss", "generator_loss", "penalty", "divergence", "accuracy", "mode_coverage")  # on the terminal
 
 
+STOPPED = "stopped"  # the file of a run in which a worker says why it ended early
+
+
 class TrainingStopped(RuntimeError):
     """Training ended without a usable generator. The text says why."""
 
@@ -313,11 +316,9 @@ def train_worker(job: dict[str, Any]) -> None:
                 print(f"goes on from {resume.name} with {world} worker{'s' * (world > 1)}", flush=True)
             adversarial_training(config, dataset, rank=rank, world=world, device=device, say=say, save=save, resume=resume)
     except (TrainingStopped, Unsupported) as stopped:
-        ray.train.report({"stopped": str(stopped)})
-    except OSError as error:
-        if world > 1:
-            raise  # Ray ends the others, too
-        ray.train.report({"stopped": f"{job['run']} cannot be written ({error}); mend that, then --resume it"})
+        if rank == 0:  # a report would not do: Ray keeps the metrics of the last one that came with a checkpoint
+            with suppress(OSError):
+                (Path(job["run"]) / STOPPED).write_text(str(stopped))
 
 
 # The run ----------------------------------------------------------------------------------------------------------------------
@@ -357,6 +358,7 @@ def train(config: Config, run: Path, use_gpu: bool) -> tuple[dict[str, Tensor], 
 
     Raises TrainingStopped where the loop did or the workers died too often, KeyboardInterrupt on Ctrl-C.
     """
+    (run / STOPPED).unlink(missing_ok=True)  # of the part before, where this one resumes it
     workers = config.workers if config.min_workers is None else (config.min_workers, config.workers)
     trainer = DataParallelTrainer(
         train_worker,
@@ -380,10 +382,15 @@ def train(config: Config, run: Path, use_gpu: bool) -> tuple[dict[str, Tensor], 
         raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if "stopped" in result.metrics:
-        raise TrainingStopped(result.metrics["stopped"])
+    if (run / STOPPED).exists():
+        raise TrainingStopped((run / STOPPED).read_text())
+    if result.checkpoint is None:
+        raise TrainingStopped("it ended before its first checkpoint")
     with result.checkpoint.as_directory() as directory:
-        return read_state(Path(directory))["average"], result.metrics
+        state = read_state(Path(directory))
+    if state["step"] < config.recipe.steps:
+        raise TrainingStopped(f"it ended after step {state['step']} of {config.recipe.steps}")
+    return state["average"], result.metrics
 
 
 def picture(samples: np.ndarray) -> Image.Image:
