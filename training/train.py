@@ -170,7 +170,6 @@ def adversarial_training(
     look = Look(dataset, latent, objective, conditional=config.conditional, packing=config.packing, seed=config.seed)
     diagnosis, every = Diagnosis(), max(50, recipe.steps // 100)
     rng = torch.Generator(device).manual_seed(config.seed * world + rank)
-    local = recipe.batch // world
     state = State(generator, critic, average, optimisers, noise, diagnosis, rng)
     done, last = state.load(resume, rank=rank, world=world) if resume else (0, {})
 
@@ -179,15 +178,17 @@ def adversarial_training(
 
     for step in range(done, recipe.steps):
         progress = step / recipe.steps
-        rows = np.random.default_rng((config.seed, step)).integers(dataset.trained, size=recipe.batch * config.accumulate)
+        batch = recipe.batch << int(progress * (recipe.doublings + 1))
+        local, drawn = batch // world, step * config.accumulate * (recipe.batch << recipe.doublings)
+        rows = np.random.default_rng((config.seed, step)).integers(dataset.trained, size=batch * config.accumulate)
         generator.zero_grad(set_to_none=True)
         critic.zero_grad(set_to_none=True)
         losses = torch.zeros(3, device=device)
         for part in range(config.accumulate):
             # Each worker takes its part of one global batch, so that without noise the number of workers changes only rounding.
-            first = part * recipe.batch + rank * local
+            first = part * batch + rank * local
             pick = rows[first : first + local]
-            z = torch.from_numpy(latent.sample(seed=config.seed, offset=step * len(rows) + first, count=local)).to(device)
+            z = torch.from_numpy(latent.sample(seed=config.seed, offset=drawn + first, count=local)).to(device)
             real, y = torch.from_numpy(dataset.normalised(pick)).to(device), None if labels is None else labels[pick]
             real, shown = view(real), view(generate(z, y))
             between = penalty.points_between(real, shown.detach(), rng)
@@ -212,8 +213,8 @@ def adversarial_training(
         if config.noise_schedule != "constant":
             noise.update(progress, objective.estimate(float(losses[0])) / objective.largest)
 
-        # The served weights are a running mean with a half-life of a twentieth of the run so far (Karras et al. 2024).
-        keep = 0.5 ** (1 / max(1.0, 0.05 * step))
+        # The served weights are a running mean whose half-life is a share of the run so far (Karras et al. 2024).
+        keep = 0.5 ** (1 / max(1.0, recipe.half_life * step))
         with torch.no_grad():
             for mean, now in zip(average.parameters(), generator.parameters(), strict=True):
                 mean.lerp_(now, 1 - keep)

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,15 +8,28 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_training.py"
 
 
-@pytest.mark.slow
-def test_rows_are_appended_and_not_run_again(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def bench(monkeypatch):
     spec = importlib.util.spec_from_file_location("bench_training", SCRIPT)
-    bench = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(__import__("sys").modules, "bench_training", bench)
-    spec.loader.exec_module(bench)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "bench_training", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_rows_are_appended_and_not_run_again(tmp_path, capsys, bench):
     for seeds in ((100,), (100, 101)):
         bench.main(bench.Bench(datasets=("ring",), methods=("default",), seeds=seeds, steps=50, out=tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
     assert [(r["method"], r["seed"]) for r in rows] == [("perfect sampler", 0), ("default", 100), ("default", 101)]
     assert rows[0]["high_quality"] == pytest.approx(0.9889, abs=0.005) and rows[1]["seconds"] > 0
     assert len(list(tmp_path.glob("*.png"))) == 2 and "PacGAN4" in capsys.readouterr().out
+
+
+def test_a_row_is_judged_by_the_aims_of_its_data_set(bench):
+    good = {"method": "default", "modes": 8, "high_quality": 0.985, "reverse_kl": 0.0, "spread": 0.97, "cpu_seconds": 20.0}
+    assert bench.judged("ring", good) == "all hit"
+    assert bench.judged("ring", good | {"spread": 0.7, "reverse_kl": float("nan")}) == "miss: reverse_kl, spread"
+    assert bench.judged("ring", {"method": "default"}).startswith("miss: modes")  # training was stopped
+    assert bench.judged("ring", good | {"method": "perfect sampler"}) == bench.judged("nothing", good) == ""
