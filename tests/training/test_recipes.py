@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from training.config import Config
 from training.data import DATASETS, ON_DISK
+from training.evaluation import mixture_fit
 from training.recipes import RECIPES
 from training.train import adversarial_training, build
 
@@ -30,8 +33,20 @@ def test_a_batch_doubles_in_equal_parts_of_a_run_and_reads_no_latent_twice(monke
         return sample(self, seed=seed, offset=offset, count=count, **rest)
 
     monkeypatch.setattr(latent_type, "sample", watched)
-    monkeypatch.setitem(RECIPES, "ring", recipe.__class__(**vars(recipe) | {"doublings": 2, "batch": 4}))
+    monkeypatch.setitem(RECIPES, "ring", replace(recipe, doublings=2, batch=4))
     adversarial_training(Config(dataset="ring", steps=9, seed=3), dataset)
     assert [count for _, count in drawn] == [4] * 3 + [8] * 3 + [16] * 3
     ends = [offset + count for offset, count in drawn]
     assert all(end <= offset for end, (offset, _) in zip(ends, drawn[1:], strict=False))
+
+
+@pytest.mark.slow
+def test_the_default_recipe_finds_every_mode_of_the_ring_in_its_width():
+    torch.set_num_threads(1)
+    config, dataset = Config(dataset="ring", seed=1), DATASETS["ring"]()
+    generator, _ = adversarial_training(config, dataset)
+    with torch.no_grad():
+        samples = generator(torch.from_numpy(build(config, dataset)[0].sample(seed=7, count=20_000))).numpy()
+    fit = mixture_fit(dataset.mixture, samples * dataset.scale + dataset.shift)
+    assert fit["modes"] == 8 and fit["reverse_kl"] < 0.003
+    assert 0.975 < fit["high_quality"] < 0.992 and 0.9 < fit["spread"] < 1.05
