@@ -33,32 +33,32 @@ from monitoring.bulk import RATES, Moments
 from monitoring.coverage import RHO
 from training.bundle import DUPLICATE_BLOCK, NEAREST_TRAIN, OFF_MANIFOLD_EXCESS, Certificate, Reference
 
-FAMILIES = {"modes": 0.26, "tails": 0.20, "bulk": 0.49, "copies": 0.01, "duplicates": 0.01, "quality": 0.03}
+FAMILIES = {"modes": 0.27, "tails": 0.19, "bulk": 0.51, "copies": 0.01, "duplicates": 0.01, "quality": 0.01}
 """Family -> its share of the false-alarm budget. A family that has no bet leaves its share unused, which is valid too."""
 
 NULLS = {family: "B" if family == "quality" else "A" for family in FAMILIES}
 """Family -> the hypothesis that it tests."""
 
 KINDS = {
-    "drop": ("modes", 0.24),
+    "drop": ("modes", 0.25),
     "inflate": ("modes", 0.01),
     "shares": ("modes", 0.01),
     "upper": ("tails", 0.18),
-    "lower": ("tails", 0.02),
+    "lower": ("tails", 0.01),
     "wider": ("bulk", 0.02),
     "narrower": ("bulk", 0.14),
-    "moved": ("bulk", 0.33),
+    "moved": ("bulk", 0.35),
     "copies": ("copies", 0.01),
     "duplicates": ("duplicates", 0.01),
-    "quality": ("quality", 0.03),
+    "quality": ("quality", 0.01),
 }
 """What a bet accuses the model of -> its family and its weight; a kind's bets share the weight, equally but for those that `moved`."""
 
 TAIL_BETS = (0.01, 0.1, 0.6)  # theta; used where above the bound
 TAIL_FROM = 1 / 16  # shallower levels are the bulk's
 COPIES_FROM = 1 / 1024  # what is merely close to the training data is no copy: only the deepest levels tell
-TILTS = (0.3, 0.8, 2.0)  # of a score's normal quantile: the shift, in standard deviations, that a bet is best for
-DROP_BETS = (0.0, 0.35)  # theta / m: what is left of a mode
+TILTS = (0.3, 0.8)  # of a score's normal quantile: the shift, in standard deviations, that a bet is best for
+DROP_BETS = (0.0, 0.5)  # theta / m: what is left of a mode
 LEAST_GIVEN = 0.05  # of a class: a mode that it makes more rarely is not bet on given that class
 INFLATE_BETS = (1.5, 3.0)  # theta / m
 QUALITY_BETS = (0.0, 0.25, 0.5)  # theta / m: what is left of the least share that null B allows, RHO of the real one

@@ -429,7 +429,7 @@ def main() -> None:
             print(f"| {row['space']}: {row['change']} | {says} |")
     if "lengths" in wanted:
         certificates, runs = (4, 10) if chosen.quick else (20, 25)
-        found = [lengths(SPACES["gauss"](), certificates, runs, arl, 200_000) for arl in ((1e3,) if chosen.quick else (1e3, 1e4))]
+        found = [lengths(SPACES["gauss"](), certificates, runs, arl, count) for arl in ((1e3,) if chosen.quick else (1e3, 1e4))]
         for row in keep("lengths", found + ([foreign_lengths(2, 50)] if FOREIGN.exists() and not chosen.quick else [])):
             bound = f", 99 % lower bound {row['low_99']:,.0f}" if "low_99" in row else ""
             print(f"{row.get('method', 'ours')} asked for {row['asked']:,.0f}: {row['measured']:,.0f} over {row['runs']} runs{bound}")

@@ -27,11 +27,11 @@ def watch(bundle, samples, *, step=64, arl=2.6e9, fresh=True) -> Monitor:
         ({"lost": (3, 8)}, "mode_dropping", ("3", "8"), 236),
         ({"fakes": 0.05}, "off_manifold", (), 109),
         ({"fakes": 0.5}, "off_manifold", (), 7),
-        ({"width": 0.8}, "within_mode_collapse", (), 295),
-        ({"width": 1.2}, "off_manifold", (), 543),
+        ({"width": 0.8}, "within_mode_collapse", (), 292),
+        ({"width": 1.2}, "off_manifold", (), 539),
         ({"grain": 1.0}, "latent_fault", (), 33),
-        ({"lost": (3, 8), "honest": True}, "quality_outside_tolerance", (), 969),
-        ({"fakes": 0.5, "honest": True}, "quality_outside_tolerance", (), 268),
+        ({"lost": (3, 8), "honest": True}, "quality_outside_tolerance", (), 1012),
+        ({"fakes": 0.5, "honest": True}, "quality_outside_tolerance", (), 271),
     ],
 )
 def test_each_failure_is_named(make_bundle, draw, fault, verdict, modes, first_alarm):
