@@ -71,6 +71,11 @@ const title = (id, modes) => {
 };
 const replayed = ({ checked, mismatched, suspect }) => !checked ? "" : suspect ? `certified samples come back different: ${count(mismatched)} of ${count(checked)}`
   : `certified samples come back as certified, ${count(checked)} compared` + (mismatched ? `; ${count(mismatched)} once differed` : "");
+const budget = ({ version, budget_share: share, other_versions: others, snapshot: { budget: { families } } }) =>
+  [`${percent(share)} for ${version}`, ...others.map(other => `${percent(other.budget_share)} for ${other.version}`)].join(", ")
+  + `; of that ${Object.entries(families).map(([name, { null: hypothesis, weight }]) => `${percent(weight)} ${name}${hypothesis === "B" ? " (null B)" : ""}`).join(", ")}`;
+const covered = ({ real, covered, certainly_covered: sure, certainly_dropped: gone, unwatched }) =>
+  `${count(covered)} of ${count(real)} covered: ${count(sure)} certainly, ${count(gone)} certainly dropped` + (unwatched ? `; ${count(unwatched)} unwatched, their loss would hardly be seen` : "");
 const code = words => words.split("`").map((part, i) => i % 2 ? element("code", {}, part) : part);
 const tone = model => {
   const id = model.snapshot.verdict.id;
@@ -193,7 +198,10 @@ function drawVerdict(model) {
     ["Replay audit", [replayed(model.snapshot.replay)]],
     ["Rejected", [Object.entries(model.snapshot.rejected).filter(([, n]) => n).map(([reason, n]) => `${count(n)} samples: ${reason}`).join(", ")]],
     ["False alarms", [`at most one in ${big.format(arl)} fresh samples, on average`]],
-    ...model.other_versions.map(other => [other.alias, [`${other.version}: ${title(other.verdict.id, other.verdict.modes)}`]]),
+    ["Budget", [budget(model)]],
+    ["Modes", [covered(model.snapshot.coverage)]],
+    ...model.other_versions.flatMap(other => [[other.alias, [`${other.version}: ${title(other.verdict.id, other.verdict.modes)}, ${count(other.monitored)} samples`]],
+      [`${other.alias} beside it`, [other.comparison?.words]]]),
   ];
   if (card.forced) facts.push(["Forced", [card.forced]]);
   $(".facts").replaceChildren(...facts.filter(([, value]) => value[0]).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, ...value)]));
