@@ -8,7 +8,7 @@ ifneq ($(shell uname -sm),Linux x86_64)
 $(warning ganwatch runs on x86-64 Linux: HAProxy and onnxruntime-gpu come as wheels for nothing else; this is $(shell uname -sm))
 endif
 
-.PHONY: demo test test-fast tritonclient reference-values theory bench-training bench-serving bench-monitoring clean
+.PHONY: demo test test-fast tritonclient object-storage reference-values theory bench-training bench-serving bench-monitoring clean
 
 $(READY): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"ganwatch needs Python 3.11 or newer; {sys.executable} is {v.major}.{v.minor}. Name another one: make PYTHON=python3.12")'
@@ -30,8 +30,18 @@ $(TRITONCLIENT): $(READY)
 
 tritonclient: $(TRITONCLIENT)
 
+# A real S3 server and a real Google one, on loopback, for what the tests read from object storage.
+OBJECT_STORAGE := .venv/object-storage/.ready
+
+$(OBJECT_STORAGE): $(READY)
+	@$(BIN)/python -m venv --clear .venv/object-storage
+	@.venv/object-storage/bin/pip install --quiet --disable-pip-version-check 'moto[server]==5.2.5' gcp-storage-emulator==2026.7.19
+	@touch $@
+
+object-storage: $(OBJECT_STORAGE)
+
 # Two files at a time: much of the time is spent waiting for processes to start.
-test: $(READY) $(TRITONCLIENT)
+test: $(READY) $(TRITONCLIENT) $(OBJECT_STORAGE)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
 
 test-fast: $(READY)

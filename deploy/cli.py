@@ -171,7 +171,7 @@ def publish(
     Args:
         bundle: a bundle directory, such as the one that a refused training run left.
         onnx: a generator that was trained elsewhere: one float input of latents, one output of samples.
-        reference: the real data to certify it against: npz, npy, parquet, a folder of images, or a built-in name.
+        reference: the real data to certify it against: npz, npy, IDX, parquet, a folder of images, s3://..., or a built-in name.
         latent: the law of its input: normal:128, normal:64x0.5 for a standard deviation of 0.5, signs:16+normal:48.
         model: publish under this name; default: the name in its card, or that of the ONNX file.
         force: publish although the quality gate objects; the objections stay in the card.

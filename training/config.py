@@ -28,7 +28,7 @@ class Config:
 
     dataset: str = "digits"
     """Real data: ring, grid, grid100, mixture1200, s-curve, moons, flower (all vectors), digits, stacked-digits, mnist,
-    stacked-mnist, fashion-mnist, or a path or URI: npz, npy, parquet, images."""
+    stacked-mnist, fashion-mnist, or a path or URI (s3://, gs://): npz, npy, IDX, parquet, images."""
     data: str | None = None
     """Where the files of mnist, stacked-mnist or fashion-mnist lie: a directory of IDX files, or an npz."""
     skip_bad_files: bool = False

@@ -92,7 +92,9 @@ class Dataset:
     def scale(self) -> Float32[ndarray, "d"]:
         if self.is_image:
             return np.full(self.dim, 127.5, np.float32)
-        deviation = self.samples[: self.trained].std(axis=0, dtype=np.float64).astype(np.float32)
+        shift, rows = self.shift.astype(np.float64), max(1, 2**20 // self.dim)  # in pieces: they may be larger than memory
+        parts = (self.samples[i : min(i + rows, self.trained)] for i in range(0, self.trained, rows))
+        deviation = np.sqrt(sum(((part - shift) ** 2).sum(axis=0) for part in parts) / self.trained).astype(np.float32)
         return np.where(deviation > 0, deviation, np.float32(1))  # a coordinate that never varies stays as it is
 
     def normalised(self, rows: slice | Int64[ndarray, "n"] = slice(None)) -> Float32[ndarray, "n d"]:

@@ -1,7 +1,11 @@
-"""Opens a data set by name, or reads the user's own through Ray Data: npz, npy, parquet, a folder of images.
+"""Opens a data set by name, or reads the user's own through Ray Data: npz, npy, IDX, parquet, a folder of images.
 
     python training/train.py --dataset faces/                  images; labels are the names of subdirectories, where there are any
     python training/train.py --dataset s3://bucket/table.parquet    whatever pyarrow opens
+
+Object storage is found as its own tools find it: S3 by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, AWS_REGION,
+and AWS_ENDPOINT_URL where it is not Amazon's; gs:// by GOOGLE_APPLICATION_CREDENTIALS, gs://anonymous@bucket/x without any.
+Ray's workers need the same variables: a cluster elsewhere gets them by `ray job submit --runtime-env-json`.
 
 Files stream through Ray's workers into one memory-mapped array, so data may be larger than memory. A file that cannot be used
 is named, with the reason. It knows neither networks nor training.
@@ -10,9 +14,11 @@ is named, with the reason. It knows neither networks nor training.
 from __future__ import annotations
 
 import difflib
+import gzip
 import io
 import json
 import logging
+import mmap
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -36,6 +42,8 @@ class Stream(Protocol):
     """An open binary file, of Python or of pyarrow."""
 
     def read(self, size: int = -1, /) -> bytes: ...
+
+    def seek(self, position: int, /) -> int: ...
 
 
 Chunk = tuple[ndarray, ndarray | None]  # samples as found, and their labels
@@ -65,20 +73,37 @@ def find(name: str) -> tuple[FileSystem, str, list[str]]:
         about = system.get_file_info(root)
         inside = system.get_file_info(FileSelector(root, recursive=True)) if about.type == FileType.Directory else [about]
     except (OSError, ValueError) as error:
-        raise DataError(f"--dataset is {name}, which cannot be opened: {error}") from None
+        remedy = next((f"; {words}" for sign, words in _REMEDIES if sign in str(error)), "") if "://" in name else ""
+        raise DataError(f"--dataset is {name}, which cannot be opened: {error}{remedy}") from None
+    if about.type == FileType.NotFound and "://" in name:
+        raise DataError(f"--dataset is {name}, and no bucket, folder or object of that name is there; look at its spelling, and at AWS_ENDPOINT_URL where the storage is not Amazon's")
     if about.type == FileType.NotFound:
         near = difflib.get_close_matches(name, DATASETS, n=1)
         words = f"did you mean {near[0]}? " if near else ""
         raise DataError(f"--dataset is {name}, neither a path that exists nor built in; {words}built in are {', '.join(DATASETS)}")
-    files = sorted(f.path for f in inside if f.type == FileType.File and f".{f.extension.lower()}" in READERS)
+    files = sorted(f.path for f in inside if f.type == FileType.File and _kind(f.path) in READERS)
     if not files:
         raise DataError(f"--dataset is {name}, where no file ends in {', '.join(READERS)}")
     return system, root.rstrip("/"), files
 
 
+_REMEDIES = (  # what storage answers, and what to do
+    ("ACCESS_DENIED", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, to an account that may read it"),
+    ("NETWORK_CONNECTION", "AWS_ENDPOINT_URL says where the storage is, if it is not Amazon's"),
+    ("PERMISSION_DENIED", "set GOOGLE_APPLICATION_CREDENTIALS to a key that may read it"),
+)
+_IDX_IMAGES = re.compile(r"images[-.]idx3-ubyte(\.gz)?$")
+
+
+def _kind(path: str) -> str:
+    """The key of READERS for a file: its suffix, or .idx for IDX images, whose names have none."""
+    return ".idx" if _IDX_IMAGES.search(path) else Path(path).suffix.lower()
+
+
 def label(name: str) -> str:
     """A short name for the data at a path, fit for a model: `/data/My faces.npz` is `My-faces`."""
-    return name if name in DATASETS else re.sub(r"[^A-Za-z0-9_-]+", "-", name.rstrip("/").split("/")[-1].split(".")[0]).strip("-_") or "data"
+    last = name.split("?")[0].rstrip("/").split("/")[-1].split(".")[0]
+    return name if name in DATASETS else re.sub(r"[^A-Za-z0-9_-]+", "-", last).strip("-_") or "data"
 
 
 # One reader for each kind of file: an open file gives chunks of samples as they were found --------------------------------------
@@ -120,6 +145,11 @@ def _rows(file: Stream) -> Iterator[Shaped[ndarray, "n ..."]]:
     shape, by_column, dtype = header(file)
     if dtype.hasobject or not shape or by_column and len(shape) > 1:
         raise ValueError(f"its array is {dtype} {shape}{' by column' * by_column}; numbers, one sample a row, are expected")
+    yield from _pieces(file, shape, dtype)
+
+
+def _pieces(file: Stream, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[Shaped[ndarray, "n ..."]]:
+    """The values that follow a header."""
     width = dtype.itemsize * int(np.prod(shape[1:]))
     step = max(1, CHUNK // max(1, width))
     for first in range(0, shape[0], step):
@@ -148,11 +178,42 @@ def parquet(file: Stream) -> Iterator[Chunk]:
                 for pixels, _ in image(io.BytesIO(raw)):
                     yield pixels, None if labels is None else labels[i : i + 1]
             continue
-        columns = [np.asarray(batch[n].to_pylist()) for n in names if n != named]
-        wrong = [n for n, c in zip((n for n in names if n != named), columns, strict=True) if c.dtype.kind not in "iuf"]
+        columns = {n: _numbers(batch[n]) for n in names if n != named}
+        wrong = [n for n, c in columns.items() if c.dtype.kind not in "iuf"]
         if wrong or not columns:
             raise ValueError(f"columns {', '.join(wrong) or 'with samples'} are no numbers; give coordinates, or encoded images in `image`")
-        yield np.concatenate([c[:, None] if c.ndim == 1 else c for c in columns], axis=1), labels
+        yield np.concatenate([c[:, None] if c.ndim == 1 else c for c in columns.values()], axis=1), labels
+
+
+def _numbers(column: Any) -> Shaped[ndarray, "n ..."]:
+    """A column as an array, without Python's numbers in between: lists of one length become rows, a missing number NaN."""
+    import pyarrow.compute as pc
+    from pyarrow.types import is_fixed_size_list, is_large_list, is_list
+
+    if not (is_list(column.type) or is_large_list(column.type) or is_fixed_size_list(column.type)):
+        return column.to_numpy(zero_copy_only=False)
+    lengths = pc.unique(pc.list_value_length(column)).to_pylist()
+    if len(lengths) != 1 or lengths[0] is None:
+        raise ValueError(f"a column holds lists of {', '.join(map(str, lengths))} numbers; one length is expected")
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+
+
+def idx(file: Stream) -> Iterator[Chunk]:
+    """MNIST's format, gzipped or not: two zero bytes, the code of unsigned bytes, the number of axes, each axis in big-endian."""
+    values, shape = _idx(file)
+    for part in _pieces(values, shape, np.dtype(np.uint8)):
+        yield part, None
+
+
+def _idx(file: Stream) -> tuple[Stream, tuple[int, ...]]:
+    """The values and the shape of an IDX file."""
+    zipped = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    values = gzip.GzipFile(fileobj=file) if zipped else file
+    head = values.read(4)
+    if head[:3] != b"\0\0\x08" or not head[3]:
+        raise ValueError(f"it begins with {head.hex()}, no IDX file of unsigned bytes does")
+    return values, tuple(np.frombuffer(values.read(4 * head[3]), ">u4").tolist())
 
 
 def image(file: Stream) -> Iterator[Chunk]:
@@ -167,7 +228,7 @@ def image(file: Stream) -> Iterator[Chunk]:
 
 
 READERS: dict[str, Callable[[Stream], Iterator[Chunk]]] = {
-    ".npz": npz, ".npy": npy, ".parquet": parquet, ".png": image, ".jpg": image, ".jpeg": image, ".webp": image, ".bmp": image,
+    ".npz": npz, ".npy": npy, ".idx": idx, ".parquet": parquet, ".png": image, ".jpg": image, ".jpeg": image, ".webp": image, ".bmp": image,
 }  # fmt: skip
 
 
@@ -200,7 +261,7 @@ def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], 
 
     system, root, files = find(name)
     folders = [file.removeprefix(f"{root}/").split("/")[:-1] for file in files]
-    by_folder = len(files) > 1 and READERS[Path(files[0]).suffix.lower()] is image and all(folders)
+    by_folder = len(files) > 1 and READERS[_kind(files[0])] is image and all(folders)
     items = [{"file": file, "folder": folder[0] if by_folder else ""} for file, folder in zip(files, folders, strict=True)]
 
     rows = _through_ray(items, system) if ray.is_initialized() else _here(items, system)
@@ -249,6 +310,10 @@ def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], 
     step = max(1, CHUNK // found[0].nbytes)
     for begin in range(0, count, step):
         shuffled[begin : begin + step] = found[order[begin : begin + step]]
+        if begin // step % 32 == 31:  # pages that were touched count as this process's memory until they are let go
+            shuffled.flush()
+            for mapped in (found, shuffled):
+                mapped._mmap.madvise(mmap.MADV_DONTNEED)
     shuffled.flush()
     (cache / "samples.raw").unlink()
     classes: list[str] = []
@@ -287,13 +352,32 @@ def _decoded(files: dict[str, Any], system: FileSystem) -> Iterator[dict[str, li
     for file, folder in zip(files["file"].tolist(), files["folder"].tolist(), strict=True):
         row: dict[str, Any] = {"file": file, "samples": b"", "labels": b"", "problem": ""}
         try:
+            beside, done = _beside(system, file), 0
             with system.open_input_file(file) as opened:
-                for samples, labels in READERS[Path(file).suffix.lower()](opened):
+                for samples, labels in READERS[_kind(file)](opened):
                     labels = np.full(len(samples), folder) if folder else labels
+                    if beside is not None:
+                        labels, done = beside[done : done + len(samples)], done + len(samples)
                     packed = b"" if labels is None else _packed(labels)
                     yield {k: [v] for k, v in (row | {"samples": _packed(as_served(samples)), "labels": packed}).items()}
         except Exception as error:  # whatever a decoder raises on a damaged file
             yield {k: [v] for k, v in (row | {"problem": str(error) or type(error).__name__}).items()}
+
+
+def _beside(system: FileSystem, file: str) -> ndarray | None:
+    """The labels of an IDX file of images, which lie in a file of their own beside it, if any."""
+    folder, _, name = file.rpartition("/")
+    other = f"{folder}/{name.replace('images', 'labels').replace('idx3', 'idx1')}"
+    found = [o for o in (other, f"{other}.gz", other.removesuffix(".gz")) if _IDX_IMAGES.search(name) and system.get_file_info(o).type == FileType.File]
+    if not found:
+        return None
+    with system.open_input_file(found[0]) as opened:
+        labels = np.concatenate([part for part, _ in idx(opened)])
+    with system.open_input_file(file) as opened:
+        count = _idx(opened)[1][0]
+    if labels.shape != (count,):
+        raise ValueError(f"it holds {count:,} images, and {found[0]} labels of shape {labels.shape}")
+    return labels
 
 
 def _packed(array: ndarray) -> bytes:

@@ -1,4 +1,7 @@
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -130,3 +133,39 @@ def test_data_of_ones_own_go_through_ray(tmp_path, ray):
     ):
         with pytest.raises(DataError, match=words):
             opened(name)
+
+
+LIMITED = """
+import pyarrow, pyarrow.parquet, resource, sys
+pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the others reserve a gigabyte at once
+from pathlib import Path
+from training.sources import open_dataset
+open_dataset(sys.argv[1] + "/small" + Path(sys.argv[2]).suffix, cache=Path(sys.argv[1], "warm"))  # what the first call keeps
+held = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (held + (int(sys.argv[3]) << 20),) * 2)
+dataset = open_dataset(f"{sys.argv[1]}/{sys.argv[2]}", cache=Path(sys.argv[1], sys.argv[2] + ".cache"))
+assert dataset.scale.shape == (64,)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["x.npy", "x.parquet"])
+def test_data_may_be_larger_than_memory(name, tmp_path):
+    """256 MB in a process that may take 64 MB more of its own: the array is written, shuffled and measured in pieces."""
+    x = rng.standard_normal((1_000_000, 64), np.float32)
+    for file, rows in (("small", x[:200]), ("x", x)):
+        if name == "x.npy":
+            np.save(tmp_path / f"{file}.npy", rows)
+        else:
+            table = pa.table({f"c{j}": rows[:, j] for j in range(64)})
+            pq.write_table(table, tmp_path / f"{file}.parquet", row_group_size=20_000, compression="none")
+
+    def opened(limit):
+        command = [sys.executable, "-c", LIMITED, tmp_path, name, limit]
+        return subprocess.run([*map(str, command)], cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True, timeout=300)
+
+    done = opened(64)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for left in (tmp_path / f"{name}.cache").iterdir():
+        left.unlink()
+    assert opened(1).returncode != 0  # the limit is one
