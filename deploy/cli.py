@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -191,6 +192,40 @@ def publish(
             adopt(onnx, reference, latent, directory, model=model, progress=lambda done, most: show(f"{done:,} of at most {most:,} samples"))
         published = publish_bundle(directory, _registry(registry), force=force)
     _tell({"model": published.card.model, "version": published.card.version, "path": str(published.path), "forced": published.card.forced}, as_json)
+
+
+def reference(
+    action: tyro.conf.Positional[Literal["build"]],
+    data: tyro.conf.Positional[str],
+    name: str | None = None,
+    skip_bad_files: bool = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Build what real data look like to the monitor, without any generator, and say what changed since the last build.
+
+    ganwatch reference build faces.npz --name faces
+
+    Trains features.onnx, a classifier where data are labelled, and writes it with reference.npz and reference.json to
+    .ganwatch/references/NAME/vN. Building again after new data came says in words which classes, shares and features moved.
+
+    Args:
+        action: build.
+        data: npz, npy, IDX, parquet, a folder of images, or a built-in name; also of s3:// and gs://.
+        name: default: the last part of the path.
+        skip_bad_files: leave out files that cannot be used, naming each.
+    """
+    from training.reference import build, words
+    from training.sources import label, open_dataset
+
+    directory = ganwatch_home() / "references"
+    with tempfile.TemporaryDirectory(prefix="ganwatch-") as cache, _stage(f"building the reference of {data}"):
+        dataset = open_dataset(data, cache=Path(cache), skip_bad_files=skip_bad_files, say=lambda line: progress.print(escape(line)))
+        built = build(dataset, name or label(data), data, directory)
+    if as_json:
+        return _print_json({"path": str(built.path)} | built.about)
+    for line in words(built.about):
+        answer.print(escape(line))
+    answer.print(f"-> {built.path}", markup=False)
 
 
 def certify(
@@ -633,7 +668,7 @@ def _print_json(value: Any) -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "up": up, "down": down, "status": status, "demo": demo, "publish": publish, "certify": certify, "promote": promote, "rollback": rollback,
+    "up": up, "down": down, "status": status, "demo": demo, "publish": publish, "reference": reference, "certify": certify, "promote": promote, "rollback": rollback,
     "models": models, "sample": sample, "inject": inject, "replay": replay, "ack": ack, "grafana": grafana, "doctor": doctor,
 }  # fmt: skip
 
