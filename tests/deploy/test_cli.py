@@ -80,6 +80,6 @@ def test_labels_are_split_at_commas_outside_parentheses(text: str, labels: list[
 
 def test_every_command_teaches() -> None:
     assert set(COMMANDS) == {
-        "up", "down", "status", "demo", "publish", "certify", "promote", "rollback", "models", "sample", "inject", "replay", "ack", "grafana", "doctor",
+        "up", "down", "status", "demo", "publish", "certify", "reference", "promote", "rollback", "models", "sample", "inject", "replay", "ack", "grafana", "doctor",
     }  # fmt: skip
     assert all(command.__doc__ for command in COMMANDS.values())
