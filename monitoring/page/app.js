@@ -201,7 +201,7 @@ function drawVerdict(model) {
     ["Budget", [budget(model)]],
     ["Modes", [covered(model.snapshot.coverage)]],
     ...model.other_versions.flatMap(other => [[other.alias, [`${other.version}: ${title(other.verdict.id, other.verdict.modes)}, ${count(other.monitored)} samples`]],
-      [`${other.alias} beside it`, [other.comparison?.words]]]),
+      [`${other.alias} compared`, [other.comparison?.words]]]),
   ];
   if (card.forced) facts.push(["Forced", [card.forced]]);
   $(".facts").replaceChildren(...facts.filter(([, value]) => value[0]).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, ...value)]));
