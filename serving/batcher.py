@@ -3,7 +3,7 @@
 A batch is sealed only when the device is free, so it holds whatever has come in the meantime and nothing ever waits for a
 timer. A large request is cut, and every waiting request gets its turn before any gets a second: n = 1 passes n = 65536.
 Where nobody waits the device takes spare work, one batch at a time. Knows nothing of HTTP; runs the sampler in threads of
-its own.
+its own, but for batches that take less time than to wake a thread does.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ import numpy as np
 from numpy import ndarray
 
 from serving.errors import DeadlineExceeded, Overloaded, Unavailable
-from serving.sampler import BUCKETS, Sampler, Window
+from serving.sampler import Sampler, Window
 from serving.tracing import Trace, current
 
 _STALLED_S = 60.0  # a batch that takes longer will not come back
+_INLINE_S = 300e-6  # a batch that takes less runs in the event loop: two threads that pass the GIL to and fro take longer
+_WINDOW_S = 20e-6  # what a window costs besides its rows
 
 logger = logging.getLogger(__name__)
 
@@ -82,13 +84,13 @@ class _Piece:
 
 
 class Batcher:
-    """`batch`: samples a run of the model at most. `turn`: samples a request gets before the next one has its turn.
+    """`batch`: samples a run of the model at most, or fewer where a sampler says so. `turn`: samples a request gets before the next one has its turn.
     `limit`, `limit_bytes`: samples admitted and not yet answered at most, and the size of their answers.
     `lanes`: batches on the device at once; with two, one is copied while the other is computed.
     `spare`: what to do while nobody waits; asked again after each batch and each `wake`."""
 
     def __init__(
-        self, *, batch: int = BUCKETS[-1], turn: int = 32, limit: int = 4 * 65536, limit_bytes: int = 1 << 30, lanes: int = 1
+        self, *, batch: int = 1024, turn: int = 32, limit: int = 4 * 65536, limit_bytes: int = 1 << 30, lanes: int = 1
     ) -> None:
         self.batch, self.turn, self.limit, self.limit_bytes, self.lanes = batch, turn, limit, limit_bytes, lanes
         self.spare: Callable[[], Spare | None] = lambda: None
@@ -210,7 +212,11 @@ class Batcher:
             return rows
 
         try:
-            rows = await asyncio.get_running_loop().run_in_executor(self._threads, run)
+            if sampler.pace * sum(window.count for window in windows) + _WINDOW_S * len(windows) <= _INLINE_S:
+                rows = run()
+                await asyncio.sleep(0)  # whoever came meanwhile is in the next batch
+            else:
+                rows = await asyncio.get_running_loop().run_in_executor(self._threads, run)
         finally:
             del self._running[lane]
         self.batches += 1
@@ -259,6 +265,8 @@ class Batcher:
             job = self._jobs.popleft()
             if job.answer.done():
                 continue
+            if not taken:
+                room = min(room, job.sampler.batch)
             if taken and job.sampler is not next(iter(taken)).sampler:
                 others.append(job)
                 continue

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import struct
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -20,6 +21,8 @@ from serving.records import Origin
 from serving.sampler import Window
 from training.bundle import SEED_LIMIT, Card
 
+_SEEDS = 256
+_seeds: list[int] = []
 _SERVER_SEED_BITS = 53  # so that every language reads a seed back from JSON exactly
 _FIELDS = ("n", "seed", "offset", "label", "truncation", "z", "interpolate", "dtype", "stream")
 # What a field rules out: latents that are given are not drawn, and no path stays within the bounds of its truncated ends.
@@ -69,7 +72,12 @@ class SampleRequest:
 
 
 def server_seed() -> int:
-    return secrets.randbits(_SERVER_SEED_BITS)
+    """A seed that nobody can foretell. The system's randomness is read for many at a time: each reading gives up the GIL."""
+    while True:
+        try:
+            return _seeds.pop() >> (64 - _SERVER_SEED_BITS)
+        except IndexError:  # none left, or another thread took the last one
+            _seeds.extend(struct.unpack(f"<{_SEEDS}Q", secrets.token_bytes(8 * _SEEDS)))
 
 
 def one_of(names: Any) -> str:

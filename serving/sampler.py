@@ -6,6 +6,7 @@ Knows nothing of requests, batches or aliases; needs numpy and onnxruntime only,
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -22,6 +23,7 @@ Device = Literal["auto", "cpu", "cuda"]
 # Their own generators would make rows depend on what was asked before.
 _RANDOM_OPS = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial")
 _TENSOR = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
+_BATCH_S, _BATCH_ROWS = 20e-3, 1024  # of a run on a CPU: more rows at a time gain nothing and make others wait
 BUCKETS = (1, 8, 32, 64, 128, 256)  # rows of a run where its shape matters; all are run once before a sampler is ready
 
 
@@ -75,14 +77,22 @@ class Sampler:
         self._check_signature(bundle)
         # A GPU chooses its algorithms for each shape anew; a CPU gains nothing from rows that nobody asked for.
         self.buckets = BUCKETS[-1:] if deterministic else BUCKETS if self.provider != "CPUExecutionProvider" else ()
-        for rows in self.buckets or BUCKETS:
-            self.sample([Window(seed=0, offset=0, count=rows)])
+        self.pace = min(self._timed(rows) / rows for rows in self.buckets or BUCKETS)  # seconds a row
+        self.batch = self.buckets[-1] if self.buckets else max(BUCKETS[2], min(int(_BATCH_S / self.pace), _BATCH_ROWS))  # rows of a run at most
 
     def sample(self, windows: Sequence[Window]) -> ndarray:
         """The rows of all windows, one after the other: uint8 [n, h, w, c] or float32 [n, d]."""
         card = self.card
-        z = np.concatenate([window.latents(card) for window in windows])
+        if any(window.z is not None for window in windows):
+            z = np.concatenate([window.latents(card) for window in windows])
+        else:
+            z = card.latent.sample_windows([(window.seed, window.offset, window.count, window.truncation) for window in windows])
         return self.run(z, np.concatenate([window.classes(card) for window in windows]) if card.classes else None)
+
+    def _timed(self, rows: int) -> float:
+        started = time.perf_counter()
+        self.sample([Window(seed=0, offset=0, count=rows)])
+        return time.perf_counter() - started
 
     def run(self, z: Float32[ndarray, "n d"], y: Int64[ndarray, "n"] | None = None) -> ndarray:
         """The samples of given latents (and classes), in runs of the buckets' sizes where there are buckets."""

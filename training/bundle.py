@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -94,18 +95,27 @@ class SignGaussian:
         `truncation` t in (0, 1] keeps the central t of the Gaussian's mass, by conditioning (|z| <= scale * Phi^-1((1 + t) / 2));
         signs are untouched, and t = 1 is the law itself.
         """
-        check_window(seed, offset, count)
-        if not 0.0 < truncation <= 1.0:
-            raise ValueError(f"truncation is {truncation}; it must lie in (0, 1]")
+        return self.sample_windows([(seed, offset, count, truncation)])
+
+    def sample_windows(self, windows: Sequence[tuple[int, int, int, float]]) -> Float32[ndarray, "n d"]:
+        """`sample` of several (seed, offset, count, truncation), one after the other; costs little more than one of as many rows."""
         sign_words = -(-self.signs // 64)
-        words = philox_words(seed, _LATENT_STREAM, offset, count, self.normals + sign_words)
-        z = np.empty((count, self.dim), np.float32)
-        octets = np.ascontiguousarray(words[:, self.normals :]).astype("<u8").view(np.uint8).reshape(count, 8 * sign_words)
+        parts = []
+        for seed, offset, count, truncation in windows:
+            check_window(seed, offset, count)
+            if not 0.0 < truncation <= 1.0:
+                raise ValueError(f"truncation is {truncation}; it must lie in (0, 1]")
+            parts.append(philox_words(seed, _LATENT_STREAM, offset, count, self.normals + sign_words))
+        words = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        n = len(words)
+        z = np.empty((n, self.dim), np.float32)
+        octets = np.ascontiguousarray(words[:, self.normals :]).astype("<u8").view(np.uint8).reshape(n, 8 * sign_words)
         bits = np.unpackbits(octets, axis=1, bitorder="little")
         z[:, : self.signs] = bits[:, : self.signs].astype(np.float32) * 2 - 1
         u = _uniform(words[:, : self.normals])
-        if truncation < 1.0:
-            u = (1.0 - truncation) / 2 + truncation * u
+        if any(truncation < 1.0 for *_, truncation in windows):  # where it is 1, this changes no bit
+            kept = np.repeat([truncation for *_, truncation in windows], [count for _, _, count, _ in windows])[:, None]
+            u = (1.0 - kept) / 2 + kept * u
         z[:, self.signs :] = ndtri(u) * self.scale
         return z
 

@@ -34,6 +34,7 @@ class Gated(Sampler):
     def __init__(self, sampler: Sampler) -> None:
         self.__dict__.update(sampler.__dict__)
         self.gate, self.entered, self.batches = threading.Event(), threading.Event(), []
+        self.pace = 1.0
 
     def sample(self, windows):
         self.batches.append([(window.seed, window.count) for window in windows])
@@ -80,9 +81,9 @@ def test_answers_depend_on_nothing_but_the_window(samplers, requests, batch, tur
             return answers
 
     for (name, seed, offset, count, leaves), answer in zip(requests, asyncio.run(scene()), strict=True):
-        if leaves:
-            assert isinstance(answer, asyncio.CancelledError)
-        elif seed == POISON:
+        if leaves and isinstance(answer, asyncio.CancelledError):
+            continue  # who leaves too late is answered
+        if seed == POISON:
             assert isinstance(answer, ArithmeticError)
         else:
             np.testing.assert_array_equal(answer, samplers[name].sample([Window(seed, offset, count)]))
@@ -162,7 +163,7 @@ class Counting(Sampler):
 
     def __init__(self, sampler: Sampler) -> None:
         self.__dict__.update(sampler.__dict__)
-        self.runs = 0
+        self.runs, self.batch = 0, 256
 
     def sample(self, windows):
         self.runs += 1
@@ -172,7 +173,7 @@ class Counting(Sampler):
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=40), st.integers(1, 4))
 def test_beside_a_large_request_a_small_one_waits_for_three_batches_at_most(samplers, pauses, large):
-    """`pauses`: turns of the event loop between two requests of one sample, beside `large` requests of 60,000."""
+    """`pauses`: turns of the event loop between two requests of one sample, beside `large` requests of 200,000."""
 
     async def small(batcher, counting, seed):
         before = counting.runs
@@ -181,8 +182,8 @@ def test_beside_a_large_request_a_small_one_waits_for_three_batches_at_most(samp
 
     async def scene():
         counting = Counting(samplers["ring"])
-        async with closing(Batcher()) as batcher:
-            endless = [batcher.submit(counting, Window(seed, 0, 60_000)) for seed in range(large)]
+        async with closing(Batcher(limit=1 << 20)) as batcher:
+            endless = [batcher.submit(counting, Window(seed, 0, 200_000)) for seed in range(large)]
             waits = []
             for seed, pause in enumerate(pauses):
                 waits.append(asyncio.ensure_future(small(batcher, counting, seed)))
@@ -202,8 +203,13 @@ def test_what_hangs_a_naive_batch_loop_for_good(samplers):
     """A request whose size cannot be told, and a cancelled one larger than a batch: the next one is answered."""
 
     class Sizeless(Window):
-        def latents(self, card):
+        @property
+        def z(self):
             raise TypeError("no size")
+
+        @z.setter
+        def z(self, value):
+            pass
 
     gated = Gated(samplers["digits"])
 

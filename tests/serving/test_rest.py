@@ -355,6 +355,7 @@ def test_a_client_that_leaves_frees_its_place_and_disturbs_nobody(registry, samp
         def __init__(self, sampler):
             self.__dict__.update(sampler.__dict__)
             self.entered, self.gate = threading.Event(), threading.Event()
+            self.pace = 1.0
 
         def sample(self, windows):
             self.entered.set()
@@ -470,7 +471,7 @@ def test_a_client_says_how_long_it_waits(registry, samplers):
     class Stuck(Sampler):
         def __init__(self, sampler):
             self.__dict__.update(sampler.__dict__)
-            self.gate = threading.Event()
+            self.gate, self.pace = threading.Event(), 1.0
 
         def sample(self, windows):
             assert self.gate.wait(10)

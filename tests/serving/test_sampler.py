@@ -34,6 +34,14 @@ def test_any_split_gives_the_same_rows(samplers, model, seed, offset, counts, tr
     np.testing.assert_array_equal(np.concatenate([sampler.sample([part]) for part in parts[::-1]][::-1]), whole)  # in any order
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(seeds, offsets, st.integers(1, 9), st.sampled_from([1.0, 0.5, 1e-3])), min_size=1, max_size=5))
+def test_windows_drawn_together_are_those_drawn_alone(samplers, windows):
+    latent = samplers["digits"].card.latent
+    alone = [latent.sample(seed=s, offset=o, count=n, truncation=t) for s, o, n, t in windows]
+    np.testing.assert_array_equal(latent.sample_windows(windows), np.concatenate(alone))
+
+
 def test_two_samplers_agree_and_samples_have_the_form_of_the_card(samplers, registry):
     for model in MODELS:
         window = Window(seed=11, offset=3, count=70)
