@@ -34,7 +34,8 @@ from deploy.stack import Settings, StackError
 from serving.errors import ServingError
 from training.bundle import BundleError
 from training.data import DataError
-from training.gate import QualityRefused
+from training.gate import TOLERANCE, QualityRefused
+from training.gate import promote as promote_version
 from training.gate import publish as publish_bundle
 from training.registry import Registry, RegistryError, ganwatch_home
 
@@ -118,7 +119,8 @@ def status(as_json: JsonFlag = False) -> None:
         report |= {"url": run.url, "page": f"{run.monitor_url}/", "registry": run.registry}
         report["processes"] = [{"pid": p.pid, "name": p.name()} for p in stack.processes(run)]
         report["listening"] = [f"{address}:{port} {name}" for address, port, name in stack.listening(run)]
-        report["models"] = {name: _summary(model) for name, model in _state(run)["models"].items()}
+        reg = Registry(run.registry)
+        report["models"] = {name: _summary(model) | {"forced": reg.forced(name)} for name, model in _state(run)["models"].items()}
     if as_json:
         return _print_json(report)
     if run is None:
@@ -126,6 +128,8 @@ def status(as_json: JsonFlag = False) -> None:
     answer.print(f"page {report['page']}   sampling {run.url}   {len(report['processes'])} processes, {len(report['listening'])} listening sockets")
     for name, model in report["models"].items():
         answer.print(f"[bold]{name}[/] {model['version']}  {_colour(model['verdict'])}  {escape(model['words'])}")
+        if model["forced"]:
+            answer.print(f"  promoted by force although: {escape(model['forced'])}")
 
 
 # --- versions ---------------------------------------------------------------------------------------------------------
@@ -261,10 +265,14 @@ def promote(
     alias: Literal["production", "canary", "shadow"] = "production",
     share: float = 0.0,
     act: bool = False,
+    tolerance: float = TOLERANCE,
+    force: bool = False,
     registry: Path | None = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Point an alias at a version and, where ganwatch is up, wait until that version answers.
+
+    A version whose certificate proves it worse than production's does not become production, unless forced.
 
     Args:
         version: such as v2.
@@ -272,11 +280,17 @@ def promote(
         alias: what to point at it.
         share: of a canary: the part of the requests without seed and version that it answers, in [0, 1].
         act: let the monitor take it back by itself when the version is alarmed: a canary goes, production rolls back.
+        tolerance: by how much it may be worse: in off-manifold share, in total variation to the real mode shares, in what the
+            worst-served mode lacks of its real share. Counted where the certificates' bounds leave no doubt.
+        force: promote although the gate objects; the objections stay in the registry's history and in `ganwatch status`.
         registry: directory of bundles.
     """
+    if not tolerance >= 0:
+        raise StackError(f"--tolerance is {tolerance}; it must be 0 or more")
     reg = _registry(registry)
-    change = reg.set_alias(_model(reg, model), alias, version, reason="promote", share=share, act=act)
-    _await_alias(_model(reg, model), alias, change.version)
+    name = _model(reg, model)
+    change = promote_version(reg, name, version, alias, share=share, act=act, tolerance=tolerance, force=force)
+    _await_alias(name, alias, change.version)
     _tell(asdict(change), as_json)
 
 
@@ -683,7 +697,7 @@ def main() -> None:
     except OSError as error:
         _fail(f"{error.filename or ''} {error.strerror or error}".strip())
     except QualityRefused as refusal:
-        _fail(f"not published, the quality gate objects:\n{refusal}\nto publish it all the same: {refusal.remedy}")
+        _fail(f"not {refusal.what}, the quality gate objects:\n{refusal}\nto have it {refusal.what} all the same: {refusal.remedy}")
     except httpx.HTTPStatusError as error:
         _fail(f"{error.request.url} answered {error.response.status_code}: {error.response.text[:500]}")
     except httpx.HTTPError as error:

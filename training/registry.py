@@ -36,6 +36,7 @@ class AliasChange:
     reason: str
     share: float = 0.0  # of a canary: how many of the requests that name neither seed nor version it answers
     act: bool = False  # whether the monitor may take this change back by itself when the version is alarmed
+    forced: str | None = None  # what the gate objected to a version that was promoted all the same
 
 
 def ganwatch_home() -> Path:
@@ -75,6 +76,10 @@ class Registry:
     def canary_share(self, model: str) -> float:
         """The share of the requests that the canary answers now; 0 where there is none."""
         return next((change.share for change in reversed(self.history(model)) if change.alias == "canary"), 0.0)
+
+    def forced(self, model: str, alias: str = "production") -> str | None:
+        """What the gate objected to the version that `alias` names now, where it was promoted all the same."""
+        return next((change.forced for change in reversed(self.history(model)) if change.alias == alias), None)
 
     def history(self, model: str) -> list[AliasChange]:
         """Every change of an alias, oldest first."""
@@ -134,12 +139,12 @@ class Registry:
         return open_bundle(target)
 
     def set_alias(
-        self, model: str, alias: str, reference: str | None, *, reason: str, share: float = 0.0, act: bool = False
+        self, model: str, alias: str, reference: str | None, *, reason: str, share: float = 0.0, act: bool = False, forced: str | None = None
     ) -> AliasChange:
         """Point `alias` at a version (None removes it), in one step, with the reason kept for ever.
 
         `share`: of a canary, the part of the requests that name neither seed nor version which it answers. `act`: the monitor may
-        take the change back by itself when the version is alarmed.
+        take the change back by itself when the version is alarmed. `forced`: what the quality gate said against it, which is kept, too.
         """
         if alias not in ALIASES:
             raise RegistryError(f"alias is {alias!r}; it must be one of {', '.join(ALIASES)}")
@@ -149,7 +154,7 @@ class Registry:
         if version is not None:
             self.open(model, version)
         with self._locked(model):
-            change = AliasChange(alias, version, datetime.now(UTC).isoformat(timespec="milliseconds"), reason, share, act)
+            change = AliasChange(alias, version, datetime.now(UTC).isoformat(timespec="milliseconds"), reason, share, act, forced)
             history = [*self.history(model), change]
             target = self.root / model / "aliases.json"
             partial = target.with_suffix(".json.partial")
