@@ -1,8 +1,14 @@
 """How fast ganwatch draws samples, beside the servers it may be compared with: `make bench-serving`.
 
 The same machine, client (wrk, 16 connections) and ONNX files for all; each round starts every server in turn and measures every
-piece of work on it, so that a machine that becomes slower hits all alike. Medians and ranges over the rounds go into a table, a
-JSON file and a plot. A run that was stopped goes on where it stopped. Prints figures and judges none: no test times anything.
+piece of work on it, so that a machine that becomes slower hits all alike. Medians and ranges over the rounds go into a table
+with the aims, a JSON file and a plot. A run that was stopped goes on where it stopped. Judges by the aims; no test times anything.
+
+Notes. The raw loop has a core to itself; every server shares two with wrk and, behind Ray, with HAProxy. BentoML answers JSON:
+its batching splits lists, not bytes. The recipe's wait is tuned anew in each run. Where n = 1 spends its time (py-spy of
+a replica, us of CPU a request): our own part 100 alone under uvicorn (170 before batches that take less than a thread's waking
+were run in the event loop and latents of a batch drawn in one pass), Ray's request context (metadata, two tasks, a queue, metrics,
+a log record) about 150, HAProxy 60. A third of the replica's time with the GIL goes to uvicorn's two writes of head and body.
 """
 
 from __future__ import annotations
@@ -16,12 +22,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -37,7 +43,10 @@ from training.registry import Registry
 ROOT = Path(__file__).resolve().parents[2]
 SERVERS = Path(__file__).with_name("servers")
 RIVALS = ("mosec==0.9.8", "litserve==0.2.19", "bentoml==1.4.39", "onnxruntime==1.31.1", "numpy==2.4.6")
-WORK = {"light": (1, 64, 1024), "digits": (1, 64), "dcgan": (64,)}  # model -> samples of a request
+WAITS = (0.0, 0.001, 0.002, 0.005, 0.01)  # s, tried for the recipe
+LIGHT = (("light", 1), ("light", 64), ("light", 1024))  # model, samples of a request
+DIGITS, DCGAN = ("digits", 64), ("dcgan", 64)
+REQUESTS, SAMPLES_EACH = 1_000_000, 10  # of the memory row
 RAW = "raw onnxruntime loop"
 
 
@@ -45,14 +54,15 @@ RAW = "raw onnxruntime loop"
 class Settings:
     rounds: int = 5
     """Rounds over all servers."""
-    seconds: float = 10.0
+    seconds: float = 3.0
     """Of each measurement."""
     connections: int = 16
     """That wrk keeps open."""
     quick: bool = False
-    """One round of one second, light model only: shows that everything runs, says nothing of speed."""
+    """One round of one second, light model only, 20,000 requests for the memory row: shows that everything runs, says
+    nothing of speed."""
     only: tuple[str, ...] = ()
-    """Servers to measure; all by default."""
+    """Servers to start; all by default."""
     out: Path = ROOT / ".ganwatch" / "bench-serving"
     """results.json, table.txt and plot.svg; delete it to begin anew."""
     rivals: Path = ROOT / ".venv" / "rivals"
@@ -111,27 +121,26 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def sink() -> Iterator[str]:
-    """A monitor that reads what it is told and thinks nothing of it: what the tap costs the server, not what is made of it."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+def monitor(root: Path, run: Path, serving_port: int) -> Iterator[str]:
+    """The monitor as `ganwatch up` starts it, without probes, which would be load of their own."""
+    port = free_port()
+    command = [sys.executable, "-m", "monitoring.service", "--registry", str(root), "--home", str(run), "--port", str(port)]
+    command += ["--serving-url", f"http://127.0.0.1:{serving_port}", "--probe-rate", "0"]
+    with open(run / "monitor.log", "w") as log:
+        started = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            deadline, url = time.monotonic() + 180, f"http://127.0.0.1:{port}"
+            while True:
+                with contextlib.suppress(httpx.HTTPError):
+                    if httpx.get(f"{url}/healthz", timeout=2).is_success:
+                        break
+                if started.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"the monitor does not answer:\n{(run / 'monitor.log').read_text()[-3000:]}")
+                time.sleep(0.2)
+            yield url
+        finally:
+            started.terminate()
+            started.wait(30)
 
 
 @contextlib.contextmanager
@@ -144,7 +153,7 @@ def process(command: list[str], environment: dict[str, str], url: str, body: str
         )  # fmt: skip
         top = psutil.Process(started.pid)
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 240
             while True:
                 with contextlib.suppress(httpx.HTTPError):
                     answer = httpx.post(url, content=body, headers={"Content-Type": "application/json"}, timeout=5)
@@ -188,23 +197,47 @@ def ray_environment(run: Path, *, haproxy: bool) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def ganwatch(root: Path, model: str, settings: Settings, *, pool: int = 0, seed: str = "", tap: bool = False) -> Iterator[tuple[Target, psutil.Process]]:
-    port, body = free_port(), '{"n": {n}' + seed + "}"
+def ganwatch(root: Path, model: str, settings: Settings, *, pool: int = 0, tap: bool = False) -> Iterator[tuple[Target, psutil.Process]]:
+    port = free_port()
     url = f"http://127.0.0.1:{port}/v1/models/{model}/sample"
-    with short_directory() as run, sink() if tap else contextlib.nullcontext("-") as monitor:
-        command = [sys.executable, SERVERS / "ganwatch_server.py", root, port, pool, monitor]
-        with process([str(part) for part in command], ray_environment(run, haproxy=True), url, body.replace("{n}", "1")) as top:
-            yield Target(url, body, "application/octet-stream"), top
+    with short_directory() as run, monitor(root, run, port) if tap else contextlib.nullcontext("-") as told:
+        command = [sys.executable, SERVERS / "ganwatch_server.py", root, port, pool, told]
+        with process([str(part) for part in command], ray_environment(run, haproxy=True), url, "{}") as top:
+            yield Target(url, '{"n": {n}{more}}', "application/octet-stream"), top
 
 
 @contextlib.contextmanager
-def recipe(root: Path, model: str, settings: Settings, *, haproxy: bool, wait: float) -> Iterator[tuple[Target, psutil.Process]]:
-    port, body = free_port(), '{"n": {n}}'
+def recipe(root: Path, model: str, settings: Settings, *, haproxy: bool, wait: float | None = None) -> Iterator[tuple[Target, psutil.Process]]:
+    port = free_port()
     url = f"http://127.0.0.1:{port}/sample"
     with short_directory() as run:
-        command = [sys.executable, SERVERS / "recipe_server.py", onnx_file(root, model), port, wait]
-        with process([str(part) for part in command], ray_environment(run, haproxy=haproxy), url, body.replace("{n}", "1")) as top:
-            yield Target(url, body), top
+        command = [sys.executable, SERVERS / "recipe_server.py", onnx_file(root, model), port]
+        with process([str(part) for part in command], ray_environment(run, haproxy=haproxy), url, '{"n": 1}') as top:
+            if wait is not None:
+                set_wait(url, wait)
+            yield Target(url, '{"n": {n}}'), top
+
+
+def set_wait(url: str, seconds: float) -> None:
+    httpx.post(url.replace("/sample", "/wait"), params={"seconds": seconds}, timeout=10).raise_for_status()
+
+
+def tuned(results: Results, root: Path, settings: Settings, name: str, *, haproxy: bool) -> float:
+    """The wait, of WAITS, with most requests/s at n = 1 on the light model; tried once in a run."""
+    key = f"wait/{name}"
+    if key not in results.found:
+        rates = {}
+        with recipe(root, "light", settings, haproxy=haproxy) as (target, _):
+            wrk(target, 1, settings, 1.0)
+            for seconds in WAITS:
+                set_wait(target.url, seconds)
+                rates[str(seconds)] = wrk(target, 1, settings, min(2.0, settings.seconds))["requests_per_s"]
+        results.keep(key, rates)
+    rates = results.found[key]
+    best = max(rates, key=rates.__getitem__)
+    tried = ", ".join(f"{1000 * float(wait):g} ms {rate:,.0f}/s" for wait, rate in rates.items())
+    print(f"{name}: batches wait {1000 * float(best):g} ms ({tried})", flush=True)
+    return float(best)
 
 
 @contextlib.contextmanager
@@ -212,8 +245,8 @@ def rival(root: Path, model: str, settings: Settings, *, name: str) -> Iterator[
     port, binaries = free_port(), settings.rivals / "bin"
     command, path, body = {
         "mosec": ([binaries / "python", "mosec_server.py", "--port", port], "inference", '{"n": {n}}'),
-        "litserve": ([binaries / "python", "litserve_server.py", port], "sample", '{"n": {n}}'),
-        "bentoml": (
+        "LitServe": ([binaries / "python", "litserve_server.py", port], "sample", '{"n": {n}}'),
+        "BentoML": (
             [binaries / "bentoml", "serve", "bentoml_server:Sample", "--host", "127.0.0.1", "--port", port],
             "sample",
             '{"counts": [{n}]}',
@@ -225,18 +258,45 @@ def rival(root: Path, model: str, settings: Settings, *, name: str) -> Iterator[
         yield Target(url, body), top
 
 
-# name -> how to start it. The recipe's wait is tuned: of 0, 1, 2, 5 and 10 ms the one with most requests/s at 16 connections.
-SUBJECTS = {
-    "ganwatch, pool": lambda *a: ganwatch(*a, pool=4096),
-    "ganwatch, no pool": lambda *a: ganwatch(*a),
-    "ganwatch, seeded": lambda *a: ganwatch(*a, seed=', "seed": 7'),
-    "ganwatch, tap on": lambda *a: ganwatch(*a, tap=True),
-    "Ray recipe": lambda *a: recipe(*a, haproxy=False, wait=0.002),
-    "Ray recipe, HAProxy": lambda *a: recipe(*a, haproxy=True, wait=0.002),
-    "mosec": lambda *a: rival(*a, name="mosec"),
-    "LitServe": lambda *a: rival(*a, name="litserve"),
-    "BentoML": lambda *a: rival(*a, name="bentoml"),
+@dataclass(frozen=True)
+class Server:
+    """How to start it for one model, and what is measured on it: label of the row -> (model, n); `more`: label -> fields of its body."""
+
+    start: Callable[..., contextlib.AbstractContextManager[tuple[Target, psutil.Process]]] | None
+    rows: dict[str, tuple[tuple[str, int], ...]]
+    more: dict[str, str] = field(default_factory=dict)
+    all_models: bool = False  # one process has them all
+
+
+SERVED = {
+    RAW: Server(None, {RAW: (*LIGHT, DIGITS, DCGAN)}),
+    "ganwatch": Server(ganwatch, {"ganwatch": (*LIGHT, DIGITS, DCGAN), "ganwatch, seeded": LIGHT[:1]}, {"ganwatch, seeded": ', "seed": 7'}, all_models=True),
+    "ganwatch, pool": Server(partial(ganwatch, pool=4096), {"ganwatch, pool": LIGHT[:1]}),
+    "ganwatch, tap": Server(partial(ganwatch, tap=True), {"ganwatch, tap": (*LIGHT[1:], DCGAN)}, all_models=True),
+    "mosec": Server(partial(rival, name="mosec"), {"mosec": (*LIGHT, DIGITS, DCGAN)}),
+    "LitServe": Server(partial(rival, name="LitServe"), {"LitServe": (*LIGHT, DCGAN)}),
+    "BentoML": Server(partial(rival, name="BentoML"), {"BentoML": (*LIGHT, DCGAN)}),
+    "Ray recipe": Server(partial(recipe, haproxy=False), {"Ray recipe": (*LIGHT, DCGAN)}),
+    "Ray recipe, HAProxy": Server(partial(recipe, haproxy=True), {"Ray recipe, HAProxy": (*LIGHT, DCGAN)}),
 }
+MEMORY = "memory"
+
+# row, model, n, how many times, which other row
+AIMS = (
+    ("ganwatch", "light", 1, 1.0, "mosec"),
+    ("ganwatch", "light", 1, 8.0, "Ray recipe"),
+    ("ganwatch", "light", 1, 3.0, "LitServe"),
+    ("ganwatch, seeded", "light", 1, 1.0, "mosec"),
+    ("ganwatch, pool", "light", 1, 1.0, "mosec"),
+    ("ganwatch", "light", 64, 1.2, "mosec"),
+    ("ganwatch", "light", 1024, 1.2, "mosec"),
+    ("ganwatch", "light", 1024, 0.85, RAW),
+    ("ganwatch", "dcgan", 64, 0.95, RAW),
+    ("ganwatch, tap", "light", 64, 0.97, "ganwatch"),
+    ("ganwatch, tap", "light", 1024, 0.97, "ganwatch"),
+    ("ganwatch, tap", "dcgan", 64, 0.97, "ganwatch"),
+)
+GROWTH = 0.02  # of the resident memory, at most
 
 
 @contextlib.contextmanager
@@ -269,10 +329,10 @@ print(runs / (time.perf_counter() - started))
     return {"requests_per_s": rate, "samples_per_s": rate * n, "p50_ms": 1000 / rate, "p99_ms": 1000 / rate, "errors": 0}
 
 
-def wrk(target: Target, n: int, settings: Settings, seconds: float) -> dict[str, float]:
+def wrk(target: Target, n: int, settings: Settings, seconds: float, more: str = "") -> dict[str, float]:
     script = f"""
 wrk.method = "POST"
-wrk.body = [[{target.body.replace("{n}", str(n))}]]
+wrk.body = [[{target.body.replace("{n}", str(n)).replace("{more}", more)}]]
 wrk.headers["Content-Type"] = "application/json"
 wrk.headers["Accept"] = "{target.accept}"
 done = function(summary, latency, requests)
@@ -307,20 +367,22 @@ class Results:
         self.path = path
         self.found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
 
-    def missing(self, round_: int, subject: str, model: str, counts: tuple[int, ...]) -> list[int]:
-        return [n for n in counts if f"{round_}/{model}/{n}/{subject}" not in self.found]
-
-    def add(self, round_: int, model: str, n: int, subject: str, figures: dict[str, float]) -> None:
-        self.found[f"{round_}/{model}/{n}/{subject}"] = figures
+    def keep(self, key: str, figures: dict[str, float]) -> None:
+        self.found[key] = figures
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(self.found, indent=1))
         partial.replace(self.path)
+
+    def add(self, round_: int, model: str, n: int, subject: str, figures: dict[str, float]) -> None:
+        self.keep(f"{round_}/{model}/{n}/{subject}", figures)
         print(f"round {round_}  {model:7} n={n:<5} {subject:22} {figures['samples_per_s']:12,.0f} samples/s", flush=True)
 
     def summary(self) -> dict[tuple[str, int], dict[str, dict[str, list[float]]]]:
         """(model, n) -> subject -> figure -> its value in each round."""
         summed: dict[tuple[str, int], dict[str, dict[str, list[float]]]] = {}
         for key, figures in self.found.items():
+            if key.count("/") != 3:
+                continue
             _, model, n, subject = key.split("/")
             for name, value in figures.items():
                 summed.setdefault((model, int(n)), {}).setdefault(subject, {}).setdefault(name, []).append(value)
@@ -338,7 +400,22 @@ def table(results: Results) -> str:
                 f"{subject:24}{middle['requests_per_s']:12,.0f}{middle['samples_per_s']:20,.0f}{min(rates):12,.0f}{max(rates):12,.0f}"
                 f"{middle['p50_ms']:9.2f}{middle['p99_ms']:9.2f}{middle.get('rss_mb', 0):7.0f}{sum(figures['errors']):8.0f}"
             )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *verdicts(results)])
+
+
+def verdicts(results: Results) -> list[str]:
+    """What was aimed at and what was measured: medians of samples/s over the rounds; aims whose rows are missing are left out."""
+    summed = results.summary()
+    lines = [f"{'aim':62}{'measured':>10}"]
+    for row, model, n, times, other in AIMS:
+        subjects = summed.get((model, n), {})
+        if row in subjects and other in subjects:
+            ratio = statistics.median(subjects[row]["samples_per_s"]) / statistics.median(subjects[other]["samples_per_s"])
+            lines.append(f"{f'{model}, n = {n}: {row} >= {times:g} x {other}':62}{ratio:10.2f}  {'hit' if ratio >= times else 'miss'}")
+    if found := results.found.get(MEMORY):
+        words = f"memory grows < {GROWTH:.0%} over {found['requests']:,.0f} requests, {found['samples']:,.0f} samples"
+        lines.append(f"{words:62}{found['growth']:10.2%}  {'hit' if found['growth'] < GROWTH else 'miss'}")
+    return lines
 
 
 def plot(results: Results) -> str:
@@ -362,6 +439,22 @@ def plot(results: Results) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" width="740" height="{y}" font-family="sans-serif" font-size="11">{"".join(parts)}</svg>'
 
 
+def memory(root: Path, settings: Settings, requests: int) -> dict[str, float]:
+    """How much the replica grows, pool and monitor on, from the first tenth of the requests to the last one."""
+    with ganwatch(root, "light", settings, pool=4096, tap=True) as (target, top):
+        done, before = 0.0, None
+        while done < requests:
+            figures = wrk(target, SAMPLES_EACH, settings, 5.0 if requests > 100_000 else 1.0)
+            if figures["errors"]:
+                raise RuntimeError(f"{figures['errors']:g} of the requests failed")
+            done += figures["requests_per_s"] * (5.0 if requests > 100_000 else 1.0)
+            print(f"{done:,.0f} of {requests:,} requests, {resident(top):.1f} MB", flush=True)
+            if before is None and done >= requests / 10:
+                before = resident(top)
+        after = resident(top)
+        return {"requests": done, "samples": done * SAMPLES_EACH, "before_mb": before, "after_mb": after, "growth": after / before - 1}
+
+
 def install(rivals: Path) -> None:
     if not (rivals / "bin" / "python").exists():
         subprocess.run([sys.executable, "-m", "venv", rivals], check=True)
@@ -372,33 +465,52 @@ def install(rivals: Path) -> None:
         done.touch()
 
 
+def measure(server: Server, results: Results, root: Path, settings: Settings, round_: int, seconds: float, work: set[tuple[str, int]], start: Callable[..., Any] | None) -> None:
+    """Every row of a server that this round still lacks."""
+    missing = [
+        (label, model, n) for label, pairs in server.rows.items() for model, n in pairs
+        if (model, n) in work and f"{round_}/{model}/{n}/{label}" not in results.found
+    ]  # fmt: skip
+    if start is None:
+        for label, model, n in missing:
+            results.add(round_, model, n, label, raw_loop(root, model, n, seconds))
+        return
+    models = list(dict.fromkeys(model for _, model, _ in missing))
+    for group in [models] if server.all_models and models else [[model] for model in models]:
+        with start(root, group[0], settings) as (target, top):
+            for label, model, n in missing:
+                if model in group:
+                    here = replace(target, url=target.url.replace(f"/{group[0]}/", f"/{model}/"))
+                    more = server.more.get(label, "")
+                    wrk(here, n, settings, 1.0, more)  # warm
+                    results.add(round_, model, n, label, wrk(here, n, settings, seconds, more) | {"rss_mb": resident(top)})
+
+
 def main(settings: Settings) -> None:
     if shutil.which("wrk") is None:
         raise SystemExit("wrk is not installed: apt-get install wrk")
-    if unknown := set(settings.only) - {*SUBJECTS, RAW}:
-        raise SystemExit(f"unknown servers {sorted(unknown)}; there are {', '.join([RAW, *SUBJECTS])}")
-    rounds, seconds, work = (1, 1.0, {"light": (1, 64)}) if settings.quick else (settings.rounds, settings.seconds, WORK)
-    subjects = settings.only or (RAW, *SUBJECTS)
-    if {"mosec", "LitServe", "BentoML"} & set(subjects):
+    if unknown := set(settings.only) - {*SERVED, MEMORY}:
+        raise SystemExit(f"unknown servers {sorted(unknown)}; there are {', '.join([*SERVED, MEMORY])}")
+    rounds, seconds, requests = (1, 1.0, REQUESTS // 50) if settings.quick else (settings.rounds, settings.seconds, REQUESTS)
+    work = {*LIGHT[:2]} if settings.quick else {*LIGHT, DIGITS, DCGAN}
+    chosen = settings.only or (*SERVED, MEMORY)
+    if {"mosec", "LitServe", "BentoML"} & set(chosen):
         install(settings.rivals)
     out = settings.out / ("quick" if settings.quick else "full")
     out.mkdir(parents=True, exist_ok=True)
     root = registry(out / "registry").root
     results = Results(out / "results.json")
     for round_ in range(rounds):
-        for subject in subjects:
-            for model, counts in work.items():
-                missing = results.missing(round_, subject, model, counts)
-                if not missing:
-                    continue
-                if subject == RAW:
-                    for n in missing:
-                        results.add(round_, model, n, subject, raw_loop(root, model, n, seconds))
-                    continue
-                with SUBJECTS[subject](root, model, settings) as (target, top):
-                    for n in missing:
-                        wrk(target, n, settings, min(2.0, seconds))  # warm
-                        results.add(round_, model, n, subject, wrk(target, n, settings, seconds) | {"rss_mb": resident(top)})
+        for name in chosen:
+            if name in SERVED:
+                start = SERVED[name].start
+                if name.startswith("Ray recipe"):
+                    start = partial(start, wait=tuned(results, root, settings, name, haproxy="HAProxy" in name))
+                measure(SERVED[name], results, root, settings, round_, seconds, work, start)
+    if MEMORY in chosen and MEMORY not in results.found:
+        if settings.quick:
+            print(f"memory: {requests:,} requests instead of {REQUESTS:,}")
+        results.keep(MEMORY, memory(root, settings, requests))
     (out / "table.txt").write_text(table(results) + "\n")
     (out / "plot.svg").write_text(plot(results))
     print(table(results))

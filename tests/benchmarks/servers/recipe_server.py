@@ -1,4 +1,6 @@
-"""python recipe_server.py MODEL.onnx PORT WAIT_S : Ray Serve as its documentation shows it: FastAPI, serve.batch, JSON."""
+"""python recipe_server.py MODEL.onnx PORT : Ray Serve as its documentation shows it: FastAPI, serve.batch, JSON.
+
+POST /wait sets how long a batch waits for more, for whoever tunes it."""
 
 import sys
 
@@ -10,7 +12,7 @@ from pydantic import BaseModel
 from ray import serve
 from ray.serve.config import HTTPOptions
 
-model, port, wait = sys.argv[1:]
+model, port = sys.argv[1:]
 api = FastAPI()
 
 
@@ -28,7 +30,7 @@ class Recipe:
         self.width = self.session.get_inputs()[0].shape[1]
         self.rng = np.random.default_rng(0)
 
-    @serve.batch(max_batch_size=64, batch_wait_timeout_s=float(wait))
+    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.01)
     async def draw(self, counts: list[int]) -> list[list]:
         z = self.rng.standard_normal((sum(counts), self.width), np.float32)
         rows = self.session.run(["samples"], {"z": z})[0]
@@ -37,6 +39,10 @@ class Recipe:
     @api.post("/sample")
     async def sample(self, ask: Ask) -> dict:
         return {"samples": await self.draw(ask.n)}
+
+    @api.post("/wait")
+    async def wait(self, seconds: float) -> None:
+        self.draw.set_batch_wait_timeout_s(seconds)
 
 
 ray.init(address="local", _node_ip_address="127.0.0.1", include_dashboard=False, num_cpus=2, log_to_driver=False)
