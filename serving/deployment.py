@@ -17,8 +17,8 @@ from serving.models import ModelTable
 from serving.pool import Pool
 from serving.rest import App
 from serving.rpc import Rpc
-from serving.sampler import Device, cuda_devices
 from serving.service import Service
+from serving.session import Device, cuda_devices
 from serving.tap import Tap
 from serving.tracing import Tracer
 from training.registry import Registry
@@ -39,6 +39,7 @@ class Settings:
     grpc_port: int | None = None  # on 127.0.0.1, shared by the replicas of a machine; None: no gRPC
     pool: int = 0  # samples of each version drawn ahead while the device is idle
     deterministic: bool = False  # pixels bitwise the same whatever else is computed
+    tensorrt: str | None = None  # directory for the engines that TensorRT builds; None: CUDA's own kernels
     access_log: str | None = None  # directory, where each replica writes one JSON line a request; None: nowhere
     trace_url: str | None = None  # of an OTLP/HTTP collector
     trace_share: float = 1.0  # of the requests that come without a trace, those that get one
@@ -50,7 +51,7 @@ class Replica:
 
     async def __init__(self, settings: Settings) -> None:
         structured()
-        table = ModelTable(Registry(settings.registry), settings.device, settings.threads, settings.deterministic)
+        table = ModelTable(Registry(settings.registry), settings.device, settings.threads, settings.deterministic, settings.tensorrt)
         await asyncio.to_thread(table.refresh)
         batcher = Batcher(lanes=2 if settings.device != "cpu" and cuda_devices() else 1)  # one is copied, one is computed
         tap = Tap(settings.monitor_url, settings.tap_rate)
@@ -78,6 +79,7 @@ def build(
     grpc_port: int | None = None,
     pool: int = 0,
     deterministic: bool = False,
+    tensorrt: str | None = None,
     access_log: str | None = None,
     trace_url: str | None = None,
     trace_share: float = 1.0,
@@ -94,6 +96,6 @@ def build(
         ray_actor_options={"num_cpus": 0.5, "num_gpus": num_gpus},
     )(Replica)
     settings = Settings(
-        registry, monitor_url, device, tap_rate, threads, grpc_port, pool, deterministic, access_log, trace_url, trace_share
+        registry, monitor_url, device, tap_rate, threads, grpc_port, pool, deterministic, tensorrt, access_log, trace_url, trace_share
     )
     return deployment.bind(settings)

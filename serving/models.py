@@ -12,8 +12,10 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from serving.sampler import Device, Sampler, check_device
+from serving.sampler import Sampler
+from serving.session import Device, check_device
 from training.registry import Registry, RegistryError
 
 _POLL_S = 0.25
@@ -53,8 +55,11 @@ class Model:
 class ModelTable:
     """The samplers of every model of `registry`. `refresh` once before serving, then `start` to follow the aliases."""
 
-    def __init__(self, registry: Registry, device: Device = "auto", threads: int = 1, deterministic: bool = False) -> None:
+    def __init__(
+        self, registry: Registry, device: Device = "auto", threads: int = 1, deterministic: bool = False, tensorrt: str | None = None
+    ) -> None:
         check_device(device)
+        self.tensorrt = tensorrt
         self.registry, self.device, self.threads, self.deterministic = registry, device, threads, deterministic
         self.models: Mapping[str, Model] = {}
         self.changed: Callable[[], None] = lambda: None  # called after each swap, by the thread that made it
@@ -128,7 +133,8 @@ class ModelTable:
             # The stamp tells a version that was deleted and published again under the same name.
             key = (model, version, card.st_mtime_ns, card.st_ino)
             if key not in self._recent:
-                self._recent[key] = Sampler(self.registry.open(model, version), self.device, self.threads, self.deterministic)
+                cache = self.tensorrt and Path(self.tensorrt) / model / version
+                self._recent[key] = Sampler(self.registry.open(model, version), self.device, self.threads, self.deterministic, cache or None)
         except Exception:
             self.load_failures[model] += 1
             raise

@@ -5,20 +5,17 @@ Knows nothing of requests, batches or aliases; needs numpy and onnxruntime only,
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from jaxtyping import Float32, Int64
 from numpy import ndarray
 
+from serving.session import CPU, Device, DeviceError, Session, check_device
 from training.bundle import Bundle, BundleError, Card, sample_classes
-
-Device = Literal["auto", "cpu", "cuda"]
 
 # Their own generators would make rows depend on what was asked before.
 _RANDOM_OPS = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial")
@@ -59,11 +56,14 @@ class Sampler:
 
     `device`: "cuda" needs a working CUDA session, "auto" takes CUDA where a device answers, else the CPU.
     `threads`: intra-op threads of the session. `deterministic`: every run has the same shape, so that a row's bits depend on
-    nothing else that ran with it, on any device; costs the time of a full run even for one row.
-    Raises BundleError where the model is not what its card says, RuntimeError where CUDA was asked for and is absent.
+    nothing else that ran with it, on any device; costs the time of a full run even for one row. `tensorrt`: directory for the
+    engines that TensorRT builds; None: CUDA's own kernels.
+    Raises BundleError where the model is not what its card says, DeviceError where CUDA was asked for and is absent.
     """
 
-    def __init__(self, bundle: Bundle, device: Device = "auto", threads: int = 1, deterministic: bool = False) -> None:
+    def __init__(
+        self, bundle: Bundle, device: Device = "auto", threads: int = 1, deterministic: bool = False, tensorrt: Path | None = None
+    ) -> None:
         check_device(device)
         self.card = bundle.card
         self.sample_bytes = int(np.prod(self.card.sample_shape)) * np.dtype(self.card.sample_dtype).itemsize
@@ -72,11 +72,18 @@ class Sampler:
         for op in _RANDOM_OPS:
             if b"\x22" + bytes([len(op)]) + op.encode() in model:
                 raise BundleError(f"{bundle.model_path}: holds the random op {op}; seeds would mean nothing, feed all noise as z")
-        self._session = _open_session(model, bundle, device, threads)
-        self.provider: str = self._session.get_providers()[0]
+        try:
+            self._session = Session(model, device, threads, tensorrt, BUCKETS[-1])
+        except DeviceError:
+            raise
+        except Exception as error:  # onnxruntime's exceptions have no base class of their own
+            raise BundleError(f"{bundle.model_path}: onnxruntime refuses it: {error}") from error
+        self.provider = self._session.provider
         self._check_signature(bundle)
         # A GPU chooses its algorithms for each shape anew; a CPU gains nothing from rows that nobody asked for.
-        self.buckets = BUCKETS[-1:] if deterministic else BUCKETS if self.provider != "CPUExecutionProvider" else ()
+        self.buckets = BUCKETS[-1:] if deterministic else BUCKETS if self.provider != CPU else ()
+        if self.provider != CPU:
+            self._session.bind(self.buckets, self.card.sample_shape, self.card.sample_dtype)
         self.pace = min(self._timed(rows) / rows for rows in self.buckets or BUCKETS)  # seconds a row
         self.batch = self.buckets[-1] if self.buckets else max(BUCKETS[2], min(int(_BATCH_S / self.pace), _BATCH_ROWS))  # rows of a run at most
 
@@ -108,7 +115,7 @@ class Sampler:
         return self._run(np.pad(z, ((0, more), (0, 0))), None if y is None else np.pad(y, (0, more)))[:n]
 
     def _run(self, z: Float32[ndarray, "n d"], y: Int64[ndarray, "n"] | None) -> ndarray:
-        samples = self._session.run(["samples"], {"z": z} if y is None else {"z": z, "y": y})[0]
+        samples = self._session.run({"z": z} if y is None else {"z": z, "y": y})
         if samples.shape != (len(z), *self.card.sample_shape):
             expected = self.card.sample_shape
             raise BundleError(f"{self.card.model} {self.card.version} gave shape {samples.shape} for {len(z)} rows of {expected}")
@@ -116,8 +123,7 @@ class Sampler:
 
     def _check_signature(self, bundle: Bundle) -> None:
         card = self.card
-        inputs = {i.name: (i.type, len(i.shape), i.shape[-1] if len(i.shape) == 2 else None) for i in self._session.get_inputs()}
-        outputs = {o.name: o.type for o in self._session.get_outputs()}
+        inputs, outputs = self._session.inputs, self._session.outputs
         expected = {"z": ("tensor(float)", 2, card.latent.dim)} | ({"y": ("tensor(int64)", 1, None)} if card.classes else {})
         if inputs != expected:
             raise BundleError(f"{bundle.model_path}: inputs are {inputs}; the card asks for {expected} (type, rank, width)")
@@ -127,42 +133,3 @@ class Sampler:
             raise BundleError(
                 f"{bundle.path / 'card.json'}: {len(card.class_shares)} class shares for {len(card.classes)} classes"
             )
-
-
-def cuda_devices() -> int:
-    """How many CUDA devices the driver offers. onnxruntime lists its CUDA provider also where there are none."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    return count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
-
-
-def check_device(device: str) -> None:
-    """Raise ValueError where `device` is no device, RuntimeError where it is "cuda" and there is none."""
-    if device not in get_args(Device):
-        raise ValueError(f"device is {device!r}; it must be one of {', '.join(get_args(Device))}")
-    if device == "cuda" and not cuda_devices():
-        raise RuntimeError("device is 'cuda', but the driver offers no CUDA device; use --device cpu or auto")
-
-
-def _open_session(model: bytes, bundle: Bundle, device: Device, threads: int) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if device != "cpu" and cuda_devices():
-        onnxruntime.preload_dlls()
-        # An exhaustive search would tune every batch size anew, for seconds each.
-        providers.insert(0, ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"}))
-    try:
-        # From bytes: weights in a second file, which no hash covers, cannot be found.
-        session = onnxruntime.InferenceSession(model, options, providers=providers)
-    except Exception as error:  # onnxruntime's exceptions have no base class of their own
-        raise BundleError(f"{bundle.model_path}: onnxruntime refuses it: {error}") from error
-    if device == "cuda" and (found := session.get_providers()[0]) != "CUDAExecutionProvider":
-        raise RuntimeError(f"device is 'cuda', but the session runs on {found}; install the CUDA libraries or use --device auto")
-    return session

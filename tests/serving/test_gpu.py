@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from serving.batcher import Batcher
-from serving.sampler import BUCKETS, Sampler, Window, cuda_devices
+from serving.sampler import BUCKETS, Sampler, Window
+from serving.session import cuda_devices
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda_devices(), reason="the driver offers no CUDA device")]
 
@@ -50,3 +51,12 @@ def test_two_batches_at_once_mix_up_nothing(pair):
     for seed, rows in enumerate(asyncio.run(scene())):
         expected = cuda.sample([Window(seed, 0, 90)]).astype(np.float64)
         np.testing.assert_allclose(rows.astype(np.float64), expected, atol=1.0 if cuda.card.is_image else 1e-4)
+
+
+def test_runs_are_launched_as_cuda_graphs(pair):
+    cuda, _ = pair
+    assert cuda._session.has_graphs
+    first = cuda.sample([Window(1, 0, 8)])
+    kept = first.copy()
+    cuda.sample([Window(2, 0, 8)])
+    np.testing.assert_array_equal(first, kept)  # a graph writes to one place; what was answered stays

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from serving.models import ModelTable
-from serving.sampler import Window, cuda_devices
+from serving.sampler import Window
+from serving.session import cuda_devices
 from tests.serving.conftest import connect, publish, running
 from training.bundle import BundleError
 from training.registry import RegistryError

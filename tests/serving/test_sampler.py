@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from serving.sampler import BUCKETS, Sampler, Window, cuda_devices
+from serving.sampler import BUCKETS, Sampler, Window
+from serving.session import cuda_devices
 from tests.serving.conftest import CLASSES, generator, publish
 from training.bundle import SEED_LIMIT, BundleError
 
