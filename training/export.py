@@ -35,6 +35,7 @@ from training.bundle import (
     Certificate,
     Reference,
     SignGaussian,
+    clopper_pearson,
     sample_classes,
     whitening,
     write_arrays,
@@ -51,6 +52,8 @@ GOLDEN = 64
 LIBRARIES = ("torch", "onnx", "onnxruntime-gpu", "numpy", "scikit-learn", "ray")
 REFERENCE_POINTS = 10_000
 PRDC_POINTS = 3_000
+DETOUR_SAMPLES, DETOUR_STEPS, DETOUR_LIMIT = 10_000, 20, 2.0  # of truncated and of interpolated samples; rows of a path; times plain
+TRUNCATION = 0.5  # at which truncated samples are looked at
 LAW_SAMPLES, LAW_LIMIT = 1000, 8.0
 ACCURATE = 0.97
 ARL = 2.6e9  # samples to a false alarm for which expected delays are stated
@@ -433,6 +436,13 @@ def figures(
         probability = np.concatenate([source.features.run(["probability"], {"x": part})[0] for part in parts])
         asked = sample_classes(np.array(source.class_shares), seed=seed, count=len(samples))
         found["class_agreement"] = float(np.mean(probability.argmax(axis=1) == asked))
+    found |= detours(source)
+    for name in ("interpolated", "truncated"):
+        share = found[f"off_manifold_{name}"]
+        least = float(clopper_pearson(round(share * DETOUR_SAMPLES), DETOUR_SAMPLES, DELTA)[0])  # what so few samples prove
+        if least > DETOUR_LIMIT * found["off_manifold"]:
+            words = f"{share:.1%} of {name} samples are off the manifold and {found['off_manifold']:.1%} of plain ones"
+            found["warning"] = "; ".join(filter(None, (found.get("warning"), words)))
     if dataset.mixture is not None:
         found |= {f"mixture_{name}": value for name, value in mixture_fit(dataset.mixture, samples).items()}
     else:
@@ -440,6 +450,29 @@ def figures(
         fake = (samples[: len(real)].reshape(-1, dataset.dim) - dataset.shift) / dataset.scale
         found |= {f"prdc_{name}": value for name, value in prdc(real, fake).items()}
     return _finite(found)
+
+
+def detours(source: Source) -> dict[str, float]:
+    """Shares of samples off the manifold: plain ones, those at TRUNCATION, and those on paths of DETOUR_STEPS rows between two seeds.
+
+    The same number of each. A path keeps the class of its first row, as a served one does.
+    """
+    seed, count = secrets.randbits(53), DETOUR_SAMPLES
+    classes = sample_classes(np.array(source.class_shares), seed=seed, count=count) if source.class_shares else None
+    paths = [source.latent.interpolate(seeds=(seed + 1 + 2 * i, seed + 2 + 2 * i), count=DETOUR_STEPS) for i in range(count // DETOUR_STEPS)]
+    latents = {
+        "plain": (source.latent.sample(seed=seed, count=count), classes),
+        "truncated": (source.latent.sample(seed=seed, count=count, truncation=TRUNCATION), classes),
+        "interpolated": (np.concatenate(paths), None if classes is None else np.repeat(classes[: len(paths)], DETOUR_STEPS)),
+    }
+    shares = {}
+    for name, (z, y) in latents.items():
+        off = 0
+        for i in range(0, count, 2000):
+            feed = {"z": z[i : i + 2000]} | ({} if y is None else {"y": y[i : i + 2000]})
+            off += int((source.see(source.model.run(["samples"], feed)[0])[2] < 0).sum())
+        shares[f"off_manifold_{name}"] = off / count
+    return shares
 
 
 def law(reference: Reference, certificate: Certificate, modes: tuple[str, ...]) -> dict[str, Any]:

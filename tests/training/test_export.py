@@ -5,7 +5,7 @@ import torch
 from scipy.stats import binom
 
 from training.bundle import DUPLICATE_BLOCK, open_bundle, sample_classes
-from training.export import ExportError, certify_more, check_law, export_onnx, open_source
+from training.export import ExportError, certify_more, check_law, detours, export_onnx, open_source
 
 pytestmark = pytest.mark.slow
 
@@ -130,3 +130,16 @@ def test_a_certificate_grows_by_what_is_drawn_besides(ring, tmp_path):
     np.testing.assert_allclose(after.feature_cov, before.feature_cov, atol=0.03)
     width = [c.upper(c.cell_count, c.count) - c.lower(c.cell_count, c.count) for c in (before, after)]
     assert (width[1] <= width[0]).all() and card.files["model.onnx"] == bundle.card.files["model.onnx"]
+
+
+def test_the_card_says_how_many_truncated_and_interpolated_samples_leave_the_manifold(bundle):
+    certified = bundle.card.certified
+    again = detours(open_source(bundle.path, bundle.card))
+    for figure, share in again.items():
+        assert abs(certified[figure] - share) < 0.05  # other seeds, 10,000 samples each
+    assert abs(again["off_manifold_plain"] - certified["off_manifold"]) < 0.03
+    for kind in ("interpolated", "truncated"):
+        worse = certified[f"off_manifold_{kind}"] > 2.3 * certified["off_manifold"] + 0.02  # beyond doubt
+        assert not worse or f"of {kind} samples are off the manifold" in certified["warning"]
+        if certified[f"off_manifold_{kind}"] <= 2 * certified["off_manifold"]:
+            assert f"of {kind} samples" not in certified.get("warning", "")
