@@ -65,12 +65,14 @@ class Config:
     conditional: bool = False
     """Train G(z, y) and D(x, y) on the labels, so that requests may name a class."""
     steps: int | None = None
-    """Updates of each network; by default those of the recipe (5,000 in the plane, 8,000 for digits)."""
+    """Updates of the critic; by default those of the recipe (5,000 in the plane, 8,000 for digits)."""
     objective: Literal[
         "relativistic", "minimax", "non_saturating", "least_squares", "least_squares_pearson", "wasserstein", "hinge",
         "f_kl", "f_reverse_kl", "f_pearson", "f_neyman", "f_hellinger", "f_js", "f_total_variation",
     ] = "relativistic"  # fmt: skip
     """The game: paired logits (RpGAN) by default; minimax is GAN0, non_saturating GAN1, f_* the f-GANs."""
+    critic_steps: int | None = None
+    """Updates of the critic for each of the generator; by default the objective's: 5 for wasserstein, else 1."""
     penalty: Literal["r1r2", "r1", "r2", "gradient", "none"] = "r1r2"
     """On the critic's slope: at reals and fakes, at one of them, WGAN-GP's between them, or none, to see a collapse."""
     gamma: float | None = None
@@ -137,7 +139,7 @@ class InputError(ValueError):
 def check(config: Config) -> None:
     """Raise InputError, DataError or RegistryError before anything expensive begins."""
     given = {name: value for name, value in asdict(config).items() if value is not None}
-    for name, low in (("workers", 1), ("min_workers", 1), ("max_failures", 0), ("steps", 1), ("certify_samples", 1000), ("seed", 0), ("packing", 1), ("unroll", 0), ("width", 1), ("batch", 1), ("accumulate", 1), ("noise", 0)):
+    for name, low in (("workers", 1), ("min_workers", 1), ("max_failures", 0), ("steps", 1), ("certify_samples", 1000), ("seed", 0), ("packing", 1), ("critic_steps", 1), ("unroll", 0), ("width", 1), ("batch", 1), ("accumulate", 1), ("noise", 0)):
         if given.get(name, low) < low:
             raise InputError(f"--{name.replace('_', '-')} is {given[name]}; it must be at least {low}")
     for name in ("gamma", "learning_rate", "certify_seconds", "clip", "checkpoint_seconds"):

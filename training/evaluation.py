@@ -186,15 +186,19 @@ def nearest_ratio(train: Float[ndarray, "n d"], held_out: Float[ndarray, "h d"],
     return float(np.median(tree.query(fake)[0]) / np.median(tree.query(held_out)[0]))
 
 
-def class_fit(probability: Float[ndarray, "n k"], share: Float64[ndarray, "k"]) -> dict[str, float | int]:
+def class_fit(probability: Float[ndarray, "n k"], share: Float64[ndarray, "k"], parts: int = 1) -> dict[str, float | int]:
     """Modes and KL by a classifier, the protocol of stacked MNIST (Metz et al. 2017; Lin et al. 2018), with its floors.
 
     class_kl: of the classes' shares among samples from their shares in real data; class_kl_floor: what n samples of a perfect
     sampler have. modes: classes with at least one sample, confident_modes: with one that is beyond argument (CONFIDENT), which
-    alone tells digits from noise. modes_expected: what n samples of a perfect sampler reach.
+    alone tells digits from noise. Stacked images are when each of their `parts` is. modes_expected: what n samples of a perfect
+    sampler reach.
     """
     n, k = probability.shape
-    assigned, confident = probability.argmax(axis=1), probability.max(axis=1) > CONFIDENT
+    each = probability.reshape(n, *[round(k ** (1 / parts))] * parts)
+    axes = set(range(1, parts + 1))
+    surest = [each.sum(axis=tuple(axes - {axis})).max(axis=1) for axis in axes]
+    assigned, confident = probability.argmax(axis=1), np.min(surest, axis=0) > CONFIDENT
     count = np.bincount(assigned, minlength=k)
     return {
         "modes": int(np.count_nonzero(count)),

@@ -29,6 +29,7 @@ class Objective:
     estimate: Callable[[float], float]  # its mean loss -> that divergence: exact for the optimal critic, else a lower bound
     largest: float  # the divergence of laws that do not overlap
     optimal: Callable[[Tensor], Tensor] | None  # T -> the optimal critic's logit; None where it is no function of T
+    critic_steps: int = 1  # for each of the generator's
 
 
 # Goodfellow et al. 2014: D = sigmoid(logit) -----------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ OBJECTIVES: dict[str, Objective] = {
     "non_saturating": _classic(non_saturating_loss),
     "least_squares": least_squares(fake_label=0.0, real_label=1.0, wanted=1.0),  # eq. 9
     "least_squares_pearson": least_squares(fake_label=-1.0, real_label=1.0, wanted=0.0),  # eq. 8
-    "wasserstein": Objective(wasserstein_critic_loss, raise_fakes, "Wasserstein-1", lambda loss: -loss, math.inf, None),
+    "wasserstein": Objective(wasserstein_critic_loss, raise_fakes, "Wasserstein-1", lambda loss: -loss, math.inf, None, critic_steps=5),  # algorithm 1
     "hinge": Objective(
         critic_loss=hinge_critic_loss,
         generator_loss=raise_fakes,

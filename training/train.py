@@ -169,6 +169,7 @@ def adversarial_training(
     noise = InstanceNoise(recipe.noise, config.noise_schedule)
     look = Look(dataset, latent, objective, conditional=config.conditional, packing=config.packing, seed=config.seed)
     diagnosis, every = Diagnosis(), max(50, recipe.steps // 100)
+    turns = config.critic_steps or objective.critic_steps
     rng = torch.Generator(device).manual_seed(config.seed * world + rank)
     state = State(generator, critic, average, optimisers, noise, diagnosis, rng)
     done, last = state.load(resume, rank=rank, world=world) if resume else (0, {})
@@ -181,8 +182,9 @@ def adversarial_training(
         batch = recipe.batch << int(progress * (recipe.doublings + 1))
         local, drawn = batch // world, step * config.accumulate * (recipe.batch << recipe.doublings)
         rows = np.random.default_rng((config.seed, step)).integers(dataset.trained, size=batch * config.accumulate)
-        generator.zero_grad(set_to_none=True)
-        critic.zero_grad(set_to_none=True)
+        moved = (generator, critic) if (step + 1) % turns == 0 else (critic,)  # the generator comes last of its turns
+        for network in moved:
+            network.zero_grad(set_to_none=True)
         losses = torch.zeros(3, device=device)
         for part in range(config.accumulate):
             # Each worker takes its part of one global batch, so that without noise the number of workers changes only rounding.
@@ -190,20 +192,22 @@ def adversarial_training(
             pick = rows[first : first + local]
             z = torch.from_numpy(latent.sample(seed=config.seed, offset=drawn + first, count=local)).to(device)
             real, y = torch.from_numpy(dataset.normalised(pick)).to(device), None if labels is None else labels[pick]
-            real, shown = view(real), view(generate(z, y))
+            with torch.set_grad_enabled(generator in moved):
+                real, shown = view(real), view(generate(z, y))
             between = penalty.points_between(real, shown.detach(), rng)
             before = [p.grad for p in critic.parameters()]
             seen = gradients_of(judge, objective, penalty, real, shown.detach(), between, y, decayed(recipe.gamma, progress))
             for p, summed in zip(critic.parameters(), before, strict=True):
                 if summed is not None:
                     p.grad += summed
-            pull = seen.by_fake
-            if config.unroll:
-                pull = unrolled_pull(critic, objective, real, shown, y, steps=config.unroll)
-            shown.backward(pull)
+            if generator in moved:
+                pull = seen.by_fake
+                if config.unroll:
+                    pull = unrolled_pull(critic, objective, real, shown, y, steps=config.unroll)
+                shown.backward(pull)
             losses += torch.stack([seen.critic_loss, seen.generator_loss, seen.penalty])
-        losses = mean_over_parts((generator, critic), losses, parts=config.accumulate, world=world)
-        for optimiser in optimisers:
+        losses = mean_over_parts(moved, losses, parts=config.accumulate, world=world)
+        for optimiser in optimisers[-len(moved) :]:
             group = optimiser.param_groups[0]
             group["lr"] = decayed(recipe.learning_rate, progress, recipe.hold)
             group["betas"] = (0.0, 0.9 + 0.09 * min(1.0, progress / 0.2))

@@ -147,6 +147,14 @@ def test_classes_are_counted_beside_what_a_perfect_sampler_has():
     assert noise["modes"] > 880 and noise["confident_modes"] == 0
 
 
+def test_a_stacked_image_is_beyond_argument_when_each_part_is():
+    part = np.array([[0.85, 0.15], [0.7, 0.3]])  # by itself, the first is and the second is not
+    for first, second, beyond in ((0, 0, 1), (0, 1, 0), (1, 1, 0)):
+        probability = np.outer(part[first], part[second]).reshape(1, 4)
+        assert probability.max() < 0.8
+        assert class_fit(probability, np.full(4, 0.25), parts=2)["confident_share"] == beyond
+
+
 def evaluate(*flags):
     command = [sys.executable, "-m", "training.evaluation", *map(str, flags)]
     return subprocess.run(command, cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True, timeout=120)

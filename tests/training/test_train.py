@@ -46,6 +46,14 @@ def test_the_same_seed_trains_the_same_generator():
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+@pytest.mark.parametrize(("wish", "turns"), [({"objective": "wasserstein", "clip": 0.05, "penalty": "none"}, 5), ({"critic_steps": 3}, 3)])
+def test_the_critic_may_move_several_times_for_each_step_of_the_generator(wish, turns):
+    dataset = DATASETS["ring"]()
+    first = build(Config(dataset="ring", **wish), dataset)[1].head.weight
+    waits, moves = (adversarial_training(Config(dataset="ring", steps=n, **wish), dataset)[0].head.weight for n in (turns - 1, turns))
+    assert torch.equal(waits, first) and not torch.equal(moves, first)
+
+
 def test_numbers_that_blow_up_stop_the_training():
     with pytest.raises(TrainingStopped, match="no longer finite at step .*--learning-rate"):
         adversarial_training(Config(dataset="ring", steps=200, learning_rate=1e30), DATASETS["ring"]())
