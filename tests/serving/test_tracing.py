@@ -104,7 +104,7 @@ def test_grpc_streams_have_traces_and_long_ones_few_spans(registry, samplers, mo
 
     async def scene(tracer):
         async with calling(registry) as (app, channel):
-            app.service.tracer = tracer
+            app.service.tracer, app.service.batcher.batch = tracer, 256
             sample = channel.unary_stream(
                 "/ganwatch.v1.Generator/Sample",
                 request_serializer=own.SampleRequest.SerializeToString,
