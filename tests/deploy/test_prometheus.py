@@ -170,4 +170,4 @@ def test_lost_modes_become_an_alert_that_names_them(prometheus: Any) -> None:
     assert alert["annotations"]["modes"] == "3, 8"
     assert "`ganwatch rollback --model grid --alias production`" in alert["annotations"]["runbook"]
     firing = {alert["labels"]["alertname"] for alert in prometheus.get("alerts")["alerts"] if alert["state"] == "firing"}
-    assert firing == {"GanModeDropped"}, "one fault, one alert"
+    assert firing == {"GanModeDropped", "GanVersionsDiffer"}, "one fault, one alert; and the canary is not what production is"

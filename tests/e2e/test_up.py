@@ -98,7 +98,7 @@ def test_a_forced_collapse_fires_its_own_alert(up: Stack, tmp_path: Path) -> Non
     up.verdict("healthy")
     command = next(line for line in up.lines if "ganwatch publish" in line).split("ganwatch ", 1)[1].split()
     version = json.loads(up.run(*command, "--json").stdout)["version"]
-    up.run("promote", version)
+    up.run("promote", version, "--force")
     try:
         up.verdict("quality_outside_tolerance")
         up.query('ALERTS{alertname="GanQualityOutsideTolerance",alertstate="firing",model="ring"}', lambda r: len(r) == 1)
