@@ -118,7 +118,7 @@ def functional(
     found = (derivatives or _derivatives)(critic, objective, penalty, weights, x, _labels(y, len(x)), n, charged)
     by_weight, (loss, price, logit, slope) = found
     for name, parameter in critic.named_parameters():
-        parameter.grad = by_weight[name].clone()
+        parameter.grad = torch.empty_like(parameter).copy_(by_weight[name])  # compiled code chooses other strides, fused Adam reads memory
     _, pull, generator_loss = _by_logits(objective.generator_loss, logit[:n], logit[n : 2 * n])
     return Gradients(loss, generator_loss, price, pull[:, None] * slope[n : 2 * n])
 

@@ -259,7 +259,8 @@ def test_the_demo_teaches_how_the_monitor_acts_by_itself(demo: Stack) -> None:
     assert "off_manifold" in canary.stderr and "canary -> none" in canary.stderr
     done = demo.run("inject", "drop-modes", "--model", "digits", "--labels", "3,8", "--act", "--json")
     report = json.loads(done.stdout)
-    assert report["verdict"] in ("mode_dropping", "drift") and report["action"] == "production -> v1"  # it does not wait for the sharper word
+    assert report["action"] == "production -> v1"
+    assert report["verdict"] in ("mode_dropping", "within_mode_collapse", "drift")  # what was first in evidence: it does not wait for the sharper word
     assert "alarm at its sample" in done.stderr and "acted: production -> v1" in done.stderr
     registry = Registry(demo.home / "registry")
     assert registry.aliases("digits") == {"production": "v1"} and registry.history("digits")[-1].reason.startswith("acted on an alarm")

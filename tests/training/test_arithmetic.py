@@ -89,7 +89,7 @@ for compiled in (False, True):
         # Adam, without momentum, remembers the last gradient
         found.append(torch.cat([o.state[p]["exp_avg"].flatten() for o in state.optimisers for p in o.param_groups[0]["params"]]))
 
-    config = Config(steps=1, width=16, network="resnet", noise=0.0, compile=compiled, precision=sys.argv[1])
+    config = Config(steps=1, width=16, network="dcgan", noise=0.0, compile=compiled, precision=sys.argv[1])
     adversarial_training(config, DATASETS["digits"](), save=save)
 print(float((found[0] - found[1]).norm() / found[0].norm()))
 """
