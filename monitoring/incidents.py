@@ -56,13 +56,16 @@ class Incidents:
         evidence: dict[str, Any],
         first_alarm: int,
     ) -> bool:
-        """Open an incident of this version, or bring the open one up to date. Returns whether it was opened now."""
+        """Open an incident of this version, or bring the open one up to date. Returns whether it was opened now.
+
+        What was done about it stays with it, whatever the evidence becomes.
+        """
         values = (verdict, words, json.dumps(list(modes)), json.dumps(evidence, allow_nan=False))
         with self._lock:
             updated = self._database.execute(
-                "UPDATE incident SET verdict = ?, words = ?, modes = ?, evidence = ?"
-                " WHERE model = ? AND version = ? AND closed_at IS NULL",
-                (*values, model, version),
+                "UPDATE incident SET verdict = ?, words = ?, modes = ?, evidence = iif(json_extract(evidence, '$.action') IS NULL,"
+                " ?, json_set(?, '$.action', json_extract(evidence, '$.action'))) WHERE model = ? AND version = ? AND closed_at IS NULL",
+                (*values, values[-1], model, version),
             ).rowcount
             if not updated:
                 self._database.execute(

@@ -19,6 +19,14 @@ def test_an_alarm_is_opened_once_and_sharpened_in_place(tmp_path: Path) -> None:
     assert (only["opened_at"], only["first_alarm"], only["closed_at"]) == (10.0, 41, None)  # when it began does not change
 
 
+def test_what_was_done_stays_while_the_evidence_changes(tmp_path: Path) -> None:
+    incidents = Incidents(tmp_path / "incidents.db")
+    incidents.record("digits", "v2", at=10.0, **ALARM)
+    incidents.act("digits", "v2", "production -> v1")
+    incidents.record("digits", "v2", at=11.0, **{**ALARM, "evidence": {"modes": 12.0}})
+    assert incidents.newest()[0]["evidence"] == {"modes": 12.0, "action": "production -> v1"}
+
+
 def test_acknowledging_closes_the_open_incidents_of_one_model(tmp_path: Path) -> None:
     incidents = Incidents(tmp_path / "incidents.db")
     for model in ("digits", "ring"):
