@@ -332,7 +332,7 @@ function drawModes(snapshot) {
   const coverage = snapshot.gauges.fresh.mode_coverage;
   $("#modes .hint").textContent = cells[pointed] ? describe(cells[pointed]) : coverage.value == null ? "Bars appear with the first fresh samples."
     : `${percent(coverage.value)} of the modes come at a quarter of their real share or more, ${percent(coverage.low)} certainly. The last bar counts samples unlike any real data.`;
-  const left = 44, top = 18, bar = 160, gap = 14, slot = (width - left - gap) / cells.length;
+  const left = 44, top = 18, bar = 160, gap = 14, slot = Math.max(width - left - gap, 0) / cells.length; // a window on its way to another size can be narrower than the axis
   const highest = Math.max(...cells.flatMap(cell => [cell.reference, cell.served ?? 0, Math.min(cell.high ?? 0, 1.6 * Math.max(cell.reference, cell.served ?? 0))]), 1e-6);
   const step = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, 1].find(s => highest / s <= 4) ?? 1;
   const y = value => top + bar * (1 - Math.min(value / highest, 1));

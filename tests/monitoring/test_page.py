@@ -220,6 +220,10 @@ def test_it_fits_wide_and_narrow_light_and_dark(
             assert page.evaluate("document.documentElement.scrollWidth") == width
             assert page.evaluate("getComputedStyle(document.body).backgroundColor") == background
             assert colours(page) > 300
+    page.set_viewport_size({"width": 60, "height": 900})  # what a window being dragged or opened passes through
+    page.wait_for_function("document.querySelector('#modes .bars').clientWidth < 58")
+    page.locator("#modes .bars svg").hover(force=True)
+    page.wait_for_function("document.querySelector('#modes svg').viewBox.baseVal.width < 58")
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:
