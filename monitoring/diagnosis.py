@@ -106,6 +106,7 @@ EXPLANATIONS = {
     "lower": "within_mode_collapse",
     "wider": "off_manifold",
     "narrower": "within_mode_collapse",
+    "nearer": "memorisation",
     "quality": "quality_outside_tolerance",
     "inflate": "drift",
     "shares": "drift",

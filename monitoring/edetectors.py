@@ -31,9 +31,9 @@ from scipy.special import ndtri
 from monitoring import kernel
 from monitoring.bulk import RATES, Moments
 from monitoring.coverage import RHO
-from training.bundle import DUPLICATE_BLOCK, NEAREST_TRAIN, OFF_MANIFOLD_EXCESS, Certificate, Reference
+from training.bundle import DUPLICATE_BLOCK, NEARER_TRAIN, NEAREST_TRAIN, OFF_MANIFOLD_EXCESS, Certificate, Reference
 
-FAMILIES = {"modes": 0.27, "tails": 0.19, "bulk": 0.51, "copies": 0.01, "duplicates": 0.01, "quality": 0.01}
+FAMILIES = {"modes": 0.27, "tails": 0.19, "bulk": 0.5, "copies": 0.02, "duplicates": 0.01, "quality": 0.01}
 """Family -> its share of the false-alarm budget. A family that has no bet leaves its share unused, which is valid too."""
 
 NULLS = {family: "B" if family == "quality" else "A" for family in FAMILIES}
@@ -47,8 +47,9 @@ KINDS = {
     "lower": ("tails", 0.01),
     "wider": ("bulk", 0.02),
     "narrower": ("bulk", 0.14),
-    "moved": ("bulk", 0.35),
+    "moved": ("bulk", 0.34),
     "copies": ("copies", 0.01),
+    "nearer": ("copies", 0.01),
     "duplicates": ("duplicates", 0.01),
     "quality": ("quality", 0.01),
 }
@@ -111,13 +112,15 @@ def tilted(payoff: Float64[ndarray, "... b"], low: Float64[ndarray, "e"], high: 
 class Scores:
     """Bets on where the scores of a sample lie among their certified quantiles: on each tail, and on the bulk as a whole.
 
-    The lower tail of score number `nearest_train` is a kind of its own, `copies`.
+    The lower tails of the scores that look for training data are kinds of their own. `copies`: NEAREST_TRAIN, at its deepest
+    levels. `nearer`: NEARER_TRAIN, at all levels, for what else may happen leaves training and held-out samples as near as
+    they were; above its median there is nothing to bet on. Nor is it a collapse that samples come nearer to the data.
 
     Tails: a step at one level. Bulk: exp(+-lambda h) for h the normal quantile of the middle of the bin, the likelihood ratio
     of a score that was shifted by lambda standard deviations, on the scale on which the certified score is normal.
     """
 
-    def __init__(self, certificate: Certificate, nearest_train: int | None = None) -> None:
+    def __init__(self, certificate: Certificate, names: tuple[str, ...] = ()) -> None:
         usable, count = tail_levels(certificate), certificate.count
         levels = certificate.levels[usable]
         beneath, above = certificate.lower_hits[:, usable][:, ::-1], certificate.upper_hits[:, usable]
@@ -131,10 +134,10 @@ class Scores:
         hit = np.concatenate([bins <= np.arange(split)[:, None], bins > np.arange(split, 2 * split)[:, None]])
         bound = np.concatenate([1 - low[:, :split], high[:, split:]], axis=1)[..., None]
         theta = np.array(TAIL_BETS)
-        deep = np.concatenate([levels[::-1], levels]) <= TAIL_FROM
-        allowed = (theta > bound) & deep[:, None]  # [score, edge, bet]
-        if nearest_train is not None:
-            allowed[nearest_train, :split] &= (levels[::-1] <= COPIES_FROM)[:, None]
+        names, tilting = names or ("",) * len(low), ("wider",) * len(TILTS) + ("narrower",) * len(TILTS)
+        deepest = {NEAREST_TRAIN: (COPIES_FROM, TAIL_FROM), NEARER_TRAIN: (1.0, 0.0)}
+        from_level = np.repeat([deepest.get(name, (TAIL_FROM, TAIL_FROM)) for name in names], split, axis=1)
+        allowed = (theta > bound) & (np.concatenate([levels[::-1], levels]) <= from_level)[..., None]  # [score, edge, bet]
         bound = np.where(allowed, bound, 0.5)
         tails = np.where(hit[:, None], (theta / bound)[..., None], ((1 - theta) / (1 - bound))[..., None])
 
@@ -144,10 +147,12 @@ class Scores:
 
         flat = [part.reshape(len(low), -1, len(bins)) for part in (tails, bulk)]
         self.table = np.concatenate(flat, axis=1).transpose(0, 2, 1).copy()  # score, bin -> payoff of each bet
-        rest = ("upper",) * (split * len(theta)) + ("wider",) * len(TILTS) + ("narrower",) * len(TILTS)
-        lower = ["copies" if s == nearest_train else "lower" for s in range(len(low))]
-        self.kinds = tuple(kind for below in lower for kind in ((below,) * (split * len(theta)) + rest))
-        self.allowed = np.concatenate([allowed.reshape(len(low), -1), np.ones(bulk.shape[:2], bool)], axis=1).ravel()
+        below = {NEAREST_TRAIN: "copies", NEARER_TRAIN: "nearer"}
+        sides = [(below.get(name, "lower"), "upper") for name in names]
+        self.kinds = tuple(k for side in sides for k in (*(kind for kind in side for _ in range(split * len(theta))), *tilting))
+        tilted_by = {NEAREST_TRAIN: ("wider",), NEARER_TRAIN: ()}
+        tilts_allowed = [[kind in tilted_by.get(name, tilting) for kind in tilting] for name in names]
+        self.allowed = np.concatenate([allowed.reshape(len(low), -1), tilts_allowed], axis=1).ravel()
 
 
 class Shares:
@@ -232,8 +237,7 @@ class EDetector:
     ) -> None:
         """scores: names of the certificate's scores, where one of them has a meaning of its own."""
         self.threshold = threshold
-        nearest = scores.index(NEAREST_TRAIN) if NEAREST_TRAIN in scores else None
-        tails, moments, shares = Scores(certificate, nearest), Moments(certificate), Shares(certificate)
+        tails, moments, shares = Scores(certificate, scores), Moments(certificate), Shares(certificate)
         cells, duplicates = Modes(certificate, reference), Duplicates(certificate)
         few = np.array(tails.kinds + moments.kinds + shares.kinds)
         part = np.concatenate([tails.allowed, moments.parts, np.ones(len(shares.kinds))])

@@ -16,7 +16,7 @@ from sklearn.cluster import KMeans
 from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
 
-from training.bundle import NEAREST_TRAIN
+from training.bundle import NEARER_TRAIN, NEAREST_TRAIN
 from training.data import Dataset
 
 MANIFOLD_QUANTILE = 0.99  # of held-out real data lies inside the manifold
@@ -25,8 +25,9 @@ NETS, WIDTH, STEPS = 3, 160, 1500  # the classifier of labelled data
 FEATURES, MOST_FEATURES = 32, 64
 MOST_INPUTS = 1024  # numbers of an image that are looked at: larger ones are seen through coarser pixels
 MOST_FITTED = 20_000  # samples to fit on
-SCORES = ("manifold_distance", "radius", "ambiguity", NEAREST_TRAIN)
-REMEMBERED = 4096  # training samples, at most, whose copies are looked for
+SCORES = ("manifold_distance", "radius", "ambiguity")
+TINY = 1e-6  # distance that is none
+REMEMBERED = 4096  # training samples, at most, whose copies are looked for, and held-out ones beside them
 
 
 class Lens(nn.Module):
@@ -65,6 +66,8 @@ class Eye(nn.Module):
     radius: Mahalanobis distance to the mean of all data.
     ambiguity, only where data are labelled: 1 - the largest probability; blends of two classes are near the manifold, not here.
     nearest_train, unless nothing is `remembered`: distance of the features to the nearest of some training samples; 0 is a copy.
+    nearer_train, the same: a / (a + b) for a the distance to the nearest of the first of these, b to that of as many held-out
+    samples. It is below 1/2 as often as not where the split is nothing to the generator (after Meehan et al., AISTATS 2020).
     Modes are the cells themselves, or, where data are labelled, the classes of an ensemble of classifiers. Of stacked images
     the farthest channel counts, and the classes of the channels together are the mode.
     """
@@ -76,6 +79,7 @@ class Eye(nn.Module):
     projection: Tensor
     offset: Tensor
     remembered: Tensor
+    held_out: Tensor
 
     def __init__(self, lens: Lens, within: ndarray, cells: ndarray, overall: ndarray, centre: ndarray) -> None:
         super().__init__()
@@ -89,6 +93,7 @@ class Eye(nn.Module):
             "threshold": np.inf,
             "projection": np.eye(len(centre)),
             "remembered": np.zeros((0, len(centre))),  # features of training samples, [m, p]
+            "held_out": np.zeros((0, len(centre))),  # of others, no more
         }.items():
             self.register_buffer(name, torch.as_tensor(np.asarray(value), dtype=torch.float32))
 
@@ -116,11 +121,20 @@ class Eye(nn.Module):
                     probability = (probability[:, :, None] * each[:, part, None, :]).flatten(1)
             scores = torch.stack([distance, radius.sqrt(), 1 - probability.amax(dim=1)], dim=1)
         if len(self.remembered):
-            twin = (self.remembered.square().sum(dim=1) - 2 * features @ self.remembered.T).argmin(dim=1)
-            nearest = (features - self.remembered[twin]).square().sum(dim=1).sqrt()
-            scores = torch.cat([scores, nearest[:, None]], dim=1)
+            sets = self.remembered, self.remembered[: len(self.held_out)], self.held_out
+            nearest, train, held_out = (_distance(features, points) for points in sets)
+            scores = torch.cat([scores, nearest, (train + TINY) / (train + held_out + 2 * TINY)], dim=1)
         mode = torch.where(distance > self.threshold, -1, probability.argmax(dim=1))
         return features, scores, mode, probability
+
+
+def _distance(x: Tensor, points: Tensor) -> Tensor:
+    """[n, 1]: to the nearest of the points [m, p]. In few dimensions they lie so dense that an expanded square would take the wrong one."""
+    if points.shape[1] <= 3:
+        squares = torch.stack([(x[:, j, None] - points[:, j]).square() for j in range(points.shape[1])]).sum(dim=0)
+    else:
+        squares = points.square().sum(dim=1) - 2 * x @ points.T  # less what is the same for all
+    return (x - points[squares.argmin(dim=1)]).square().sum(dim=1, keepdim=True).sqrt()
 
 
 class Ensemble(nn.Module):
@@ -175,14 +189,13 @@ def fit_eye(dataset: Dataset, *, seed: int, remember: bool = True) -> Sight:
         eye.classifier = _fit_ensemble(train, labels, classes, seed=seed)
         eye.projection = _principal(eye.classifier, torch.from_numpy(train), min(FEATURES, MOST_FEATURES // lens.parts))
     eye.eval().requires_grad_(False)
-    scores = SCORES if dataset.labels is not None else (*SCORES[:2], NEAREST_TRAIN)
-    if remember:
-        some = rows[np.linspace(0, len(rows) - 1, min(REMEMBERED, len(rows))).astype(int)]
-        eye.remembered = torch.cat([eye(torch.from_numpy(dataset.samples[part]))[0] for part in np.array_split(some, 8)])
-    else:
-        scores = scores[:-1]
-
+    scores = SCORES if dataset.labels is not None else SCORES[:2]
     held_out = [eye(torch.from_numpy(part)) for part in np.array_split(dataset.samples[dataset.trained :], len(dataset.samples) // 10_000 + 1)]
+    if remember:
+        some = np.random.default_rng(seed).permutation(rows)[:REMEMBERED]
+        eye.remembered = torch.cat([eye(torch.from_numpy(dataset.samples[part]))[0] for part in np.array_split(some, 8)])
+        eye.held_out = torch.cat([features for features, *_ in held_out])[: len(some)]
+        scores = (*scores, NEAREST_TRAIN, NEARER_TRAIN)
     distance = np.concatenate([scores[:, 0].numpy() for _, scores, _, _ in held_out])
     eye.threshold.fill_(float(np.quantile(distance, MANIFOLD_QUANTILE)))
     if dataset.labels is None:

@@ -16,7 +16,7 @@ from scipy.special import ndtri
 from monitoring import kernel
 from monitoring.edetectors import FAMILIES, KINDS, TILTS, Cells, Duplicates, EDetector, Modes, Scores, mode_bounds, tail_levels, tilted
 from monitoring.features import Eye, Seen
-from training.bundle import DUPLICATE_BLOCK, NEAREST_TRAIN, Certificate, Reference
+from training.bundle import DUPLICATE_BLOCK, NEARER_TRAIN, NEAREST_TRAIN, Certificate, Reference
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -123,10 +123,10 @@ def test_the_budget_is_spent_once(healthy):
     state["r"][:], state["r_modes"][:] = 1.0, bets.shares.allowed
     state["sums"][1:3] = duplicates.weights.sum(), bets.quality_weights @ bets.quality.allowed.sum(axis=1)
     found.restore(state)
-    spent = dict.fromkeys(KINDS, 0.0)
+    spent, unseen = dict.fromkeys(KINDS, 0.0), {"copies": 0.0, "nearer": 0.0}  # no score here looks for training data
     for group, weight in zip(found.groups, found.evidence, strict=True):
         spent[group.partition(":")[0]] += weight
-    assert spent == pytest.approx({kind: weight for kind, (_, weight) in KINDS.items() if kind != "copies"} | {"copies": 0.0})  # no score here is on them
+    assert spent == pytest.approx({kind: weight for kind, (_, weight) in KINDS.items() if kind not in unseen} | unseen)
     assert FAMILIES == pytest.approx({f: sum(w for family, w in KINDS.values() if family == f) for f in FAMILIES})
     assert sum(FAMILIES.values()) == pytest.approx(1)
 
@@ -305,6 +305,29 @@ def test_copies_are_the_lower_tail_of_the_nearest_training_sample(healthy, make_
         assert ("copies" in evidence_named(found, scores, certificate.white_centre)) == named
     small = make_bundle(count=4096).certificate  # knows no tail so deep
     assert np.isfinite(EDetector(small, healthy.reference, healthy.card.modes, threshold=1e6, scores=("distance", NEAREST_TRAIN)).evidence).all()
+
+
+@pytest.mark.parametrize(("share", "named"), [(0.5, set()), (0.9, {"nearer"}), (0.1, set())])
+def test_samples_nearer_to_training_than_to_held_out_data_are_a_kind_of_their_own(healthy, share, named):
+    """... at any distance, so that no copy need be exact; to be nearer to held-out data is no fault, nor is it off the manifold."""
+    certificate, rng = healthy.certificate, np.random.default_rng(4)
+    found = EDetector(certificate, healthy.reference, healthy.card.modes, threshold=1e6, scores=("distance", NEARER_TRAIN))
+    median = certificate.upper_threshold[:, 0]
+    scores = np.tile(median, (3000, 1)) * rng.uniform(0.9, 1.1, (3000, 2))
+    scores[:, 1] = median[1] * np.where(rng.random(3000) < share, 0.95, 1.05)
+    assert evidence_named(found, scores, certificate.white_centre) == named
+    found.restart()
+    scores[:, 1] = certificate.upper_threshold[1, -1] * 2
+    assert evidence_named(found, scores, certificate.white_centre) == set()
+
+
+def test_samples_that_come_nearer_to_the_data_have_not_collapsed(healthy):
+    certificate, rng = healthy.certificate, np.random.default_rng(4)
+    scores = np.tile(certificate.upper_threshold[:, 0], (2000, 1)) * rng.uniform(0.9, 1.1, (2000, 2))
+    scores[:, 1] *= 0.6
+    for name, named in (("taxi", {"narrower"}), (NEAREST_TRAIN, set())):
+        found = EDetector(certificate, healthy.reference, healthy.card.modes, threshold=1e6, scores=("distance", name))
+        assert evidence_named(found, scores, certificate.white_centre) == named
 
 
 def evidence_named(found: EDetector, scores: np.ndarray, centre: np.ndarray) -> set[str]:

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from training.bundle import NEARER_TRAIN, NEAREST_TRAIN
 from training.data import DATASETS, Dataset
 from training.features import fit_eye
 
@@ -42,6 +43,32 @@ def test_cells_of_unlabelled_data_are_the_true_modes(name):
     for k, place in enumerate(places):  # names follow the order of `mode`
         assert int(sight.eye(torch.tensor(place, dtype=torch.float32)[None])[2]) == k
     assert int(sight.eye(torch.tensor([[20.0, 20.0]]))[2]) == -1
+
+
+@pytest.mark.parametrize("name", ["grid", "digits"])
+def test_training_and_held_out_samples_are_told_apart_and_others_are_near_either(name):
+    dataset = DATASETS[name]()
+    sight = fit_eye(dataset, seed=0)
+    held_out = torch.from_numpy(dataset.samples[dataset.trained :])
+    size, scores = len(sight.eye.held_out), {n: sight.scores.index(n) for n in (NEAREST_TRAIN, NEARER_TRAIN)}
+    assert size == min(len(held_out), len(sight.eye.remembered)) > 300
+    assert float(sight.eye(held_out[:size])[1][:, scores[NEARER_TRAIN]].min()) > 0.9
+    seen = torch.cat([sight.eye(torch.from_numpy(part))[1] for part in np.array_split(dataset.samples[: dataset.trained], 20)])
+    copies = seen[:, scores[NEAREST_TRAIN]] < 1e-4
+    assert int(copies.sum()) >= len(sight.eye.remembered) and int((seen[copies][:, scores[NEARER_TRAIN]] < 0.01).sum()) >= size
+    others = seen[~copies] if name == "grid" else sight.eye(torch.from_numpy(255 - dataset.samples[:1000]))[1]
+    coin = (others[:, scores[NEARER_TRAIN]] < 0.5).float()
+    assert 0.4 < float(coin.mean()) < 0.6
+    eye, noise = sight.eye, torch.from_numpy(np.random.default_rng(0).permutation(dataset.samples)[:500])
+    one_way = eye(noise)[1][:, scores[NEARER_TRAIN]]
+    eye.remembered, eye.held_out = eye.held_out.clone(), eye.remembered[:size].clone()
+    torch.testing.assert_close(eye(noise)[1][:, scores[NEARER_TRAIN]], 1 - one_way)  # hence a fair coin over all splits
+
+
+def test_nothing_is_remembered_where_that_is_not_wanted():
+    sight = fit_eye(DATASETS["ring"](), seed=0, remember=False)
+    assert not {NEAREST_TRAIN, NEARER_TRAIN} & set(sight.scores) and not len(sight.eye.remembered) and not len(sight.eye.held_out)
+    assert sight.eye(torch.zeros(3, 2))[1].shape == (3, len(sight.scores))
 
 
 def test_stacked_images_are_seen_channel_by_channel():
