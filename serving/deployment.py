@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ray import serve
 
+from serving import ingress
 from serving.batcher import Batcher
 from serving.logs import AccessLog, structured
 from serving.models import ModelTable
@@ -61,6 +62,7 @@ class Replica:
         self.rpc = Rpc(self.service, settings.grpc_port) if settings.grpc_port is not None else None
 
     def __serve_build_asgi_app__(self) -> App:
+        ingress.answers(App(self.service))
         return App(self.service, self.rpc, echo=False)
 
     async def check_health(self) -> None:

