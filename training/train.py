@@ -59,7 +59,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from training.arithmetic import Bf16, Unsupported, check_compiler, takes_bf16
+from training.arithmetic import Bf16, Unsupported, check_compiler, takes_bf16, wide_products
 from training.bundle import Bundle, SignGaussian
 from training.checkpoints import CheckpointError, State, read_state, refuse_other
 from training.config import MAY_CHANGE, Config, InputError, check, check_shape
@@ -319,7 +319,8 @@ def train_worker(job: dict[str, Any]) -> None:
             resume = Path(directory) if directory else None
             if resume and rank == 0:
                 print(f"goes on from {resume.name} with {world} worker{'s' * (world > 1)}", flush=True)
-            adversarial_training(config, dataset, rank=rank, world=world, device=device, say=say, save=save, resume=resume)
+            with wide_products(config.recipe.width):
+                adversarial_training(config, dataset, rank=rank, world=world, device=device, say=say, save=save, resume=resume)
     except (TrainingStopped, Unsupported) as stopped:
         if rank == 0:  # a report would not do: Ray keeps the metrics of the last one that came with a checkpoint
             with suppress(OSError):

@@ -23,6 +23,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from training.arithmetic import wide_products
 from training.config import Config
 from training.data import DATASETS, Dataset
 from training.evaluation import class_fit, mixture_fit, nearest_ratio, prdc, sliced_wasserstein
@@ -98,7 +99,8 @@ def row(dataset: Dataset, config: Config, out: Path) -> dict[str, Any]:
     """One trained and exported generator, with the figures of its ONNX samples."""
     begin, cpu = time.monotonic(), time.process_time()
     try:
-        generator, last = adversarial_training(config, dataset)
+        with wide_products(config.recipe.width):
+            generator, last = adversarial_training(config, dataset)
     except TrainingStopped as stopped:
         return {"stopped": str(stopped)}
     spent = {"seconds": time.monotonic() - begin, "cpu_seconds": time.process_time() - cpu}

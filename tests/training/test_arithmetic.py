@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.arithmetic import Bf16, Unsupported, check_compiler, has_bf16, takes_bf16
+from training.arithmetic import WIDE, Bf16, Unsupported, check_compiler, has_bf16, takes_bf16, wide_products
 from training.config import Config
 from training.data import DATASETS
 from training.networks import FAMILIES
@@ -66,6 +66,17 @@ def test_a_step_in_bf16_is_nearly_the_step_in_float32(network):
     (_, exact), (generator, half) = runs
     assert all(p.dtype == torch.float32 for p in generator.parameters())
     assert half["critic_loss"] != exact["critic_loss"] and half["critic_loss"] == pytest.approx(exact["critic_loss"], rel=0.05)
+
+
+@pytest.mark.parametrize("shape", [(256, 784, 512), (128, 512, 512), (7, 65, 300)])
+def test_wide_products_are_float32_and_end_with_their_block(shape):
+    rows, inner, columns = shape
+    a, b = torch.randn(rows, inner), torch.randn(inner, columns)
+    outside = a @ b
+    with pytest.raises(KeyError), wide_products(WIDE):
+        assert float((a @ b - a.double() @ b.double()).norm() / outside.norm()) < 1e-6
+        raise KeyError
+    assert torch.equal(a @ b, outside)
 
 
 def test_compilation_without_a_compiler_is_refused(monkeypatch):
