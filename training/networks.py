@@ -20,24 +20,47 @@ from torch.nn.functional import interpolate, leaky_relu, one_hot, pixel_shuffle
 SLOPE = 0.2
 COARSEST = 4  # images are halved until a side is odd or no larger than this
 PATCH = 2  # of these halvings are done at once, by taking 4 x 4 pixels as channels
+FINE = 16  # pixels a side from which neighbours are alike: digits of 8 x 8 are coarser
 MIXED = 2  # convolutions at the coarsest size besides those that change it
 
 
 class Generator(nn.Module):
-    """z [n, z] and, where there are classes, y [n] -> x [n, d]. `bounded` ends in tanh, for images."""
+    """z [n, z] and, where there are classes, y [n] -> x [n, d]. `bounded` ends in tanh, for images; `smooth` comes before it."""
 
-    def __init__(self, latent: int, out: int, *, width: int, classes: int, bounded: bool) -> None:
+    def __init__(self, latent: int, out: int, *, width: int, classes: int, bounded: bool, smooth: nn.Module | None = None) -> None:
         super().__init__()
         self.classes, self.bounded = classes, bounded
         self.hidden = _hidden(latent + classes, width)
         self.head = _linear(width, out, gain=1.0)
+        self.smooth = nn.Identity() if smooth is None else smooth
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         h = _with_class(z, y, self.classes)
         for layer in self.hidden:
             h = leaky_relu(layer(h), SLOPE)
-        x = self.head(h)
+        x = self.smooth(self.head(h))
         return torch.tanh(x) if self.bounded else x
+
+
+class Smooth(nn.Module):
+    """Image rows [n, h * w * c] -> the same, each pixel averaged with its neighbours, by 1/4, 1/2, 1/4 along either side.
+
+    A perceptron draws each pixel by weights of its own and leaves holes and dots. Averaged before tanh, edges stay sharp.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = shape
+        for name, side in (("rows", shape[0]), ("columns", shape[1])):
+            near = 2 * torch.eye(side) + torch.diag(torch.ones(side - 1), 1) + torch.diag(torch.ones(side - 1), -1)
+            self.register_buffer(name, near / near.sum(dim=1, keepdim=True), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(1, self.shape).permute(0, 3, 1, 2)
+        return (self.rows @ x @ self.columns.T).permute(0, 2, 3, 1).flatten(1)
 
 
 class Critic(nn.Module):
@@ -269,7 +292,8 @@ class Family:
 
 
 def _perceptron(latent: int, shape: tuple[int, ...], **how: int) -> Generator:
-    return Generator(latent, math.prod(shape), **how)
+    fine = len(shape) == 3 and min(shape[:2]) >= FINE
+    return Generator(latent, math.prod(shape), smooth=Smooth(shape) if fine else None, **how)
 
 
 def _perceptron_critic(shape: tuple[int, ...], *, packing: int, **how: int) -> Critic:

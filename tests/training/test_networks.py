@@ -3,10 +3,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import correlate
 
 from training.data import DATASETS, Dataset
 from training.export import Served, export_onnx
-from training.networks import FAMILIES, Critic, Generator, Look, family
+from training.networks import FAMILIES, Critic, Generator, Look, Smooth, family
 
 SHAPES = [(8, 8, 1), (28, 28, 1), (12, 20, 3)]
 
@@ -34,6 +35,19 @@ def test_class_changes_what_a_conditional_generator_makes():
     x = generator(z, torch.arange(3))
     assert x.shape == (3, 4) and x.abs().max() <= 1
     assert not torch.allclose(x[0], x[1])
+
+
+def test_pixels_are_averaged_with_their_neighbours_and_channels_kept_apart():
+    x = torch.randn(2, 5, 7, 3, generator=torch.Generator().manual_seed(0))
+    found = Smooth((5, 7, 3))(x.flatten(1)).view(x.shape).numpy()
+    binomial = np.outer([1, 2, 1], [1, 2, 1])[None, :, :, None] / 16
+    np.testing.assert_allclose(found[:, 1:-1, 1:-1], correlate(x.numpy(), binomial)[:, 1:-1, 1:-1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(Smooth((5, 7, 3))(torch.ones(1, 105)), 1.0, rtol=1e-6)  # borders too
+
+
+def test_only_images_that_are_fine_enough_are_smoothed():
+    smooth = {shape: FAMILIES["perceptron"].generator(5, shape, width=8, classes=0, bounded=True).smooth for shape in ((2,), *SHAPES)}
+    assert [isinstance(s, Smooth) for s in smooth.values()] == [False, False, True, False]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
