@@ -66,17 +66,17 @@ class Smooth(nn.Module):
 class Critic(nn.Module):
     """x [n, d] and, where there are classes, y [n] -> logit [n].
 
-    The first layer sees lift(x) = [x, sin(xB), cos(xB), one-hot y] with a fixed random B: low frequencies alone cannot tell
-    narrow modes apart (Tancik et al., Fourier features, 2020). `push_forward` and `pull_back` apply the Jacobian of lift at x
-    and its transpose.
+    The first layer sees lift(x) = [x, sin(xB), cos(xB), one-hot y] with a fixed random B, N(0, frequency^2) in each of
+    `fourier` columns: low frequencies alone cannot tell narrow modes apart (Tancik et al., Fourier features, 2020).
+    `push_forward` and `pull_back` apply the Jacobian of lift at x and its transpose.
     """
 
     frequencies: Tensor
 
-    def __init__(self, dim: int, *, width: int, classes: int, fourier: int = 0, fourier_scale: float = 6.0) -> None:
+    def __init__(self, dim: int, *, width: int, classes: int, fourier: int = 0, frequency: float = 6.0) -> None:
         super().__init__()
         self.dim, self.classes = dim, classes
-        self.register_buffer("frequencies", fourier_scale * torch.randn(dim, fourier))
+        self.register_buffer("frequencies", frequency * torch.randn(dim, fourier))
         self.hidden = _hidden(dim + 2 * fourier + classes, width)
         self.head = Judge(width)
 
@@ -282,8 +282,8 @@ class Family:
     """How to make a generator and a critic for samples of `shape`.
 
     generator(latent, shape, *, width, classes, bounded) maps z [n, latent] and y [n] or None to rows [n, prod(shape)], and has
-    the attribute `classes`. critic(shape, *, width, classes, packing, fourier) maps rows [n, packing * prod(shape)] and y to
-    logits [n], each of its own row alone.
+    the attribute `classes`. critic(shape, *, width, classes, packing, fourier, frequency) maps rows [n, packing * prod(shape)]
+    and y to logits [n], each of its own row alone; the last two are the perceptron's (Critic).
     """
 
     generator: Callable[..., nn.Module]
@@ -296,14 +296,18 @@ def _perceptron(latent: int, shape: tuple[int, ...], **how: int) -> Generator:
     return Generator(latent, math.prod(shape), smooth=Smooth(shape) if fine else None, **how)
 
 
-def _perceptron_critic(shape: tuple[int, ...], *, packing: int, **how: int) -> Critic:
-    return Critic(packing * math.prod(shape), **how)
+def _perceptron_critic(shape: tuple[int, ...], *, packing: int, frequency: float, **how: int) -> Critic:
+    return Critic(packing * math.prod(shape), frequency=frequency, **how)
+
+
+def _image_critic(kind: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    return lambda shape, *, fourier, frequency, **how: kind(shape, **how)
 
 
 FAMILIES: dict[str, Family] = {
     "perceptron": Family(_perceptron, _perceptron_critic),
-    "dcgan": Family(ConvGenerator, lambda shape, *, fourier, **how: ConvCritic(shape, **how), images_only=True),
-    "resnet": Family(ResidualGenerator, lambda shape, *, fourier, **how: ResidualCritic(shape, **how), images_only=True),
+    "dcgan": Family(ConvGenerator, _image_critic(ConvCritic), images_only=True),
+    "resnet": Family(ResidualGenerator, _image_critic(ResidualCritic), images_only=True),
 }
 
 

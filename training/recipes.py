@@ -12,11 +12,11 @@ class Recipe:
     """What was found to work for one data set. Gamma falls exponentially over the whole run, the rates after `hold`: coarse to fine."""
 
     steps: int
-    signs: int  # latent coordinates of +-1, which jump between clusters; none where the data hang together
-    normals: int  # latent coordinates of N(0, scale^2)
+    signs: int  # latent coordinates of +-1, which jump between clusters
+    normals: int  # latent coordinates of N(0, scale^2); of both, see latent_law
     scale: float
     width: int  # of the hidden layers of both networks; of convolutional ones: channels at the coarsest size
-    fourier: int  # random directions in the critic's input; 0 = none
+    fourier: int  # random directions in the critic's input, 0 = none; how finely it sees by them, see frequency
     learning_rate: tuple[float, float]  # first and last step
     gamma: tuple[float, float]  # weight of R1 + R2, first and last step
     noise: float  # standard deviation added to the critic's inputs, real and fake; 0 = none
@@ -28,6 +28,7 @@ class Recipe:
 
 
 PLANE = Recipe(5000, 10, 2, 1.0, 128, 32, (4e-3, 1.2e-5), (1.0, 1e-4), 0.0)
+CONTINUOUS = replace(PLANE, doublings=2)
 IMAGES = Recipe(8000, 48, 16, 0.5, 256, 0, (2e-3, 2e-5), (1.0, 0.1), 0.02, hold=0.5)
 # Table 6 of Huang et al. (2024) and ten million images, for a GPU: R3GAN of this size reached 1000 modes, KL .029. Not run here.
 STACKED_MNIST = Recipe(20_000, 0, 64, 1.0, 512, 0, (2e-4, 5e-5), (1.0, 0.1), 0.0, batch=512, network="resnet")
@@ -37,9 +38,10 @@ RECIPES = {
     "grid": PLANE,
     "grid100": replace(PLANE, signs=13),
     "mixture1200": Recipe(5000, 10, 16, 1.0, 512, 0, (2e-3, 2e-5), (1.0, 0.1), 0.0),
-    "s-curve": PLANE,
-    "moons": PLANE,
-    "flower": PLANE,
+    # the mean and the width of the whole must be right to a hundredth of it, which a small batch blurs
+    "s-curve": CONTINUOUS,
+    "moons": CONTINUOUS,
+    "flower": CONTINUOUS,
     "digits": IMAGES,
     "stacked-digits": replace(IMAGES, steps=40_000, signs=72, width=384, hold=0.6),
     "stacked-mnist": STACKED_MNIST,
@@ -49,11 +51,21 @@ RECIPES = {
 }
 
 
-def latent_law(recipe: Recipe, clusters: int) -> SignGaussian:
-    """The latent law for data that fall into so many separate clusters.
+def latent_law(recipe: Recipe, clusters: int, dim: int) -> SignGaussian:
+    """The latent law for data of so many coordinates that fall into so many separate clusters.
 
     A smooth generator joins clusters by bridges of bad samples unless its latent jumps; of one cluster, signs make many pieces
-    with gaps between them, so there they are normals as well.
+    with gaps between them, so there all are normals: one more than the data's coordinates, for each further one is a
+    direction that the generator has to learn to ignore.
     """
-    signs = recipe.signs if clusters > 1 else 0
-    return SignGaussian(signs, recipe.normals + recipe.signs - signs, recipe.scale)
+    if clusters > 1:
+        return SignGaussian(recipe.signs, recipe.normals, recipe.scale)
+    return SignGaussian(0, min(recipe.signs + recipe.normals, dim + 1), recipe.scale)
+
+
+def frequency(clusters: int) -> float:
+    """Standard deviation of the critic's random frequencies, in radians by a standard deviation of the data.
+
+    High ones tell narrow clusters apart; where there is one cluster they are noise around what is smooth.
+    """
+    return 6.0 if clusters > 1 else 2.0

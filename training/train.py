@@ -72,7 +72,7 @@ from training.journal import Journal
 from training.networks import family
 from training.objectives import OBJECTIVES
 from training.penalties import PENALTIES, clip_weights, gradients_for, normalise_spectrally, unrolled_pull
-from training.recipes import latent_law
+from training.recipes import frequency, latent_law
 from training.registry import Registry, RegistryError, ganwatch_home
 from training.sources import label, open_dataset
 from training.views import InstanceNoise, augment, pack
@@ -124,10 +124,11 @@ def build(config: Config, dataset: Dataset) -> tuple[SignGaussian, nn.Module, nn
     """The latent law, the generator and the critic; the same weights for the same seed in every process."""
     recipe, classes = config.recipe, len(dataset.classes) if config.conditional else 0
     torch.manual_seed(config.seed)
-    latent = latent_law(recipe, dataset.clusters)
+    latent = latent_law(recipe, dataset.clusters, dataset.dim)
     how, nets = {"width": recipe.width, "classes": classes}, family(recipe.network)
     generator = nets.generator(latent.dim, dataset.shape, bounded=dataset.is_image, **how)
-    critic = nets.critic(dataset.shape, packing=config.packing, fourier=recipe.fourier, **how)
+    sees = {"fourier": recipe.fourier, "frequency": frequency(dataset.clusters)}
+    critic = nets.critic(dataset.shape, packing=config.packing, **sees, **how)
     if config.spectral_norm:
         normalise_spectrally(critic)
     return latent, generator, critic
@@ -424,7 +425,7 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     check_shape(config, dataset)
     if not use_gpu:
         takes_bf16(config.precision, torch.device("cpu"), images=dataset.is_image)
-    latent = latent_law(config.recipe, dataset.clusters)
+    latent = latent_law(config.recipe, dataset.clusters, dataset.dim)
     found = "one cluster" if dataset.clusters == 1 else f"{dataset.clusters} separate clusters"
     chosen = f"{latent.signs} signs and {latent.normals} normals as latents, for the data are {found}"
     print(f"latent   {chosen}", flush=True)
