@@ -133,6 +133,17 @@ def diagnose(groups: Collection[str], modes: tuple[str, ...], *, passed_as: str 
     return Verdict(verdict.id, words, verdict.advice, dropped, verdict.null)
 
 
+def replaced(verdict: Verdict) -> Verdict:
+    """The verdict where, besides, not one certified sample comes back: another model serves, of which this is what one sees.
+
+    But for what says more than that: repeating latents, which change every sample too, and copies of training data.
+    """
+    if verdict.id in ("latent_fault", "memorisation"):
+        return verdict
+    other = VERDICTS["wrong_model"]
+    return replace(other, words=f"{other.words} What shows: {verdict.words}", modes=verdict.modes, null=verdict.null)
+
+
 def delay_of_loss(certificate: Certificate, losses: Float64[ndarray, "m"], *, threshold: float) -> Float64[ndarray, "m k"]:
     """Samples until a mode that lost this part of its share is found, about, by its own bets; infinite where they never would.
 

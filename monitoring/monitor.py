@@ -21,7 +21,7 @@ from jaxtyping import Int64
 from numpy import ndarray
 
 from monitoring.coverage import mode_coverage, mode_status
-from monitoring.diagnosis import VERDICTS, Verdict, delay_of_loss, detectable, diagnose
+from monitoring.diagnosis import VERDICTS, Verdict, delay_of_loss, detectable, diagnose, replaced
 from monitoring.divergences import DIVERGENCES, INTERVALS, ShareSet, frechet, smoothed, total_variation
 from monitoring.edetectors import FAMILIES, NULLS, EDetector
 from monitoring.features import Eye, Seen
@@ -184,7 +184,7 @@ class Monitor:
         One that differs proves that something else serves than was certified. It says nothing of what that something does, so
         the verdict is left to the samples for AUDIT_PATIENCE of them, which find any gross failure sooner and name it; only
         where they stay silent is it `wrong_model`, and should they speak later, theirs is the sharper word. But where not one
-        golden sample comes back, another model serves, and a law that is merely shifted or narrower is its doing.
+        golden sample comes back, another model serves, and whatever is wrong with the law is its doing.
         """
         self._replaced = bool(0 < checked == mismatched)
         self.replay_checked += checked
@@ -421,8 +421,8 @@ class Monitor:
         if self._detector.crossed is not None:
             groups = [g for g, named in zip(self._detector.groups, self._detector.named, strict=True) if named]
             self.verdict = diagnose(groups, self.bundle.card.modes, passed_as=self.passed_as)
-            if self._replaced and self.verdict.id in ("within_mode_collapse", "drift"):
-                self.verdict = VERDICTS["wrong_model"]
+            if self._replaced:
+                self.verdict = replaced(self.verdict)
         elif self._wrong is not None:
             self.verdict = VERDICTS["wrong_model"]
         elif self.tested - self._since < WARM_UP:

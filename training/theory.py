@@ -2,8 +2,8 @@
 
     python -m training.theory [--out build/theory] [--quick]        # minutes on a CPU: numbers.json, one PNG a claim, a table
 
-Every function takes `scale`, 1 for the full measurement, less for a quick one, and returns its numbers and its curves. What
-they must come out as is said in CLAIMS, which the program checks and the tests check at small scale.
+Every function takes `scale`, 1 for the full measurement, less for a quick one, and returns its numbers and what to draw. What
+the numbers must come out as is said in CLAIMS, which the program checks and the tests check at small scale.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from PIL import Image, ImageDraw
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy import ndarray
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -34,16 +37,28 @@ from training.recipes import RECIPES
 from training.train import decayed
 from training.views import InstanceNoise
 
+SEEDS = 3  # of what a single run could come out of by luck
+STYLES = ("-", "--", "-.", ":")
+
+
+Curve = tuple[list[float], list[float] | list[list[float]]]
+
 
 @dataclass(frozen=True)
 class Finding:
-    """Numbers of one claim, and curves to draw: name -> (x, y), y on a logarithmic axis where `log`, x where `log_x`."""
+    """Numbers of one claim, and its figure.
+
+    curves: name -> (x, y), y of one run, or of several: their mean is drawn, and the range that they fill; logarithmic axes where
+    `log_x`, `log_y`; levels: name -> what theory says, a horizontal line; clouds: name -> points [n, 2], a panel each.
+    """
 
     numbers: dict[str, float]
-    curves: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
-    axes: tuple[str, str] = ("", "")
-    log: bool = False
+    curves: dict[str, Curve]
+    axes: tuple[str, str]  # what they show and in which unit
     log_x: bool = False
+    log_y: bool = False
+    levels: dict[str, float] = field(default_factory=dict)
+    clouds: dict[str, ndarray] = field(default_factory=dict)
 
 
 # 1. Arjovsky and Bottou 2017: a fixed generator against a critic trained to perfection ----------------------------------------
@@ -86,8 +101,8 @@ def vanishing_gradient(scale: float) -> Finding:
         "decay_clean": max(clean["gradient"]) / max(clean["gradient"][-1], 1e-30),
         "decay_noisy": max(noisy["gradient"]) / max(noisy["gradient"][-1], 1e-30),
     }
-    curves = {"no noise": (clean["step"], clean["gradient"]), "noise 0.5": (noisy["step"], noisy["gradient"])}
-    return Finding(numbers, curves, ("critic steps", "size of GAN0's gradient"), log=True, log_x=True)
+    curves = {"no noise": (clean["step"], clean["gradient"]), "instance noise, sd 0.5": (noisy["step"], noisy["gradient"])}
+    return Finding(numbers, curves, ("steps of the critic", "norm of the generator's mean gradient"), log_x=True, log_y=True)
 
 
 def unstable_gradient(scale: float) -> Finding:
@@ -100,8 +115,8 @@ def unstable_gradient(scale: float) -> Finding:
         "variance_clean": clean["variance"][-1],
         "variance_noisy": noisy["variance"][-1],
     }
-    curves = {"no noise": (clean["step"], clean["variance"]), "noise 0.5": (noisy["step"], noisy["variance"])}
-    return Finding(numbers, curves, ("critic steps", "variance of -log D's gradient"), log=True, log_x=True)
+    curves = {"no noise": (clean["step"], clean["variance"]), "instance noise, sd 0.5": (noisy["step"], noisy["variance"])}
+    return Finding(numbers, curves, ("steps of the critic", "variance of the gradient of -log D"), log_x=True, log_y=True)
 
 
 # 2. Divergences on discrete laws ----------------------------------------------------------------------------------------------
@@ -124,7 +139,8 @@ def optimal_critic(scale: float) -> Finding:
         optimiser.step()
     found = torch.sigmoid(logit.detach())
     numbers = {"js": js, "js_of_the_critic": looks[1][-1], "largest_error_of_d": float((found - p / (p + q)).abs().max())}
-    return Finding(numbers, {"critic": looks, "JS": ([0.0, looks[0][-1]], [js, js])}, ("critic steps", "log 2 - loss / 2"))
+    axes = ("steps of the critic", "log 2 - loss / 2, nats")
+    return Finding(numbers, {"the critic's estimate of JS": looks}, axes, log_x=True, levels={"JS(p, q)": js})
 
 
 def two_ways_to_be_wrong(scale: float) -> Finding:
@@ -133,7 +149,7 @@ def two_ways_to_be_wrong(scale: float) -> Finding:
     Ten modes and a cell for fakes: p has the modes (and a trace of fakes), q loses or invents the same mass.
     """
     rare = 1e-6
-    lost = np.linspace(0, 0.9, max(5, int(40 * scale)))
+    lost = np.arange(10) / 10
     real = np.append(np.full(10, (1 - rare) / 10), rare)
     dropping, faking = [], []
     for mass in lost:
@@ -141,15 +157,17 @@ def two_ways_to_be_wrong(scale: float) -> Finding:
         weights[: round(10 * mass)] *= 1e-6
         dropping.append(divergences(real, weights / weights.sum()))
         faking.append(divergences(real, np.append(real[:10] * (1 - mass), mass + rare * (1 - mass))))
-    half = int(np.argmin(np.abs(lost - 0.5)))
+    half = 5
     numbers = {
         "drop_forward": dropping[half]["forward_kl"], "drop_reverse": dropping[half]["reverse_kl"],
         "fake_forward": faking[half]["forward_kl"], "fake_reverse": faking[half]["reverse_kl"],
         "largest_js": max(each["js"] for each in dropping + faking),
     }  # fmt: skip
     named = {"drop": dropping, "fake": faking}
-    curves = {f"{how} {kl}": (lost.tolist(), [d[kl] for d in named[how]]) for how in named for kl in ("forward_kl", "reverse_kl")}
-    return Finding(numbers, curves, ("mass dropped or faked", "nats"))
+    names = {"forward_kl": "KL(p, q)", "reverse_kl": "KL(q, p)", "js": "JS(p, q)"}
+    hows = {"drop": "modes dropped", "fake": "fakes made"}
+    curves = {f"{hows[how]}: {names[kl]}": (lost.tolist(), [d[kl] for d in named[how]]) for kl in names for how in named}
+    return Finding(numbers, curves, ("probability that q drops, or puts on fakes", "divergence, nats"), levels={"log 2": math.log(2)})
 
 
 # 3. Wasserstein against JS on shifted lines -----------------------------------------------------------------------------------
@@ -182,55 +200,68 @@ def shifted_lines(scale: float) -> Finding:
     for name, values in found.items():
         what = "js at {}" if name == "JS" else f"w1 at {{}} by {name}"
         numbers |= {what.format(shift): value for shift, value in zip(shifts, values, strict=True)}
-    curves = {name: (list(shifts), values) for name, values in found.items()}
-    return Finding(numbers, curves, ("distance of the lines", "estimate"))
+    names = {"gradient penalty": "W1 by a critic with gradient penalty", "clipping": "W1 by a clipped critic", "JS": "JS by GAN0's critic, nats"}
+    curves = {"W1, exactly": (list(shifts), list(shifts))} | {names[name]: (list(shifts), values) for name, values in found.items()}
+    return Finding(numbers, curves, ("distance of the two lines", "distance of the two laws"), levels={"log 2": math.log(2)})
 
 
 # 4. On the ring ---------------------------------------------------------------------------------------------------------------
 
 
-def games_on_the_ring(scale: float) -> Finding:
-    """GAN1, least squares and unrolled GAN1 in the nets and at the rates of the ring's recipe; and GAN1 with R1 + R2.
+GAMES = {  # objective, penalty, unrolled critic steps
+    "GAN1": ("non_saturating", "none", 0),
+    "least squares": ("least_squares", "none", 0),
+    "GAN1 unrolled 5": ("non_saturating", "none", 5),
+    "GAN1 + R1 + R2": ("non_saturating", "r1r2", 0),
+}
 
-    A mode counts as covered when it has a quarter of its share of the samples near any mode (within 20 sigma). The number of
-    modes is the mean over the second half of the run. Which game without a penalty loses modes is a matter of the seed, so
-    no claim compares their numbers.
+
+def play(game: str, *, steps: int, seed: int) -> tuple[list[float], list[float], ndarray]:
+    """One of GAMES on the ring, in the nets and at the rates of its recipe: the steps looked at, modes covered then, samples [2000, 2] at the end.
+
+    A mode counts as covered when it has a quarter of its share of the samples near any mode (within 20 sigma).
     """
-    ring, recipe, steps = DATASETS["ring"](), RECIPES["ring"], int(2000 * scale)
+    ring, recipe, (kind, penalty, unroll) = DATASETS["ring"](), RECIPES["ring"], GAMES[game]
     data, latent = torch.from_numpy(ring.normalised()[:20_000]), SignGaussian(10, 2, 1.0)
-    rows = {
-        "GAN1": ("non_saturating", "none", 0), "least squares": ("least_squares", "none", 0),
-        "GAN1 unrolled 5": ("non_saturating", "none", 5), "GAN1 + R1 + R2": ("non_saturating", "r1r2", 0),
-    }  # fmt: skip
-    numbers, curves = {}, {}
-    for name, (game, penalty, unroll) in rows.items():
-        torch.manual_seed(0)
-        objective, looks = OBJECTIVES[game], ([], [])
-        generator = Generator(latent.dim, 2, width=128, classes=0, bounded=False)
-        critic = Critic(2, width=128, classes=0, fourier=32)
-        optimisers = [torch.optim.Adam(n.parameters(), betas=(0.0, 0.9), fused=True) for n in (generator, critic)]
-        for step in range(steps):
-            rate, gamma = (decayed(ends, step / steps) for ends in (recipe.learning_rate, recipe.gamma))
-            real = data[torch.randint(len(data), (128,))]
-            fake = generator(torch.from_numpy(latent.sample(seed=1, offset=128 * step, count=128)))
-            seen = closed_form(critic, objective, PENALTIES[penalty], real, fake.detach(), real[:0], None, gamma)
-            pull = unrolled_pull(critic, objective, real, fake, None, steps=unroll) if unroll else seen.by_fake
-            generator.zero_grad()
-            fake.backward(pull)
-            for optimiser in optimisers:
-                optimiser.param_groups[0]["lr"] = rate
-                optimiser.step()
-            if step % max(1, steps // 40) == 0 or step + 1 == steps:
-                with torch.no_grad():
-                    x = generator(torch.from_numpy(latent.sample(seed=2, count=2000))).numpy() * ring.scale + ring.shift
-                near = np.linalg.norm(x[:, None] - ring.mixture.centres, axis=2)
-                near = np.bincount(near.argmin(axis=1)[near.min(axis=1) < 0.2], minlength=8)
-                looks[0].append(float(step))
-                looks[1].append(float((near >= 0.25 / 8 * len(x) * (near.sum() / len(x))).sum() if near.sum() else 0))
-        numbers[f"modes, {name}"] = float(np.mean(looks[1][20:]))
-        numbers[f"high quality, {name}"] = mixture_fit(ring.mixture, x)["high_quality"]
-        curves[name] = looks
-    return Finding(numbers, curves, ("steps", "modes covered"))
+    torch.manual_seed(seed)
+    objective, at, modes = OBJECTIVES[kind], [], []
+    generator = Generator(latent.dim, 2, width=128, classes=0, bounded=False)
+    critic = Critic(2, width=128, classes=0, fourier=32)
+    optimisers = [torch.optim.Adam(n.parameters(), betas=(0.0, 0.9), fused=True) for n in (generator, critic)]
+    for step in range(steps):
+        rate, gamma = (decayed(ends, step / steps) for ends in (recipe.learning_rate, recipe.gamma))
+        real = data[torch.randint(len(data), (128,))]
+        fake = generator(torch.from_numpy(latent.sample(seed=1 + seed, offset=128 * step, count=128)))
+        seen = closed_form(critic, objective, PENALTIES[penalty], real, fake.detach(), real[:0], None, gamma)
+        pull = unrolled_pull(critic, objective, real, fake, None, steps=unroll) if unroll else seen.by_fake
+        generator.zero_grad()
+        fake.backward(pull)
+        for optimiser in optimisers:
+            optimiser.param_groups[0]["lr"] = rate
+            optimiser.step()
+        if step % max(1, steps // 40) == 0 or step + 1 == steps:
+            with torch.no_grad():
+                x = generator(torch.from_numpy(latent.sample(seed=0, count=2000))).numpy() * ring.scale + ring.shift
+            near = np.linalg.norm(x[:, None] - ring.mixture.centres, axis=2)
+            near = np.bincount(near.argmin(axis=1)[near.min(axis=1) < 0.2], minlength=8)
+            at.append(float(step))
+            modes.append(float((near >= 0.25 / 8 * len(x) * (near.sum() / len(x))).sum() if near.sum() else 0))
+    return at, modes, x
+
+
+def games_on_the_ring(scale: float) -> Finding:
+    """Each of GAMES from several seeds: how many modes it covers, over the second half of the run, and how many samples lie in one.
+
+    Which game without a penalty loses modes is a matter of the seed, so no claim compares their numbers of modes.
+    """
+    numbers, curves, clouds, mixture = {}, {}, {}, DATASETS["ring"]().mixture
+    for game in GAMES:
+        runs = [play(game, steps=int(2000 * scale), seed=seed) for seed in range(math.ceil(SEEDS * scale))]
+        quality = [mixture_fit(mixture, x)["high_quality"] for *_, x in runs]
+        numbers[f"modes, {game}"] = float(np.mean([modes[20:] for _, modes, _ in runs]))
+        numbers |= {f"{word} high quality, {game}": float(of(quality)) for word, of in (("mean", np.mean), ("least", min), ("most", max))}
+        curves[game], clouds[game] = (runs[0][0], [m for _, m, _ in runs]), runs[0][2]
+    return Finding(numbers, curves, ("steps", "modes covered, of 8"), levels={"all modes": 8.0}, clouds=clouds)
 
 
 def gaussian_to_ring(scale: float) -> Finding:
@@ -252,7 +283,9 @@ def gaussian_to_ring(scale: float) -> Finding:
     numbers = {f"inside_the_ring_{name}": float((x.norm(dim=1) < 0.9).float().mean()) for name, x in clouds.items()}
     numbers["mean_radius_exact"] = float(exact.norm(dim=1).mean())
     numbers["mean_radius_learned"] = float(learned.norm(dim=1).mean())
-    return Finding(numbers, {"squared error": looks}, ("steps", "squared error"), log=True)
+    shown = {"latent, N(0, I)": z, "z / 10 + z / |z|": exact, "learned": learned}
+    points = {name: x[:3000].numpy() for name, x in shown.items()}
+    return Finding(numbers, {"the network": looks}, ("steps", "mean squared error"), log_y=True, clouds=points)
 
 
 # The program ------------------------------------------------------------------------------------------------------------------
@@ -306,7 +339,8 @@ CLAIMS: dict[str, Claim] = {
         games_on_the_ring,
         lambda n: n["modes, GAN1 + R1 + R2"] > 6
         and all(
-            n["high quality, GAN1 + R1 + R2"] > 5 * n[f"high quality, {other}"]
+            n["mean high quality, GAN1 + R1 + R2"] > 5 * n[f"mean high quality, {other}"]
+            and n["least high quality, GAN1 + R1 + R2"] > n[f"most high quality, {other}"]
             for other in ("GAN1", "least squares", "GAN1 unrolled 5")
         ),
     ),
@@ -317,36 +351,40 @@ CLAIMS: dict[str, Claim] = {
         and abs(n["mean_radius_learned"] / n["mean_radius_exact"] - 1) < 0.02,
     ),
 }
-COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8a5a9e")
+def plot(finding: Finding, title: str) -> Figure:
+    """The curves, and below them a panel for each cloud of points, all at one scale."""
+    count = len(finding.clouds)
+    heights = [5.0, 1 + 9 / count] if count else [5.0]
+    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
+    figure.suptitle(textwrap.fill(title, 90), fontsize=12)
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    _draw_curves(parts[0].subplots(), finding)
+    if count:
+        reach = max(np.quantile(np.abs(points), 0.99) for points in finding.clouds.values())
+        panels = parts[1].subplots(1, count, sharex=True, sharey=True, squeeze=False)[0]
+        for i, (panel, (name, points)) in enumerate(zip(panels, finding.clouds.items(), strict=True)):
+            panel.scatter(*points.T, s=2, alpha=0.3, color=f"C{i}")
+            panel.set(title=name, xlabel="x", aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach))
+        panels[0].set_ylabel("y")
+    return figure
 
 
-def plot(finding: Finding, title: str) -> Image.Image:
-    """The curves with both axes' ends written out."""
-    width, height, left, top = 720, 420, 70, 40
-    image = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(image)
-    points = {
-        name: (np.log10(1 + np.array(x)) if finding.log_x else np.array(x, float), np.log10(np.maximum(y, 1e-30)) if finding.log else np.array(y, float))
-        for name, (x, y) in finding.curves.items()
-    }
-    xs, ys = (np.concatenate([pair[i] for pair in points.values()]) for i in (0, 1))
-    (x0, x1), (y0, y1) = (xs.min(), xs.max()), (ys.min(), max(ys.max(), ys.min() + 1e-9))
-    box = (left, top, width - 20, height - 50)
-    draw.rectangle(box, outline="#999999")
-    for at, value in ((box[3] - 10, y0), (box[1], y1)):
-        draw.text((6, at), f"{10**value:.1e}" if finding.log else f"{value:.3g}", fill="black")
-    ends = (10**x0 - 1, 10**x1 - 1) if finding.log_x else (x0, x1)
-    draw.text((left, height - 45), f"{ends[0]:.3g}", fill="black")
-    draw.text((width - 60, height - 45), f"{ends[1]:.4g}", fill="black")
-    draw.text((width // 2 - 60, height - 45), finding.axes[0], fill="black")
-    draw.text((left, 6), title, fill="black")
-    draw.text((left, 22), finding.axes[1], fill="#555555")
-    for i, (name, (x, y)) in enumerate(points.items()):
-        px = box[0] + (x - x0) / (x1 - x0) * (box[2] - box[0])
-        py = box[3] - (y - y0) / (y1 - y0) * (box[3] - box[1])
-        draw.line(list(zip(px.tolist(), py.tolist(), strict=True)), fill=COLOURS[i], width=2)
-        draw.text((left + i * 160, height - 22), f"- {name}", fill=COLOURS[i])
-    return image
+def _draw_curves(axes: Axes, finding: Finding) -> None:
+    for i, (name, (x, y)) in enumerate(finding.curves.items()):
+        runs = np.atleast_2d(y)
+        axes.plot(x, runs.mean(axis=0), color=f"C{i}", linestyle=STYLES[i % 4], label=name, marker="." if len(x) < 15 else None)
+        if len(runs) > 1:
+            axes.fill_between(x, runs.min(axis=0), runs.max(axis=0), color=f"C{i}", alpha=0.15, linewidth=0)
+    for name, value in finding.levels.items():
+        axes.axhline(value, color="grey", linewidth=1, label=name)
+    if finding.log_x:
+        axes.set_xscale("symlog", linthresh=1)
+    if finding.log_y:
+        axes.set_yscale("log")
+    axes.set(xlabel=finding.axes[0], ylabel=finding.axes[1])
+    axes.margins(x=0.02)
+    axes.grid(alpha=0.3)
+    axes.legend()
 
 
 @dataclass(frozen=True)
@@ -367,7 +405,7 @@ def main() -> None:
     table = Table("claim", "figure", "value")
     for name, claim in CLAIMS.items():
         finding = claim.measure(0.5 if config.quick else 1.0)
-        plot(finding, claim.words).save(out / f"{name}.png")
+        plot(finding, claim.words).savefig(out / f"{name}.png", dpi=110)
         holds, numbers[name] = claim.holds(finding.numbers), finding.numbers
         failed += [] if holds else [name]
         for i, (figure, value) in enumerate(finding.numbers.items()):

@@ -21,8 +21,10 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -91,16 +93,20 @@ class Stage:
             self.broken[mode] = (bundle, int(differing(golden.golden_sample, np.concatenate(rows)).sum()))
         return self.broken[mode]
 
+    @cached_property
+    def means(self) -> ndarray:
+        """Of each mode, [K, d], which 5,000 healthy samples tell."""
+        healthy = np.concatenate(list(draw(self.healthy, 10**6, 5_000)))
+        cells, flat = Monitor(self.healthy).look(healthy).cells, healthy.reshape(len(healthy), -1)
+        return np.stack([flat[cells == k].mean(axis=0, dtype=np.float64) if (cells == k).any() else flat.mean(axis=0) for k in range(len(self.names))])
+
     def squeezed(self, samples: ndarray, monitor: Monitor) -> ndarray:
-        """Samples moved towards the mean of their mode, which 5,000 healthy ones tell."""
+        """Samples moved towards the mean of their mode; those off the manifold have none and stay."""
         if self.scenario.squeeze == 1.0:
             return samples
-        healthy = draw(self.healthy, 10**6, 5_000)
-        known, cells = monitor._eye.look(healthy).cells, monitor._eye.look(samples).cells
-        flat, means = samples.reshape(len(samples), -1).astype(np.float64), np.zeros((len(self.names) + 1, healthy[0].size))
-        for k in range(len(means)):
-            means[k] = healthy[known == k].reshape(-1, healthy[0].size).mean(axis=0) if (known == k).any() else flat.mean(axis=0)
-        moved = means[cells] + self.scenario.squeeze * (flat - means[cells])
+        cells, flat = monitor.look(samples).cells, samples.reshape(len(samples), -1).astype(np.float64)
+        means = np.where(cells[:, None] < len(self.names), self.means[np.minimum(cells, len(self.names) - 1)], flat)
+        moved = means + self.scenario.squeeze * (flat - means)
         moved = np.clip(np.rint(moved), 0, 255) if samples.dtype == np.uint8 else moved
         return moved.reshape(samples.shape).astype(samples.dtype)
 
@@ -111,36 +117,47 @@ class Stage:
         for part in batches(draw(self.healthy, 2 * run, WARM)):
             monitor.update(part, fresh=True, at=0.0)
         monitor.audit(checked=golden, mismatched=differs)
-        asked = self.demanded(monitor, run)
-        for part in batches(self.squeezed(draw(bundle, 2 * run + 1, self.scenario.budget), monitor)):
-            monitor.update(part, fresh=True, at=0.0)
-            if asked is not None:
-                monitor.update(asked, fresh=False, at=0.0)
-            if monitor.first_alarm is not None and monitor.monitored > monitor.first_alarm + SETTLED:
+        asked = self.asked(monitor, run)
+        for part in batches(draw(bundle, 2 * run + 1, self.scenario.budget)):
+            monitor.update(self.squeezed(part, monitor), fresh=True, at=0.0)
+            if self.scenario.clients:
+                monitor.update(**next(asked), at=0.0)
+            if monitor.first_alarm is not None and monitor.tested > monitor.first_alarm + SETTLED:
                 break
         alarm, verdict = monitor.first_alarm, monitor.verdict
         named = verdict.modes == (self.names[run % len(self.names)],) if self.scenario.fault == "drop-modes" else True
         early = alarm is not None and alarm < WARM
-        return {"run": run, "verdict": verdict.id, "delay": None if alarm is None else alarm + 1 - WARM, "right": verdict.id in self.scenario.right and named and not early}
+        return {"run": run, "verdict": verdict.id, "delay": None if alarm is None else alarm + 1 - WARM, "right": verdict.id in self.right and named and not early}
 
-    def demanded(self, monitor: Monitor, run: int) -> ndarray | None:
-        """What clients ask for besides: 8 times as many samples as are fresh."""
-        if not self.scenario.clients:
-            return None
-        samples = draw(self.healthy, 500_000 + run, 2048)
-        if self.scenario.clients == "seeds":
-            return np.tile(samples[:8], (BATCH, *[1] * (samples.ndim - 1)))
-        of_one = samples[monitor._eye.look(samples).cells == run % len(self.names)]
-        return of_one[np.arange(8 * BATCH) % max(1, len(of_one))]
+    @property
+    def right(self) -> tuple[str, ...]:
+        """Only of clients who name a class can the monitor say that they ask for one kind."""
+        return ("demand_shift",) if self.scenario.clients == "one mode" and self.healthy.card.classes else self.scenario.right
+
+    def asked(self, monitor: Monitor, run: int) -> Iterator[dict]:
+        """What clients ask for besides, 8 times as many samples as are fresh, as arguments of `update`.
+
+        One mode: that class, with seeds of the server's, where there are classes; else those of 2,048 samples that are of the mode.
+        """
+        classes, sampler = len(self.healthy.card.classes), Sampler(self.healthy)
+        if self.scenario.clients == "one mode" and classes:
+            for at in count(0, 8 * BATCH):
+                samples = sampler.sample([Window(500_000 + run, at, 8 * BATCH, label=run % classes)])
+                yield {"samples": samples, "fresh": True, "classes": np.full(8 * BATCH, run % classes)}
+        pool = np.concatenate(list(draw(self.healthy, 500_000 + run, 2048)))
+        pool = pool[:8] if self.scenario.clients == "seeds" else pool[monitor.look(pool).cells == run % len(self.names)]
+        while True:
+            yield {"samples": pool[np.arange(8 * BATCH if len(pool) else 0) % max(1, len(pool))], "fresh": False}
 
 
-def draw(bundle: Bundle, seed: int, count: int) -> ndarray:
+def draw(bundle: Bundle, seed: int, count: int) -> Iterator[ndarray]:
+    """The samples of a seed, in parts of which all but the last are a multiple of BATCH."""
     sampler = Sampler(bundle)
-    return np.concatenate([sampler.sample([Window(seed, at, min(1024, count - at))]) for at in range(0, count, 1024)])
+    return (sampler.sample([Window(seed, at, min(1024, count - at))]) for at in range(0, count, 1024))
 
 
-def batches(samples: ndarray) -> Iterator[ndarray]:
-    return (samples[i : i + BATCH] for i in range(0, len(samples), BATCH))
+def batches(parts: Iterable[ndarray]) -> Iterator[ndarray]:
+    return (part[i : i + BATCH] for part in parts for i in range(0, len(part), BATCH))
 
 
 def play(registry: Registry, model: str, version: str, names: tuple[str, ...], runs: int, out: Path, say: Callable[[str], None] = print) -> list[dict]:
