@@ -69,6 +69,7 @@ theory: $(READY)
 # Where the figures of the README come from; BENCH=--quick shows in a few minutes that everything runs.
 bench-training: $(READY)
 	@PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_training.py $(BENCH)
+	@PYTHONPATH=. $(BIN)/python tests/benchmarks/bench_steps.py
 
 bench-serving: $(READY)
 	@$(BIN)/python -m tests.benchmarks.bench_serving $(BENCH)

@@ -33,3 +33,15 @@ def test_a_row_is_judged_by_the_aims_of_its_data_set(bench):
     assert bench.judged("ring", good | {"spread": 0.7, "reverse_kl": float("nan")}) == "miss: reverse_kl, spread"
     assert bench.judged("ring", {"method": "default"}).startswith("miss: modes")  # training was stopped
     assert bench.judged("ring", good | {"method": "perfect sampler"}) == bench.judged("nothing", good) == ""
+
+
+@pytest.mark.slow
+def test_steps_are_timed_beside_a_plain_loop_and_with_a_second_worker(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # where the workers find it, too
+    import bench_steps
+
+    monkeypatch.setattr(bench_steps, "NETWORKS", {"dcgan": 8})
+    bench_steps.main(bench_steps.Bench(rounds=1, out=tmp_path))
+    found = json.loads((tmp_path / "steps.json").read_text())["dcgan"]
+    assert found["by plain loop"] == pytest.approx(found["ms a step"] / found["ms of the plain loop"]) and found["ms a step"] > 0
+    assert 0 < found["diagnostics"] < 1 and found["two workers"] > 0 and "by plain loop" in capsys.readouterr().out
