@@ -30,6 +30,9 @@ class Recipe:
 PLANE = Recipe(5000, 10, 2, 1.0, 128, 32, (4e-3, 1.2e-5), (1.0, 1e-4), 0.0)
 CONTINUOUS = replace(PLANE, doublings=2)
 IMAGES = Recipe(8000, 48, 16, 0.5, 256, 0, (2e-3, 2e-5), (1.0, 0.1), 0.02, hold=0.5)
+# Images of 28 x 28 lie further apart than digits: a stronger penalty. At the rate of digits tanh is saturated within a thousand
+# steps and learns no more: strokes keep their holes, and after 2,500 steps class KL was .036, beginning with 6e-4 .010.
+FINE_IMAGES = replace(IMAGES, steps=20_000, width=512, gamma=(10.0, 1.0), learning_rate=(5e-4, 1e-5))
 # Table 6 of Huang et al. (2024) and ten million images, for a GPU: R3GAN of this size reached 1000 modes, KL .029. Not run here.
 STACKED_MNIST = Recipe(20_000, 0, 64, 1.0, 512, 0, (2e-4, 5e-5), (1.0, 0.1), 0.0, batch=512, network="resnet")
 RECIPES = {
@@ -45,9 +48,8 @@ RECIPES = {
     "digits": IMAGES,
     "stacked-digits": replace(IMAGES, steps=40_000, signs=72, width=384, hold=0.6),
     "stacked-mnist": STACKED_MNIST,
-    # pixels of MNIST lie further apart than those of digits: a stronger penalty
-    "mnist": replace(IMAGES, steps=20_000, width=512, gamma=(10.0, 1.0)),
-    "fashion-mnist": replace(IMAGES, steps=20_000, width=512, gamma=(10.0, 1.0)),
+    "mnist": FINE_IMAGES,
+    "fashion-mnist": FINE_IMAGES,
 }
 
 
