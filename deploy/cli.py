@@ -31,6 +31,7 @@ from deploy import stack
 from deploy.grafana import Apply, GrafanaError
 from deploy.inject import InjectError
 from deploy.stack import Settings, StackError
+from monitoring.acting import ACTED
 from serving.errors import ServingError
 from training.bundle import BundleError
 from training.data import DataError
@@ -615,10 +616,16 @@ def _await_alias(model: str, alias: str, version: str | None) -> None:
 
 
 def _await_action(registry: Registry, model: str, alias: str, version: str) -> dict[str, Any]:
-    """Wait until the monitor has taken `version` away from `alias`; what it found and did, from its record of incidents."""
+    """Wait until the monitor has taken `version` away from `alias`; what it found and did, from its record of incidents.
+
+    The record is what is waited for: the alias changes a moment earlier, and not always by the monitor's hand.
+    """
     run, start = stack.require_running(), time.monotonic()
     with _stage(f"{version} is {alias} of {model}; waiting for the monitor to find out and act") as show:
-        while registry.aliases(model).get(alias) == version:
+        while (incident := _acted_upon(run, model, version)) is None:
+            last = next(change for change in reversed(registry.history(model)) if change.alias == alias)
+            if last.version != version and not last.reason.startswith(ACTED):
+                raise StackError(f"{alias} of {model} was changed to {last.version or 'none'} ({last.reason}) before the monitor acted")
             seen = _state(run)["models"].get(model, {})
             live = next((v for v in [seen, *seen.get("other_versions", [])] if v.get("version") == version), {})
             snapshot = live.get("snapshot", live)
@@ -626,14 +633,19 @@ def _await_action(registry: Registry, model: str, alias: str, version: str) -> d
                 evidence = max((e for e in snapshot["evidence"].values() if e is not None), default=0.0)
                 show(f"{snapshot['monitored']:,} samples, evidence 10^{evidence:.1f} of 10^{snapshot['log10_threshold']:.1f}")
             if time.monotonic() - start > ACTION_PATIENCE:
-                raise StackError(f"no alarm of {model} {version} within {ACTION_PATIENCE:g} s; `ganwatch status` says what the monitor sees")
+                raise StackError(f"the monitor has not acted on {model} {version} within {ACTION_PATIENCE:g} s; `ganwatch status` says what it sees")
             time.sleep(0.2)
-    incidents = httpx.get(f"{run.monitor_url}/api/incidents", timeout=10).json()["incidents"]
-    incident = next(i for i in incidents if (i["model"], i["version"]) == (model, version))
+    action = incident["evidence"]["action"]
     progress.print(f"  alarm at its sample {incident['first_alarm'] + 1:,}: [bold red]{escape(incident['verdict'])}[/] {escape(incident['words'])}")
-    progress.print(f"  acted: [bold]{escape(incident['evidence'].get('action', alias))}[/], {time.monotonic() - start:.1f} s after the fault was in service; the page keeps the evidence")
+    progress.print(f"  acted: [bold]{escape(action)}[/], {time.monotonic() - start:.1f} s after the fault was in service; the page keeps the evidence")
     _await_alias(model, alias, registry.aliases(model).get(alias))
-    return {"verdict": incident["verdict"], "modes": incident["modes"], "first_alarm": incident["first_alarm"], "action": incident["evidence"].get("action")}
+    return {"verdict": incident["verdict"], "modes": incident["modes"], "first_alarm": incident["first_alarm"], "action": action}
+
+
+def _acted_upon(run: stack.Run, model: str, version: str) -> dict[str, Any] | None:
+    """The newest incident of a version with what was done about it, or None."""
+    incidents = httpx.get(f"{run.monitor_url}/api/incidents", timeout=10).json()["incidents"]
+    return next((i for i in incidents if (i["model"], i["version"]) == (model, version) and "action" in i["evidence"]), None)
 
 
 def _state(run: stack.Run) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Prometheus:
         return wait_for(lambda: self.query(expr), expr, seconds)
 
 
-def wait_for(ready: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
+def wait_for(ready: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
     """The first true answer of `ready`."""
     deadline = time.monotonic() + seconds
     while True:

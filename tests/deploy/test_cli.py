@@ -7,13 +7,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
+import httpx
 import numpy as np
 import onnx
 import pytest
 
-from deploy.cli import COMMANDS, _LABEL
+from deploy.cli import COMMANDS, _LABEL, _await_action
+from deploy.stack import Ports, Run, Settings, StackError
+from monitoring.acting import ACTED
+from monitoring.incidents import Incidents
+from tests.deploy.conftest import process, wait_for
 from training.bundle import Bundle
 from training.registry import Registry
 
@@ -68,6 +75,38 @@ def test_a_generator_from_elsewhere_is_certified_and_published(tmp_path: Path) -
     before = Registry(tmp_path / "registry").open("cloud", "v1").certificate.count
     done = ganwatch(tmp_path, "certify", "v1", "--more", "3000", "--json")
     assert json.loads(done.stdout)["version"] == "v2" and json.loads(done.stdout)["samples"] == before + 3000, done.stderr
+
+
+@pytest.mark.slow
+def test_act_waits_for_the_record_of_what_was_done(
+    make_bundle: Callable[..., Bundle], tmp_path: Path, free_ports: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The alias changes first, the record follows: whoever looks in between has not seen the end of it. A real monitor, no Ray."""
+    make_bundle(root=tmp_path / "registry")
+    make_bundle(root=tmp_path / "registry", version="v2", lost=(3, 8))
+    registry = Registry(tmp_path / "registry")
+    for version, reason in (("v1", "test"), ("v2", "inject"), ("v1", ACTED + "v2 is mode_dropping 3 8")):
+        registry.set_alias("grid", "production", version, reason=reason)
+    (port,) = free_ports(1)
+    run = Run("of a test", str(tmp_path), str(registry.root), str(tmp_path / "temp"), 0.0, Settings(ports=Ports(monitor=port)))
+    (tmp_path / "run.json").write_text(json.dumps(asdict(run)))
+    monkeypatch.setenv("GANWATCH_HOME", str(tmp_path))
+    monitor = [sys.executable, "-m", "monitoring.service", f"--home={tmp_path}", f"--port={port}", "--probe-rate=0"]
+    with process(monitor, tmp_path / "monitor.log"), ThreadPoolExecutor(1) as pool:
+        wait_for(lambda: httpx.get(f"{run.monitor_url}/healthz", trust_env=False).status_code == 200, "monitor")
+        incidents = Incidents(tmp_path / "incidents.db")
+        incidents.record("grid", "v2", at=1.0, verdict="mode_dropping", words="3 and 8 are gone", modes=("3", "8"), evidence={}, first_alarm=99)
+        waiting = pool.submit(_await_action, registry, "grid", "production", "v2")
+        with pytest.raises(TimeoutError):
+            waiting.result(1.0)
+        incidents.act("grid", "v2", "production -> v1")
+        assert waiting.result(60) == {"verdict": "mode_dropping", "modes": ["3", "8"], "first_alarm": 99, "action": "production -> v1"}
+        incidents.close()
+        registry.set_alias("grid", "production", "v2", reason="inject")
+        registry.set_alias("grid", "production", "v1", reason="rollback")
+        make_bundle(root=tmp_path / "registry", version="v3", lost=(3, 8))
+        with pytest.raises(StackError, match=r"changed to v1 \(rollback\) before the monitor acted"):
+            _await_action(registry, "grid", "production", "v3")
 
 
 @pytest.mark.parametrize(
