@@ -1,7 +1,9 @@
-"""States of Monitors on the disk, one file a version: what a killed process leaves for the next one to go on with.
+"""What a killed process leaves on the disk for the next one to go on with: states of Monitors, one file a version, and what the
+charts showed, one file a model.
 
-A file is an npz: a JSON header and arrays, no pickle. It is replaced in one step and is on the disk when `save` returns, so a
-reader finds the state before or the state after, whole. It does not know what a state means.
+A state is an npz: a JSON header and arrays, no pickle. It is replaced in one step and is on the disk when `save` returns, so a
+reader finds the state before or the state after, whole. A history is bare float64 rows, appended and not forced to the disk: a
+kill loses nothing, a power cut the newest rows. It does not know what a state means, nor a column but the first, the time.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 from numpy import ndarray
 
 SCHEMA = 1
@@ -46,7 +49,7 @@ def decode(body: bytes) -> dict[str, Any]:
 
 
 class States:
-    """The states under `directory`, named by model and version."""
+    """The states under `directory`, named by model and version, and the histories, named by model."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -72,5 +75,33 @@ class States:
         except StateError as error:
             raise StateError(f"{path}: {error}") from error
 
+    def append(self, model: str, rows: Float64[ndarray, "n width"], most: int) -> None:
+        """More of a model's history. Its newest `most` rows are kept, and twice as many lie on the disk at most.
+
+        Raises OSError where the disk does not take them.
+        """
+        path, stride = self._history(model, rows.shape[1]), 8 * rows.shape[1]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as file:
+            size = file.truncate(file.tell() // stride * stride)  # a full disk may have torn a row
+            file.write(rows.astype("<f8").tobytes())
+        if size + rows.nbytes > 2 * most * stride:
+            partial = path.with_suffix(".partial")
+            partial.write_bytes(path.read_bytes()[-most * stride :])
+            os.replace(partial, path)
+
+    def history(self, model: str, width: int) -> Float64[ndarray, "n width"]:
+        """The rows that were appended, none where there never were any; those that a clock set back has overtaken are left out."""
+        try:
+            body = self._history(model, width).read_bytes()
+        except FileNotFoundError:
+            body = b""
+        rows = np.frombuffer(body[: len(body) // (8 * width) * 8 * width], "<f8").astype(np.float64).reshape(-1, width)
+        later = np.fmin.accumulate(np.append(rows[1:, 0], np.inf)[::-1])[::-1]  # the earliest time that comes after each row
+        return rows[rows[:, 0] < later[: len(rows)]]
+
     def _path(self, model: str, version: str) -> Path:
         return self.directory / model / f"{version}.npz"
+
+    def _history(self, model: str, width: int) -> Path:
+        return self.directory / model / f"history.{width}f8"

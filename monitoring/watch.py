@@ -150,6 +150,7 @@ class Model:
     comparisons: dict[str, tuple[str, Comparison]] = field(default_factory=dict)  # candidate -> the production version it is compared with
     unpaired: OrderedDict[tuple[str, int, int], Record] = field(default_factory=OrderedDict)  # (version, seed, offset)
     rows: deque[tuple[float | None, ...]] = field(default_factory=lambda: deque(maxlen=HISTORY))
+    written: float = -math.inf  # time of the newest row on the disk
 
     @property
     def shown(self) -> str | None:
@@ -326,7 +327,21 @@ class Watch:
             except RegistryError as error:
                 self._unreadable[name] = str(error)
                 continue
-            self._follow_model(name, self._models.setdefault(name, Model()), history, aliases, at)
+            if name not in self._models:
+                self._models[name] = self._recall(name, at)
+            self._follow_model(name, self._models[name], history, aliases, at)
+
+    def _recall(self, name: str, at: float) -> Model:
+        """A model as it comes under watch, with what its charts showed before; the time in which nobody looked is a gap in them."""
+        model = Model()
+        if self.states is not None:
+            kept = self.states.history(name, len(COLUMNS))
+            kept = kept[(kept[:, 0] >= at - HISTORY) & (kept[:, 0] < at)]
+            model.rows.extend((row[0], *(_short(value) for value in row[1:])) for row in kept.tolist())
+            if model.rows:
+                model.written = model.rows[-1][0]
+                model.rows.append(((model.written + at) / 2, *[None] * (len(COLUMNS) - 1)))
+        return model
 
     def _follow_model(self, name: str, model: Model, history: tuple[AliasChange, ...], wanted: dict[str, str], at: float) -> None:
         settled = dict(model.aliases)
@@ -449,10 +464,18 @@ class Watch:
         self._raise_alarm(name, version, at)
 
     def save(self) -> None:
-        """Write down every Monitor that has seen samples since it was written last. Raises OSError where the disk refuses."""
+        """Write down every Monitor that has seen samples since it was written last, and what is new in the charts.
+
+        Raises OSError where the disk refuses.
+        """
         for name, version in {(n, v) for n, m in self._models.items() for v in m.aliases.values()}:
             if self._watched[name, version].eaten != self._watched[name, version].saved:
                 self._save(name, version)
+        for name, model in self._models.items():
+            new = [row for row in model.rows if row[0] > model.written]
+            if new and self.states is not None:
+                self.states.append(name, np.array(new, np.float64), HISTORY)
+                model.written = new[-1][0]
 
     def _save(self, name: str, version: str) -> None:
         if self.states is not None:
@@ -550,6 +573,7 @@ class Watch:
                 watched.drawn.clear()
             for model in self._models.values():
                 model.rows = deque((row for row in model.rows if row[0] < at), maxlen=HISTORY)
+                model.written = min(model.written, at)
             self._notices = deque(((min(noticed, at), words) for noticed, words in self._notices), maxlen=8)
         self._latest = at
 

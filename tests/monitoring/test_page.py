@@ -176,13 +176,16 @@ def test_a_person_sees_where_training_stands_and_why_it_failed(page: playwright.
 
 @pytest.mark.slow
 @needs_chromium
-def test_a_lost_connection_is_said_and_comes_back(
+def test_a_lost_connection_is_said_and_comes_back_with_the_charts(
     page: playwright.Page, monitored: Monitored, make_bundle: Callable[..., Bundle]
 ) -> None:
-    make_bundle(root=monitored.registry.root)
+    bundle = make_bundle(root=monitored.registry.root)
     monitored.registry.set_alias("grid", "production", "v1", reason="promote")
     page.goto(monitored.url)
     see(page, "warming_up")
+    monitored.serve(bundle, 100)
+    drawn = "charts.divergence.plot.data[1].filter(value => value != null).length"
+    page.wait_for_function(f"{drawn} >= 3")
     assert page.locator("#lost").is_hidden()
     port = monitored.url.rstrip("/").rpartition(":")[2]
     monitored.stop()
@@ -191,6 +194,9 @@ def test_a_lost_connection_is_said_and_comes_back(
     monitored.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     page.locator("#lost").wait_for(state="hidden")
     see(page, "warming_up")
+    page.reload()  # a page that remembers nothing
+    see(page, "warming_up")
+    assert page.evaluate(drawn) >= 3
     assert all("ERR_" in trouble for trouble in page.troubles)  # the browser's own notes of the failed requests
     page.troubles.clear()
 

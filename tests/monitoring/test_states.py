@@ -21,7 +21,7 @@ from monitoring.incidents import Incidents
 from monitoring.monitor import Monitor
 from monitoring.points import POINT_GAUGES
 from monitoring.states import StateError, States
-from monitoring.watch import Watch
+from monitoring.watch import COLUMNS, HISTORY, Watch
 from serving.records import Heartbeat, Record
 from training.bundle import Bundle
 from training.registry import Registry
@@ -95,6 +95,23 @@ def test_a_broken_file_is_named_and_a_missing_one_is_none(tmp_path):
         path.write_bytes(body)
         with pytest.raises(StateError, match="v1.npz"):
             states.load("m", "v1")
+
+
+def test_a_history_is_kept_whole_bounded_and_in_order(tmp_path):
+    states, rows = States(tmp_path), np.arange(50.0)[:, None] * [1.0, 10.0]
+    assert states.history("m", 2).shape == (0, 2)
+    for i, part in enumerate(np.array_split(rows, 17)):
+        states.append("m", part, most=10)
+        kept, seen = states.history("m", 2), rows[: sum(map(len, np.array_split(rows, 17)[: i + 1]))]
+        assert min(len(seen), 10) <= len(kept) <= 20
+        np.testing.assert_array_equal(kept, seen[-len(kept) :])
+    (path,) = (tmp_path / "m").iterdir()
+    path.write_bytes(path.read_bytes()[:-3])  # the disk was full in the middle of a row
+    np.testing.assert_array_equal(states.history("m", 2)[-1], rows[-2])
+    states.append("m", rows[-1:], most=10)
+    np.testing.assert_array_equal(states.history("m", 2)[-2:], rows[-2:])
+    states.append("m", np.array([[47.5, np.nan]]), most=10)  # the clock was set back: what lay ahead is not shown twice
+    np.testing.assert_array_equal(states.history("m", 2)[-2:], [[47.0, 470.0], [47.5, np.nan]])
 
 
 def shards(bundle: Bundle, samples: ndarray, count: int, **options: float) -> list[Monitor]:
@@ -212,6 +229,27 @@ def test_a_restart_takes_up_where_it_was(scene: Scene) -> None:
     assert watch.publish(scene.now).restores["grid", "absent"] == 1
 
 
+def test_the_charts_show_what_was_before_a_restart_and_that_nobody_looked_in_between(scene: Scene) -> None:
+    watch = scene.watch()
+    for seed in range(1, 9):
+        scene.serve(watch, "v1", 100, seed=seed)
+        watch.publish(scene.now)
+        watch.save()
+    before = watch.publish(scene.now, point=False).models["grid"].rows
+    scene.now += 30.0
+    for restart in (1, 2):
+        scene.now += 1.0
+        again = scene.watch()
+        rows = again.publish(scene.now).models["grid"].rows
+        assert rows[: len(before)] == before and len(rows) == len(before) + 2 * restart
+        assert rows[-2][1:] == (None,) * 4 and before[-1][0] < rows[-2][0] < rows[-1][0] == scene.now
+        again.save()
+    scene.now += HISTORY
+    assert len(scene.watch().publish(scene.now).models["grid"].rows) == 3  # the newest of them, a gap, now
+    scene.now -= 2 * HISTORY  # the clock was wrong, and all that was seen lies ahead
+    assert len(scene.watch().publish(scene.now).models["grid"].rows) == 1
+
+
 def test_an_alarm_is_saved_before_it_is_told_and_lives_until_it_is_acknowledged(scene: Scene) -> None:
     scene.registry.set_alias("grid", "production", "v2", reason="test")
     watch = scene.watch()
@@ -302,12 +340,17 @@ def test_kill_9_loses_a_second_at_most_never_an_alarm_and_raises_none(scene: Sce
         first.post(heartbeat("v1", 1, 3000))
         first.until(lambda s: s["monitored"] == 3000)
         first.until(lambda s: (scene.root / "monitor" / "grid" / "v1.npz").exists() and States(scene.root / "monitor").load("grid", "v1")["monitored"] == 3000)
+        shown = first.until(lambda s: np.isfinite(States(scene.root / "monitor").history("grid", len(COLUMNS))[:, 1]).sum() > 1)["history"]
         first.post(heartbeat("v1", 2, 100))
         first.kill()
         processes.append(Process(scene.root))
         second = processes[-1]
         state = second.until(lambda s: True)
         assert state["snapshot"]["monitored"] in (3000, 3100) and state["snapshot"]["verdict"]["id"] == "healthy"
+        again = state["history"]
+        known = len(shown["t"]) - 1  # the newest point was shown before it was written
+        assert known > 0 and all(again[column][:known] == shown[column][:known] for column in COLUMNS)
+        assert None in again["js"][known:] and any(again["js"][:known])  # a gap after what was seen, then what comes now
         scene.registry.set_alias("grid", "production", "v2", reason="inject")
         second.until(lambda s: s["version"] == "v2")
         second.post(heartbeat("v2", 3, 3000))
