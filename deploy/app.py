@@ -6,10 +6,14 @@ is what `ganwatch up` runs against the Ray it started.
 
 from __future__ import annotations
 
+import sys
+import time
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 import tyro
+
+ROOM_PATIENCE = 10.0  # seconds in which a job that has just ended gives its CPUs back
 
 
 @dataclass(frozen=True)
@@ -67,18 +71,32 @@ def build(args: dict[str, object]) -> object:
 
 
 def deploy(serving: Serving, *, port: int = 8000) -> None:
-    """Deploy on the Ray that RAY_ADDRESS names, listening on 127.0.0.1, and return when it is healthy."""
+    """Deploy on the Ray that RAY_ADDRESS names, listening on 127.0.0.1, and return when it is healthy.
+
+    Raises RuntimeError where Ray has no room for the replicas beside those that they replace: it would wait for ever.
+    """
     import ray
     from ray import serve
     from ray.serve.config import HTTPOptions
 
+    from serving.deployment import REPLICA_CPUS
+
     ray.init(log_to_driver=False)
+    deadline = time.monotonic() + ROOM_PATIENCE
+    while REPLICA_CPUS * serving.replicas > (free := ray.available_resources().get("CPU", 0.0)):
+        if time.monotonic() > deadline:
+            most, anew = int(free / REPLICA_CPUS), f"`ganwatch down` and `ganwatch up --replicas {serving.replicas}`"
+            raise RuntimeError(f"replicas is {serving.replicas}; Ray has CPUs for {most} beside what runs now: ask for fewer, wait for the training job, or start anew with {anew}")
+        time.sleep(0.2)
     serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
     serve.run(build(asdict(serving)), name="ganwatch", route_prefix="/")
 
 
 def main(serving: tyro.conf.OmitArgPrefixes[Serving], port: int = 8000) -> None:
-    deploy(serving, port=port)
+    try:
+        deploy(serving, port=port)
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -80,6 +80,19 @@ def down() -> None:
     answer.print(f"stopped {len(names)} processes")
 
 
+def scale(replicas: tyro.conf.Positional[int]) -> None:
+    """Deploy the sampler again with so many replicas, under traffic: on a CPU the new ones answer before the old ones go.
+
+    Args:
+        replicas: processes that run onnxruntime.
+    """
+    if replicas < 1:
+        raise StackError(f"replicas is {replicas}; it must be at least 1")
+    run = stack.require_running()
+    with _stage(f"deploying {replicas} replicas in place of {run.settings.replicas}"):
+        stack.scale(run, replicas)
+
+
 def demo(settings: SettingsFlags = Settings(), model: str = "digits", dataset: str = "digits") -> None:
     """From nothing to a monitored generator: train, certify, serve, watch. Ctrl-C stops everything.
 
@@ -107,7 +120,7 @@ def demo(settings: SettingsFlags = Settings(), model: str = "digits", dataset: s
             progress.print("\nstopping ...")
         finally:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it running
-            if stack.running() == run:
+            if stack.is_up(run):
                 with _stage("stopping"):
                     stack.down(run)
 
@@ -118,8 +131,9 @@ def status(as_json: JsonFlag = False) -> None:
     report: dict[str, Any] = {"up": run is not None, "home": str(ganwatch_home())}
     if run is not None:
         report |= {"url": run.url, "page": f"{run.monitor_url}/", "registry": run.registry}
-        report["processes"] = [{"pid": p.pid, "name": p.name()} for p in stack.processes(run)]
-        report["listening"] = [f"{address}:{port} {name}" for address, port, name in stack.listening(run)]
+        ours = stack.processes(run)
+        report["processes"] = [{"pid": p.pid, "name": stack.process_name(p)} for p in ours]
+        report["listening"] = [f"{address}:{port} {name}" for address, port, name in stack.listening(run, ours)]
         reg = Registry(run.registry)
         report["models"] = {name: _summary(model) | {"forced": reg.forced(name)} for name, model in _state(run)["models"].items()}
     if as_json:
@@ -560,7 +574,7 @@ def _send_traffic(run: stack.Run, model: str) -> None:
     """Gentle traffic, as applications send it, until Ctrl-C or until somebody else runs `ganwatch down`."""
     sent, failures = 0, 0
     with httpx.Client(base_url=run.url, timeout=10) as client, progress.status("sending samples") as spinner:
-        while stack.running() == run:
+        while stack.is_up(run):
             body = {"n": 16} if sent % 8 else {"n": 16, "seed": sent}
             try:
                 client.post(f"/v1/models/{model}/sample", json=body, headers={"Accept": "application/x-npy"}).raise_for_status()
@@ -599,20 +613,28 @@ def _await_ready(run: stack.Run) -> None:
 
 
 def _await_alias(model: str, alias: str, version: str | None) -> None:
-    """Where ganwatch is up: wait until the replicas and the monitor follow the registry."""
+    """Where ganwatch is up: wait until every replica and the monitor follow the registry."""
     run = stack.running()
     if run is None or not stack.processes(run):
         return
-    deadline = time.monotonic() + 30
+    deadline, said = time.monotonic() + 30, []
     while time.monotonic() < deadline:
-        served = next((m for m in httpx.get(f"{run.url}/v1/models", timeout=5).json()["models"] if m["name"] == model), {})
+        said = [_served(url, model) for url in stack.replica_urls(run)]  # one behind HAProxy does not speak for the others
         watched = _state(run)["models"].get(model, {}).get("version") if alias == "production" else version
-        if served.get("serving", {}).get(alias) == version and watched == version:
+        if said and watched == version and all(served.get("serving", {}).get(alias) == version for served in said):
             return
-        if refused := served.get("errors", {}).get(alias):
+        if refused := next((served["errors"][alias] for served in said if alias in served.get("errors", {})), None):
             raise StackError(f"the registry says {alias} of {model} is {version}, but the server refuses it: {refused}")
         time.sleep(0.1)
-    raise StackError(f"the registry says {alias} of {model} is {version}, but after 30 s it is not served and watched: {json.dumps(served)[:500]}")
+    raise StackError(f"the registry says {alias} of {model} is {version}, but after 30 s it is not served by each of {len(said)} replicas and watched: {json.dumps(said)[:500]}")
+
+
+def _served(replica: str, model: str) -> dict[str, Any]:
+    """What the replica at that URL says of a model; nothing where it has none or goes away."""
+    try:
+        return next((m for m in httpx.get(f"{replica}/v1/models", timeout=5).json()["models"] if m["name"] == model), {})
+    except httpx.TransportError:
+        return {}
 
 
 def _await_action(registry: Registry, model: str, alias: str, version: str) -> dict[str, Any]:
@@ -694,7 +716,7 @@ def _print_json(value: Any) -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "up": up, "down": down, "status": status, "demo": demo, "publish": publish, "reference": reference, "certify": certify, "promote": promote, "rollback": rollback,
+    "up": up, "down": down, "status": status, "scale": scale, "demo": demo, "publish": publish, "reference": reference, "certify": certify, "promote": promote, "rollback": rollback,
     "models": models, "sample": sample, "inject": inject, "replay": replay, "ack": ack, "grafana": grafana, "doctor": doctor,
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -33,6 +33,7 @@ from training.registry import ganwatch_home
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_VARIABLE = "GANWATCH_RUN"
+INGRESS_PORTS = 50  # that replicas may take; one is given out again when HAProxy has long forgotten who had it
 
 
 class StackError(RuntimeError):
@@ -168,8 +169,11 @@ class Run:
             "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # else each request costs a datagram to a Python actor; the tap counts them already
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback),  # shared in silence by two stacks that do not name their own
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports.ingress),
-            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.ingress + 50),
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.ingress + INGRESS_PORTS),
+            # What keeps requests whole while replicas come, go and fail: one that leaves answers until HAProxy has heard of it, and
+            # what it no longer accepts, answers or can do goes to another (asking twice for samples changes nothing).
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+            "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response 503",
         }
         inherited = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
         return {**inherited, **self.ray_variables(), **own}
@@ -197,6 +201,11 @@ def running(home: Path | None = None) -> Run | None:
     known = {f.name for f in fields(Ports)}
     ports = Ports(**{k: v for k, v in settings.pop("ports").items() if k in known})
     return Run(**raw, settings=Settings(ports=ports, **settings))
+
+
+def is_up(run: Run) -> bool:
+    """Whether nobody has stopped `run`; it may have been scaled since."""
+    return (now := running(Path(run.home))) is not None and now.run_id == run.run_id
 
 
 def require_running() -> Run:
@@ -234,10 +243,14 @@ def begin(settings: Settings, registry: Path) -> Run:
         with os.fdopen(descriptor, "w") as file:
             file.write(secrets.token_hex(32))
     (home / "env").write_text("".join(f"export {k}={shlex.quote(v)}\n" for k, v in run.ray_variables().items()))
-    partial = home / "run.json.partial"
-    partial.write_text(json.dumps(asdict(run), indent=1))
-    partial.replace(home / "run.json")
+    _write_down(run)
     return run
+
+
+def _write_down(run: Run) -> None:
+    partial = Path(run.home) / "run.json.partial"
+    partial.write_text(json.dumps(asdict(run), indent=1))
+    partial.replace(Path(run.home) / "run.json")
 
 
 def start_ray(run: Run) -> None:
@@ -282,6 +295,13 @@ def deploy_serve(run: Run) -> None:
     _wait_for(None, "serve", run, lambda: httpx.get(f"{run.url}/v2/health/live", timeout=2).status_code == 200, 60)
 
 
+def scale(run: Run, replicas: int) -> None:
+    """Deploy the sampler again, with so many replicas; the present ones answer until the new ones do."""
+    scaled = replace(run, settings=replace(run.settings, replicas=replicas))
+    deploy_serve(scaled)
+    _write_down(scaled)
+
+
 def start_prometheus(run: Run, binary: str) -> None:
     ports = run.settings.ports
     config = Path(run.home) / "prometheus.yml"
@@ -307,19 +327,22 @@ def find_binary(*names: str) -> str | None:
 
 def down(run: Run) -> list[str]:
     """Stop every process of this run, wait until they are gone, remove the temporary files. Returns the names stopped."""
-    names = [_name(p) for p in processes(run)]
-    for sent, patience in ((signal.SIGTERM, 4.0), (signal.SIGKILL, 5.0), (signal.SIGKILL, 5.0)):
+    names: dict[int, str] = {}
+    for sent, patience in ((signal.SIGTERM, 4.0), *[(signal.SIGKILL, 5.0)] * 4):
         # Ray restarts processes of its own while it goes down, so look again each time.
-        ours = processes(run)
+        if not (ours := processes(run)):
+            break
         for process in ours:
+            names[process.pid] = process_name(process)
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(sent)
         psutil.wait_procs(ours, timeout=patience)
-    if left := processes(run):
-        raise StackError(f"these processes did not stop: {', '.join(_describe(p) for p in left)}; run.json is kept")
+    else:
+        if left := processes(run):
+            raise StackError(f"these processes did not stop: {', '.join(_describe(p) for p in left)}; run.json is kept")
     shutil.rmtree(run.temp, ignore_errors=True)
     (Path(run.home) / "run.json").unlink(missing_ok=True)
-    return names
+    return [*names.values()]
 
 
 def processes(run: Run) -> list[psutil.Process]:
@@ -342,12 +365,20 @@ def _writes_below(process: psutil.Process, directory: str) -> bool:
     return any(f.path.startswith(directory + os.sep) and getattr(f, "mode", "w") != "r" for f in process.open_files())
 
 
-def listening(run: Run) -> list[tuple[str, int, str]]:
-    """(address, port, process name) of every TCP socket on which a process of the run listens."""
-    ours = {p.pid: _name(p) for p in processes(run)}
-    return sorted(
-        (c.laddr.ip, c.laddr.port, ours[c.pid]) for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in ours
-    )
+def listening(run: Run, ours: Sequence[psutil.Process] | None = None) -> list[tuple[str, int, str]]:
+    """(address, port, process name) of every TCP socket on which a process of the run listens; `ours`: its processes, where known."""
+    found = []
+    for process in processes(run) if ours is None else ours:
+        with contextlib.suppress(psutil.Error):
+            listens = [c.laddr for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+            found += [(address.ip, address.port, process_name(process)) for address in listens]
+    return sorted(found)
+
+
+def replica_urls(run: Run) -> list[str]:
+    """Where each Serve replica answers, past HAProxy."""
+    first = run.settings.ports.ingress
+    return [f"http://127.0.0.1:{port}" for _, port, name in listening(run) if first <= port <= first + INGRESS_PORTS and name.startswith("ray::ServeRepli")]
 
 
 def port_holder(port: int) -> str | None:
@@ -366,7 +397,7 @@ def port_holder(port: int) -> str | None:
     return f"another process, which this user may not see ({reason})"
 
 
-def _name(process: psutil.Process) -> str:
+def process_name(process: psutil.Process) -> str:
     with contextlib.suppress(psutil.Error):
         return process.name()
     return f"pid {process.pid}"
@@ -375,7 +406,7 @@ def _name(process: psutil.Process) -> str:
 def _describe(process: psutil.Process) -> str:
     with contextlib.suppress(psutil.Error):
         return f"{process.name()} (pid {process.pid}: {' '.join(process.cmdline())[:120]})"
-    return _name(process)
+    return process_name(process)
 
 
 def _spawn(run: Run, name: str, command: list[str], extra: dict[str, str] | None = None) -> subprocess.Popen[bytes]:

@@ -26,6 +26,7 @@ from training.registry import Registry
 
 # Admission is the batcher's, counted in samples; Ray's own limit, counted in requests, must not be met before it.
 _MAX_ONGOING_REQUESTS = 100_000
+REPLICA_CPUS = 0.5  # logical ones that Ray sets aside for each replica
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,10 @@ def build(
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
         health_check_period_s=5,
         health_check_timeout_s=20,
+        max_surge_percent=0 if num_gpus else 100,  # new replicas answer before old ones go, but a GPU is not there twice
         graceful_shutdown_wait_loop_s=0.2,
         logging_config={"enable_access_log": False},  # ours is off the hot path
-        ray_actor_options={"num_cpus": 0.5, "num_gpus": num_gpus},
+        ray_actor_options={"num_cpus": REPLICA_CPUS, "num_gpus": num_gpus},
     )(Replica)
     settings = Settings(
         registry, monitor_url, device, tap_rate, threads, grpc_port, pool, deterministic, tensorrt, access_log, trace_url, trace_share

@@ -36,7 +36,7 @@ def ganwatch(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        ("sample", "nothing is up"), ("ack", "nothing is up"), ("promote v1", "there is no model yet"), ("rollback --model m", "unknown model|no earlier version"),
+        ("sample", "nothing is up"), ("scale 2", "nothing is up"), ("scale 0", "replicas is 0"), ("ack", "nothing is up"), ("promote v1", "there is no model yet"), ("rollback --model m", "unknown model|no earlier version"),
         ("inject nothing", "there is no model yet"), ("publish /nowhere", "no card.json"), ("publish", "name a bundle directory"),
         ("publish --onnx g.onnx", "--onnx takes --reference"), ("publish --onnx g.onnx --reference ring --latent uniform:2", "--latent is uniform:2"), ("replay --bundle /nowhere --samples x.npy", "no card.json"),
         ("inject drop-mode", "invalid choice 'drop-mode'"), ("up --device gpu", "invalid choice 'gpu'"), ("promte v1", "promte"), ("grafana apply", "GRAFANA_TOKEN"),
@@ -119,6 +119,6 @@ def test_labels_are_split_at_commas_outside_parentheses(text: str, labels: list[
 
 def test_every_command_teaches() -> None:
     assert set(COMMANDS) == {
-        "up", "down", "status", "demo", "publish", "certify", "reference", "promote", "rollback", "models", "sample", "inject", "replay", "ack", "grafana", "doctor",
+        "up", "down", "status", "scale", "demo", "publish", "certify", "reference", "promote", "rollback", "models", "sample", "inject", "replay", "ack", "grafana", "doctor",
     }  # fmt: skip
     assert all(command.__doc__ for command in COMMANDS.values())

@@ -7,12 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
+from deploy import stack
 from tests.e2e.driver import PORTS, ROOT, Stack
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -38,7 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, free_ports: Callable[[int]
 
 @pytest.fixture(scope="module")
 def up(trained: Stack) -> Iterator[Stack]:
-    trained.run("up", *trained.flags, timeout=180)
+    trained.run("up", "--replicas", "2", *trained.flags, timeout=300)
     run = json.loads((trained.home / "run.json").read_text())
     yield trained
     trained.run("down")
@@ -108,3 +111,48 @@ def test_a_forced_collapse_fires_its_own_alert(up: Stack, tmp_path: Path) -> Non
     finally:
         up.run("rollback")
     up.verdict("healthy")
+
+
+def test_once_rollback_has_returned_no_replica_answers_with_what_was_rolled_back(up: Stack) -> None:
+    """Two replicas, each with samples drawn ahead; clients that never pause."""
+    up.verdict("healthy")
+    made = up.json("inject", "nothing")["version"]
+    answers: list[tuple[float, str]] = []  # when it was asked for, the version that answered
+    stop = threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(base_url=up.url("http"), timeout=60) as client:
+            while not stop.is_set():
+                asked = time.monotonic()
+                answer = client.post("/v1/models/ring/sample", json={"n": 1}).raise_for_status()
+                answers.append((asked, answer.headers["X-Ganwatch-Version"]))
+
+    clients = [threading.Thread(target=ask) for _ in range(4)]
+    for client in clients:
+        client.start()
+    try:
+        while len(answers) < 500:
+            time.sleep(0.05)
+        assert up.json("rollback")["version"] == "v1"
+        returned = time.monotonic()
+        while sum(asked > returned for asked, _ in answers) < 500:
+            time.sleep(0.05)
+    finally:
+        stop.set()
+        for client in clients:
+            client.join()
+    assert {version for asked, version in answers if asked < returned} == {made, "v1"}
+    assert {version for asked, version in answers if asked > returned} == {"v1"}
+    totals = httpx.get(up.url("monitor", "/metrics"), timeout=10).text
+    assert any(line.startswith('ganwatch_serving_pool_hits_total{model="ring"}') and float(line.split()[-1]) > 0 for line in totals.splitlines())
+
+
+def test_the_sampler_is_scaled_under_traffic(up: Stack) -> None:
+    run = stack.running(up.home)
+    for replicas in (3, 2):
+        up.run("scale", str(replicas), timeout=300)
+        assert len(stack.replica_urls(run)) == replicas == stack.running(up.home).settings.replicas
+        assert len(up.sample(n=3).content) > 0
+    refused = up.run("scale", "1000", check=False)
+    assert refused.returncode == 2 and "Ray has CPUs for" in refused.stderr and "Traceback" not in refused.stderr
+    assert stack.running(up.home).settings.replicas == 2

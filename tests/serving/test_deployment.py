@@ -12,6 +12,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +60,45 @@ class Stack:
         """The access logs of all replicas."""
         return [json.loads(line) for path in self.logs.glob("access-*.jsonl") for line in path.read_text().splitlines()]
 
+    def deploy(self, replicas: int) -> None:
+        """The application again, with so many replicas; returns when Ray says that they are what runs."""
+        self.process.stdin.write(f"{replicas}\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline() == "ready\n"
+
+    def replicas(self) -> list[psutil.Process]:
+        return [p for p in psutil.Process(self.process.pid).children(recursive=True) if "ServeReplica" in " ".join(p.cmdline())]
+
+    @contextmanager
+    def load(self, threads: int = 4) -> Iterator[Counter[str]]:
+        """Clients that ask without a pause. Afterwards none of them may have had any answer but samples.
+
+        They ask again only where HAProxy closes a connection that was idle when they used it, as any HTTP client must.
+        """
+        counts, stop = Counter[str](), threading.Event()
+
+        def ask(seed: int) -> None:
+            with httpx.Client(base_url=self.url, timeout=60) as client:
+                while not stop.is_set():
+                    try:
+                        answer = client.post("/v1/models/digits/sample", json={"n": 4, "seed": seed} if seed % 2 else {"n": 4})
+                        counts[str(answer.status_code) if answer.status_code == 200 else answer.text] += 1
+                    except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
+                        pass
+                    except httpx.HTTPError as error:
+                        counts[repr(error)] += 1
+
+        asking = [threading.Thread(target=ask, args=(seed,)) for seed in range(threads)]
+        for thread in asking:
+            thread.start()
+        try:
+            yield counts
+        finally:
+            stop.set()
+            for thread in asking:
+                thread.join()
+        assert set(counts) == {"200"}, counts
+
     def counters(self, until, timeout: float = 15.0) -> dict[str, dict[str, float]]:
         """The newest counters of each replica, once `until(counters)` holds."""
         newest: dict[str, dict[str, float]] = {}
@@ -91,12 +133,13 @@ def stack():
         "RAY_SERVE_HAPROXY_MAXCONN": "16000",
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "10",
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "120",
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response 503",
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replicas),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replicas + 100),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     }
     with monitor() as (monitor_url, beats, _), open(run / "log", "w") as log:
         command = [sys.executable, str(Path(__file__).with_name("serve_app.py")), str(registry.root), monitor_url, str(port), str(grpc_port), str(run / "logs")]
@@ -121,6 +164,7 @@ def stack():
                 time.sleep(0.05)
             yield Stack(f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", registry, process, beats, family, run / "logs")
         finally:
+            family += [p for p in psutil.Process(process.pid).children(recursive=True) if p not in family]
             process.stdin.close()
             process.stdout.close()
             process.wait(60)
@@ -358,9 +402,37 @@ def test_promotion_and_rollback_under_load_fail_no_request(stack, samplers):
 
 
 @pytest.mark.slow
+def test_a_replica_whose_batch_loop_has_died_is_replaced_and_nobody_notices(stack):
+    """It says 503, HAProxy asks the other; its health check fails, Ray starts another in its place."""
+    doomed, other = stack.replicas()
+    with stack.load() as counts:
+        (stack.logs / f"die-{doomed.pid}").touch()
+        assert psutil.wait_procs([doomed], timeout=120)[1] == []
+        before = counts["200"]
+        while counts["200"] < before + 100:
+            time.sleep(0.05)
+        deadline = time.monotonic() + 120
+        while len(stack.replicas()) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert other in stack.replicas()
+
+
+@pytest.mark.slow
+def test_deploying_again_under_load_fails_no_request(stack):
+    """Fewer replicas, more, other ones: the new answer before the old go."""
+    with stack.load() as counts:
+        for replicas in (1, 3, 2):
+            old, before = stack.replicas(), counts["200"]
+            stack.deploy(replicas)
+            assert psutil.wait_procs(old, timeout=120)[1] == []
+            assert counts["200"] > before and len(stack.replicas()) == replicas
+
+
+@pytest.mark.slow
 def test_while_no_replica_answers_clients_are_told_so_in_our_words(stack):
     """The last test of this stack: both replicas are killed. Ray starts new ones, and all is as before."""
-    replicas = [p for p in psutil.Process(stack.process.pid).children(recursive=True) if "ServeReplica" in " ".join(p.cmdline())]
+    replicas = stack.replicas()
     assert len(replicas) == 2
     for replica in replicas:
         replica.kill()
@@ -387,4 +459,3 @@ def test_while_no_replica_answers_clients_are_told_so_in_our_words(stack):
         assert live(pb.ServerLiveRequest(), timeout=90, wait_for_ready=True).live
     with Client(stack.url, retries=30) as client:
         assert len(client.sample("digits", 3).array) == 3
-    stack.family += [p for p in psutil.Process(stack.process.pid).children(recursive=True) if p not in stack.family]
