@@ -78,7 +78,7 @@ class Sampler:
             raise
         except Exception as error:  # onnxruntime's exceptions have no base class of their own
             raise BundleError(f"{bundle.model_path}: onnxruntime refuses it: {error}") from error
-        self.provider = self._session.provider
+        self.provider, self.lost_graphs = self._session.provider, self._session.lost_graphs
         self._check_signature(bundle)
         # A GPU chooses its algorithms for each shape anew; a CPU gains nothing from rows that nobody asked for.
         self.buckets = BUCKETS[-1:] if deterministic else BUCKETS if self.provider != CPU else ()

@@ -201,7 +201,9 @@ class Service:
                 gauges[f'pool_hits_total{{model="{name}"}}'] = self.pool.hits[name]
                 for sampler in model.answering():
                     gauges[f'pool_samples{{model="{name}",version="{sampler.card.version}"}}'] = self.pool.left(sampler)
-            gauges |= {f'device_info{{provider="{sampler.provider}"}}': 1.0 for sampler in model.serving.values()}
+            for sampler in model.serving.values():
+                gauges[f'device_info{{provider="{sampler.provider}"}}'] = 1.0
+                gauges[f'cuda_graph_fallbacks{{model="{name}",version="{sampler.card.version}"}}'] = int(sampler.lost_graphs)
         return gauges
 
 

@@ -74,6 +74,7 @@ class Session:
     def __init__(self, model: bytes, device: Device = "auto", threads: int = 1, tensorrt: Path | None = None, most_rows: int = 256) -> None:
         check_device(device)
         self.has_graphs = False  # whether runs are launched as CUDA graphs
+        self.lost_graphs = False  # whether they would be, but for a node that CUDA cannot compute
         if device == "cpu" or not cuda_devices():
             self._session = _open(model, [CPU], threads)
         else:
@@ -100,6 +101,7 @@ class Session:
             return session
         except Exception as error:  # onnxruntime refuses where some node has no CUDA kernel
             logger.warning("no CUDA graphs for this model: %s", error)
+            self.lost_graphs = True
             return _open(model, [(CUDA, _CUDA_OPTIONS), CPU], threads)
 
     def bind(self, shapes: Sequence[int], row_shape: tuple[int, ...], dtype: str, memory: str = "cuda") -> None:

@@ -4,10 +4,12 @@ import asyncio
 
 import numpy as np
 import pytest
+from onnx import helper
 
 from serving.batcher import Batcher
 from serving.sampler import BUCKETS, Sampler, Window
 from serving.session import cuda_devices
+from tests.serving.conftest import generator, publish
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not cuda_devices(), reason="the driver offers no CUDA device")]
 
@@ -53,9 +55,17 @@ def test_two_batches_at_once_mix_up_nothing(pair):
         np.testing.assert_allclose(rows.astype(np.float64), expected, atol=1.0 if cuda.card.is_image else 1e-4)
 
 
+def test_a_graph_that_cuda_computes_in_part_is_counted_and_computed(registry):
+    alone = helper.make_node("Unique", ["z"], ["different"])  # onnxruntime has it for the CPU only
+    bundle = publish(registry, "odd", model=generator((8, 8, 1), "uint8", extra=(alone,)))
+    cuda, cpu = Sampler(bundle, "cuda"), Sampler(bundle, "cpu")
+    assert cuda.lost_graphs and not cpu.lost_graphs and not cuda._session.has_graphs
+    np.testing.assert_allclose(*(sampler.sample([Window(3, 0, 50)]).astype(np.float64) for sampler in (cuda, cpu)), atol=1.0)
+
+
 def test_runs_are_launched_as_cuda_graphs(pair):
     cuda, _ = pair
-    assert cuda._session.has_graphs
+    assert cuda._session.has_graphs and not cuda.lost_graphs
     first = cuda.sample([Window(1, 0, 8)])
     kept = first.copy()
     cuda.sample([Window(2, 0, 8)])

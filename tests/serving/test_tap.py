@@ -160,5 +160,6 @@ def test_the_monitor_sees_what_the_client_got_and_where_it_came_from(registry, b
     assert beat.counters['samples_total{model="clothes",version="v1"}'] == 3
     assert beat.counters['requests_total{model="clothes",status="200"}'] == 1
     assert beat.counters['device_info{provider="CPUExecutionProvider"}'] == 1
+    assert beat.counters['cuda_graph_fallbacks{model="digits",version="v1"}'] == 0
     for name in ("load_failures_total", "tap_dropped_samples_total"):
         assert beat.counters[f'{name}{{model="ring"}}'] == 0
