@@ -200,6 +200,7 @@ class Shown:
     snapshot: dict[str, Any]
     gauges: Mapping[str, Mapping[str, Gauge]]  # population -> name -> gauge
     live: tuple[Live, ...]  # each version once, the one above first
+    forced: str | None  # what the gate objected to the version when it was promoted all the same
     marks: tuple[dict[str, Any], ...]
     rows: tuple[tuple[float | None, ...], ...]  # COLUMNS, oldest first
     fresh_rate: float  # samples a second that clients drew with the server's seeds
@@ -274,6 +275,7 @@ class View:
             "sample_shape": list(card.sample_shape),
             "card": {"created": card.created, "injected_from": card.injected_from, "fault": card.fault, "forced": card.forced},
             "history": history,
+            "forced_promotion": shown.forced,
             "marks": list(shown.marks),
             "other_versions": [live.state() for live in shown.live[1:]],
         }
@@ -734,6 +736,7 @@ class Watch:
             snapshot=first.snapshot,
             gauges=first.gauges,
             live=live,
+            forced=next((change.forced for change in reversed(model.history) if change.alias == alias), None),
             marks=tuple(self._marks(name, model, at)),
             rows=tuple(model.rows),
             fresh_rate=first.fresh_rate,
@@ -762,7 +765,8 @@ class Watch:
     def _marks(self, name: str, model: Model, at: float) -> list[dict[str, Any]]:
         """What the charts mark within the time they show: changes of the shown alias, and alarms."""
         changes = [(datetime.fromisoformat(c.at).timestamp(), c) for c in model.history if c.alias == model.shown]
-        marks = [{"t": t, "text": f"{c.alias}: {c.version or 'none'} ({c.reason})", "kind": "version"} for t, c in changes]
+        marks = [{"t": t, "text": f"{c.alias}: {c.version or 'none'} ({c.reason})", "kind": "version"} for t, c in changes if c.forced is None]
+        marks += [{"t": t, "text": f"{c.alias}: {c.version} (forced)", "kind": "forced", "why": c.forced} for t, c in changes if c.forced is not None]
         alarms = [incident for incident in self.incidents.newest() if incident["model"] == name]
         marks += [
             {"t": i["opened_at"], "text": f"alarm on {i['version']}: {i['verdict'].replace('_', ' ')}", "kind": "alarm"}

@@ -204,6 +204,7 @@ function drawVerdict(model) {
       [`${other.alias} compared`, [other.comparison?.words]]]),
   ];
   if (card.forced) facts.push(["Forced", [card.forced]]);
+  if (model.forced_promotion) facts.push(["Promoted by force", [model.forced_promotion]]);
   $(".facts").replaceChildren(...facts.filter(([, value]) => value[0]).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, ...value)]));
   document.title = `${kind === "alarm" ? "▲ " : ""}${title(verdict.id, verdict.modes)} · ${chosen} · ganwatch`;
   const color = getComputedStyle(banner).getPropertyValue("--tone").trim();
@@ -301,7 +302,7 @@ function annotate(plot, view, id) {
   }
   const taken = []; // labels that would overlap are left out, an alarm's last; the line stays
   for (const mark of [...view.marks].sort((a, b) => (b.kind === "alarm") - (a.kind === "alarm") || b.t - a.t)) {
-    const alarm = mark.kind === "alarm", words = alarm ? "▲ alarm" : mark.text.replace(/^\w+: /, "").replace(/ \(.*/, "");
+    const alarm = mark.kind === "alarm", words = alarm ? "▲ alarm" : mark.text.replace(/^\w+: /, "").replace(" (forced)", " by force").replace(/ \(.*/, "");
     const x = plot.valToPos(mark.t, "x", true), width = ctx.measureText(words).width, gap = 5 * ratio;
     const crowded = left => left < bbox.left || left + width > bbox.left + bbox.width || taken.some(([a, b]) => left < b + gap && left + width > a - gap);
     const left = [x + gap, x - gap - width].find(place => !crowded(place));

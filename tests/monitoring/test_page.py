@@ -138,6 +138,10 @@ def test_what_a_person_sees_from_no_model_to_an_alarm_and_back(
     page.locator("#incidents li.closed", has_text="acknowledged").wait_for()
     monitored.registry.rollback("grid")
     page.locator("#verdict", has_text="v1").wait_for()
+    assert "Promoted by force" not in page.locator("#verdict").inner_text()
+    monitored.registry.set_alias("grid", "production", "v2", reason="promote", forced="the mode 3 is served below its share")
+    page.locator("#verdict .facts", has_text="Promoted by force").wait_for()
+    assert "the mode 3 is served below its share" in page.locator("#verdict").inner_text()
 
 
 @pytest.mark.slow

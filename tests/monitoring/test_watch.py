@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from monitoring.incidents import Incidents
 from monitoring.watch import REPLICAS, STALE_AFTER, UNPAIRED, Replicas, Watch, parse_counter, total_log10
 from serving.records import Heartbeat, Record
 from training.bundle import Bundle, BundleError, write_arrays, write_card
+from training.gate import QualityRefused, promote
 from training.registry import Registry
 
 START = 1_800_000_000.0
@@ -422,3 +424,21 @@ def test_a_version_that_passed_by_another_reference_is_not_called_bad(tmp_path: 
     watch.eat([Record("grid", "v2", "server_seed", 1, 0, draw(new, 3000, seed=1), START)], START)
     verdict = watch.publish(START).models["grid"].snapshot["verdict"]
     assert verdict["id"] == "world_moved" and "passed as v1" in verdict["words"] and verdict["null"] == "B"
+
+
+def test_a_promotion_by_force_is_told_with_what_spoke_against_it(scene: Scene, make_bundle: Callable[..., Bundle]) -> None:
+    make_bundle(root=scene.registry.root, version="v3", lost=(3, 8), honest=True)  # its certificate says so, too
+    scene.now = time.time()  # as the registry's clock
+    scene.alias("production", "v1")
+    assert scene.state()["models"]["grid"]["forced_promotion"] is None
+    with pytest.raises(QualityRefused):
+        promote(scene.registry, "grid", "v3")
+    change = promote(scene.registry, "grid", "v3", force=True)
+    scene.watch.follow(scene.now)
+    model = scene.state()["models"]["grid"]
+    (mark,) = [mark for mark in model["marks"] if mark["kind"] == "forced"]
+    assert model["forced_promotion"] == mark["why"] == change.forced and "worst-served mode" in change.forced
+    assert mark["text"] == "production: v3 (forced)" and len(model["marks"]) == 2
+    scene.alias("production", "v1")
+    model = scene.state()["models"]["grid"]
+    assert model["forced_promotion"] is None and [mark["kind"] for mark in model["marks"]] == ["version", "forced", "version"]
