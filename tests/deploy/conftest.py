@@ -52,7 +52,7 @@ class Prometheus:
     def query(self, expr: str) -> list[tuple[dict[str, str], float]]:
         return [(series["metric"], float(series["value"][1])) for series in self.get("query", query=expr)["result"]]
 
-    def until(self, expr: str, seconds: float = 20.0) -> list[tuple[dict[str, str], float]]:
+    def until(self, expr: str, seconds: float = 120.0) -> list[tuple[dict[str, str], float]]:
         """What `expr` gives, as soon as it gives anything."""
         return wait_for(lambda: self.query(expr), expr, seconds)
 
@@ -80,7 +80,7 @@ def process(command: list[str], log: Path) -> Iterator[None]:
     finally:
         started.send_signal(signal.SIGTERM)
         try:
-            started.wait(10)
+            started.wait(60)
         finally:
             started.kill()
 

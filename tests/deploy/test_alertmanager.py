@@ -30,7 +30,7 @@ def alertmanager(tmp_path_factory: pytest.TempPathFactory, free_ports: Callable[
     with open(home / "log", "wb") as log, httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
         process = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)
         try:
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 120
             while True:
                 try:
                     if client.get("/-/ready").status_code == 200:
@@ -50,7 +50,7 @@ def inhibited(client: httpx.Client, *alerts: dict[str, str]) -> set[tuple[str, s
     firing = [{"labels": alert} for alert in alerts]
     for wanted in (resolved, firing):
         assert client.post("/api/v2/alerts", json=wanted).status_code == 200
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while True:
         shown = client.get("/api/v2/alerts").json()
         if len(shown) == len(alerts):

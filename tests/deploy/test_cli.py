@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def ganwatch(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "GANWATCH_HOME": str(home), "COLUMNS": "200", "NO_COLOR": "1"}
-    return subprocess.run([sys.executable, "-m", "deploy.cli", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-m", "deploy.cli", *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ class Stack:
     def command(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "deploy.cli", *words]
 
-    def run(self, *words: str, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str, check: bool = True, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(self.command(*words), cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
@@ -58,16 +58,16 @@ class Stack:
         return f"http://127.0.0.1:{self.ports[name]}{path}"
 
     def state(self) -> dict[str, Any]:
-        return httpx.get(self.url("monitor", "/api/state"), timeout=10).json()["models"][self.model]
+        return httpx.get(self.url("monitor", "/api/state"), timeout=60).json()["models"][self.model]
 
     def sample(self, **body: Any) -> httpx.Response:
-        return httpx.post(self.url("http", f"/v1/models/{self.model}/sample"), json=body, headers={"Accept": "application/x-npy"}, timeout=30).raise_for_status()
+        return httpx.post(self.url("http", f"/v1/models/{self.model}/sample"), json=body, headers={"Accept": "application/x-npy"}, timeout=60).raise_for_status()
 
-    def verdict(self, wanted: str, seconds: float = 60, traffic: Callable[[], object] | None = None) -> dict[str, Any]:
+    def verdict(self, wanted: str, seconds: float = 240, traffic: Callable[[], object] | None = None) -> dict[str, Any]:
         """The monitor's state once its verdict is `wanted`, read from its event stream; `traffic` is sent meanwhile."""
         deadline = time.monotonic() + seconds
         model: dict[str, Any] = {}
-        with httpx.stream("GET", self.url("monitor", "/api/events"), timeout=20) as events:
+        with httpx.stream("GET", self.url("monitor", "/api/events"), timeout=60) as events:
             for line in events.iter_lines():
                 if line.startswith("data:"):
                     model = json.loads(line[5:])["models"].get(self.model, {})
@@ -78,11 +78,11 @@ class Stack:
                 assert time.monotonic() < deadline, f"no {wanted} within {seconds} s; the monitor says {model.get('snapshot', {}).get('verdict')}"
         raise AssertionError("the monitor ended its event stream")
 
-    def query(self, expression: str, wanted: Callable[[list[dict[str, Any]]], bool], seconds: float = 30) -> list[dict[str, Any]]:
+    def query(self, expression: str, wanted: Callable[[list[dict[str, Any]]], bool], seconds: float = 120) -> list[dict[str, Any]]:
         """What Prometheus answers, asked until it is as `wanted`."""
         deadline = time.monotonic() + seconds
         while True:
-            answer = httpx.get(self.url("prometheus", "/api/v1/query"), params={"query": expression}, timeout=10).json()["data"]["result"]
+            answer = httpx.get(self.url("prometheus", "/api/v1/query"), params={"query": expression}, timeout=60).json()["data"]["result"]
             if wanted(answer):
                 return answer
             assert time.monotonic() < deadline, f"{expression}: {answer}"
@@ -98,7 +98,7 @@ class Stack:
         with sync_playwright() as play, contextlib.closing(play.chromium.launch(executable_path=shutil.which("chromium"), args=flags)) as browser:
             page = browser.new_page(viewport={"width": 1280, "height": 900})
             page.goto(self.url("monitor", "/"))
-            page.wait_for_selector(f"#verdict[data-verdict={verdict}]", timeout=20_000)
+            page.wait_for_selector(f"#verdict[data-verdict={verdict}]", timeout=60_000)
             text = page.inner_text("#verdict")
             page.screenshot(path=picture, full_page=True)
         assert all(mode in text for mode in modes)

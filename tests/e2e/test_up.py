@@ -27,11 +27,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory, free_ports: Callable[[int]
     ours = Stack(tmp_path_factory.mktemp("home"), dict(zip(PORTS, free_ports(len(PORTS)), strict=True)), model="ring")
     environment = {k: v for k, v in ours.environment.items() if k != "RAY_ADDRESS"}
     script = [sys.executable, "training/train.py", "--dataset", "ring", "--certify-samples", "200000"]
-    healthy = subprocess.run([*script, "--seed", "1"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    healthy = subprocess.run([*script, "--seed", "1"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert healthy.returncode == 0, healthy.stdout + healthy.stderr
     ours.run("promote", "v1")
     collapsed = subprocess.run(
-        [*script, "--penalty", "none", "--steps", "1500"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+        [*script, "--penalty", "none", "--steps", "1500"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
     )
     assert collapsed.returncode == 1, collapsed.stdout + collapsed.stderr
     assert "is dropped" in collapsed.stderr and "ganwatch publish" in collapsed.stderr and "Traceback" not in collapsed.stderr
@@ -41,7 +41,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, free_ports: Callable[[int]
 
 @pytest.fixture(scope="module")
 def up(trained: Stack) -> Iterator[Stack]:
-    trained.run("up", "--replicas", "2", *trained.flags, timeout=300)
+    trained.run("up", "--replicas", "2", *trained.flags)
     run = json.loads((trained.home / "run.json").read_text())
     yield trained
     trained.run("down")
@@ -150,7 +150,7 @@ def test_once_rollback_has_returned_no_replica_answers_with_what_was_rolled_back
 def test_the_sampler_is_scaled_under_traffic(up: Stack) -> None:
     run = stack.running(up.home)
     for replicas in (3, 2):
-        up.run("scale", str(replicas), timeout=300)
+        up.run("scale", str(replicas))
         assert len(stack.replica_urls(run)) == replicas == stack.running(up.home).settings.replicas
         assert len(up.sample(n=3).content) > 0
     refused = up.run("scale", "1000", check=False)

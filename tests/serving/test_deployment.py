@@ -38,14 +38,6 @@ ROOT = Path(__file__).parents[2]
 WRAPPER = ROOT / "deploy" / "haproxy"
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
 @dataclass
 class Stack:
     url: str
@@ -110,11 +102,10 @@ class Stack:
 
 
 @pytest.fixture(scope="module")
-def stack():
+def stack(free_ports):
     run = Path(tempfile.mkdtemp(prefix="gw-"))  # short: it holds Unix sockets
     registry = fill(run / "registry")
     port, grpc_port, stats, metrics, fallback, replicas = free_ports(6)
-    replicas = min(replicas, 65_000)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "GANWATCH_"))} | {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
