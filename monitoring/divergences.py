@@ -1,8 +1,7 @@
 """How far served shares q are from real shares p over K modes plus the off-manifold cell, with intervals.
 
 Everything is in nats. p must be positive everywhere; q may have empty cells. The intervals are images of one confidence set for
-q, valid at every sample of a block at once, so all of them hold together. The Frechet distance on features is here too, without
-an interval: nobody has derived one. Nothing here knows what a sample is.
+q, valid at every sample of a block at once, so all of them hold together. Nothing here knows what a sample is.
 """
 
 from __future__ import annotations
@@ -52,21 +51,6 @@ DIVERGENCES: dict[str, Callable[[Shares, Shares], float]] = {
     "chi_squared": chi_squared,
     "tv": total_variation,
 }
-
-
-def frechet(
-    mean_a: Float64[ndarray, "p"], cov_a: Float64[ndarray, "p p"], mean_b: Float64[ndarray, "p"], cov_b: Float64[ndarray, "p p"]
-) -> tuple[float, int]:
-    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2), and how many eigenvalues below zero were clipped.
-
-    Only those count that rounding cannot explain. Source: Dowson and Landau, J. Multivariate Analysis 1982.
-    """
-    values_a, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(np.maximum(values_a, 0))) @ vectors.T
-    values = np.linalg.eigvalsh(root @ cov_b @ root)
-    clipped = sum(int((v < -1e-9 * max(1e-300, np.abs(v).max())).sum()) for v in (values_a, values))
-    distance = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(np.maximum(values, 0)).sum()
-    return max(0.0, float(distance)), clipped
 
 
 @dataclass(frozen=True)

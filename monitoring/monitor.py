@@ -22,12 +22,13 @@ from numpy import ndarray
 
 from monitoring.coverage import mode_coverage, mode_status
 from monitoring.diagnosis import VERDICTS, Verdict, delay_of_loss, detectable, diagnose, replaced
-from monitoring.divergences import DIVERGENCES, INTERVALS, ShareSet, frechet, smoothed, total_variation
+from monitoring.divergences import DIVERGENCES, INTERVALS, ShareSet, smoothed, total_variation
 from monitoring.edetectors import FAMILIES, NULLS, EDetector
 from monitoring.features import Eye, Seen
 from monitoring.points import POINT_GAUGES, Cloud, Embedding
 from monitoring.sketches import BLOCK, NEWEST, Blocks, Decayed, Newest, Sketch
 from training.bundle import Bundle
+from training.moments import frechet
 
 POPULATIONS = ("fresh", "recent", "served")
 """fresh: the block of fresh samples now being filled; recent: fresh samples, the older the less they weigh; served: the block

@@ -23,6 +23,7 @@ from scipy.spatial.distance import cdist, pdist, squareform
 from scipy.stats import chi2, norm
 
 from training.data import Mixture
+from training.moments import frechet
 
 PERFECT = chi2.cdf(9, 2)  # 98.89 %: what a perfect sampler has within 3 sigma in the plane
 CONFIDENT = 0.8  # probability above which a sample belongs to a class beyond argument
@@ -47,29 +48,10 @@ def _kl(p: Float64[ndarray, "k"], q: Float64[ndarray, "k"]) -> float:
         return float(np.sum(np.where(p > 0, p * np.log(p / q), 0.0)))
 
 
-def frechet(
-    mean1: Float64[ndarray, "p"], cov1: Float64[ndarray, "p p"], mean2: Float64[ndarray, "p"], cov2: Float64[ndarray, "p p"]
-) -> float:
-    """Squared 2-Wasserstein distance between two Gaussians (Dowson and Landau 1982; the F of FID, Heusel et al. 2017).
-
-    The trace of (S1 S2)^1/2 is the sum of the singular values of R1^T R2, S = R R^T. Eigenvalues of S1 S2, the usual way, are
-    squares of these: what is lost of the smallest ones has shown in the sixth digit where features differ much in scale.
-    """
-    cross = np.linalg.svd(_root(cov1).T @ _root(cov2), compute_uv=False).sum()
-    return float(np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * cross)
-
-
-def _root(covariance: Float64[ndarray, "p p"]) -> Float64[ndarray, "p p"]:
-    """R with R R^T = covariance; directions that only rounding filled are left empty."""
-    values, vectors = np.linalg.eigh(covariance)
-    noise = len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
-    return vectors * np.sqrt(np.where(values > noise, values, 0.0))
-
-
 def fid(real: Float[ndarray, "n p"], fake: Float[ndarray, "m p"]) -> float:
     """Frechet distance between Gaussians fitted to two sets of features (Heusel et al. 2017). Biased up, by O(1 / n)."""
     moments = [(x.mean(axis=0, dtype=np.float64), np.cov(x.astype(np.float64), rowvar=False).reshape(x.shape[1], -1)) for x in (real, fake)]
-    return frechet(*moments[0], *moments[1])
+    return frechet(*moments[0], *moments[1])[0]
 
 
 def kid(real: Float[ndarray, "n p"], fake: Float[ndarray, "m p"], *, subsets: int = 100, size: int = 1000, seed: int = 2020) -> tuple[float, float]:

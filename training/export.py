@@ -42,8 +42,9 @@ from training.bundle import (
     write_card,
 )
 from training.data import Dataset
-from training.evaluation import divergences, frechet, kid_excess, mixture_fit, prdc
+from training.evaluation import divergences, kid_excess, mixture_fit, prdc
 from training.features import Sight
+from training.moments import frechet
 
 CERTIFY_AT_LEAST, CERTIFY_CHUNK = 200_000, 2048
 DELTA = 0.01
@@ -480,7 +481,7 @@ def law(reference: Reference, certificate: Certificate, modes: tuple[str, ...]) 
     share = certificate.cell_count / certificate.count
     delay = _expected_delay(share[:-1])
     return divergences(reference.cell_share, share) | {
-        "frechet": frechet(reference.feature_mean, reference.feature_cov, certificate.feature_mean, certificate.feature_cov),
+        "frechet": frechet(reference.feature_mean, reference.feature_cov, certificate.feature_mean, certificate.feature_cov)[0],
         "mode_coverage": float(np.mean(share[:-1] >= 0.25 * reference.cell_share[:-1])),
         "off_manifold": float(share[-1]),
         "samples": certificate.count,

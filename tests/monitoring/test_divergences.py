@@ -15,7 +15,6 @@ from monitoring.divergences import (
     INTERVALS,
     ShareSet,
     forward_kl,
-    frechet,
     jensen_shannon,
     reverse_kl,
     smoothed,
@@ -48,17 +47,6 @@ def test_a_lost_mode_and_fakes_leave_their_marks():
     fakes = 0.7 * p + 0.3 * shares(0, 0, 0, 1)
     assert forward_kl(p, rare) > 3 * reverse_kl(p, rare)
     assert reverse_kl(p, fakes) > forward_kl(p, fakes)
-
-
-def test_frechet_of_gaussians():
-    mean, cov = np.array([1.0, 2.0]), np.diag([4.0, 9.0])
-    distance, clipped = frechet(mean, cov, mean + 1, np.diag([1.0, 1.0]))
-    assert distance == pytest.approx(2 + (2 - 1) ** 2 + (3 - 1) ** 2) and clipped == 0
-    rotation = np.array([[0.8, -0.6], [0.6, 0.8]])
-    assert frechet(mean, rotation @ cov @ rotation.T, mean, rotation @ cov @ rotation.T)[0] == pytest.approx(0, abs=1e-12)
-    singular = np.outer([1.0, 2.0], [1.0, 2.0])  # from fewer samples than features: rounding, not a fault
-    assert frechet(mean, singular, mean, cov)[1] == 0
-    assert frechet(mean, np.diag([1.0, -0.5]), mean, cov)[1] > 0
 
 
 def test_smoothed():

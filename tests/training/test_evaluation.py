@@ -18,7 +18,6 @@ from training.evaluation import (
     compare,
     divergences,
     fid,
-    frechet,
     kid,
     kid_excess,
     mixture_fit,
@@ -50,12 +49,6 @@ def test_divergences_are_bounded_and_zero_on_the_diagonal(counts, random):
     assert found["js"] <= math.log(2) + 1e-12 and found["tv"] <= 1 + 1e-12
     assert found["tv"] ** 2 <= 2 * found["js"] + 1e-9 * 8 + found["forward_kl"]  # Pinsker, loosely
     assert all(abs(value) < 1e-12 for value in divergences(p, p).values())
-
-
-def test_frechet_between_gaussians_has_a_closed_form():
-    mean, covariance = np.zeros(2), np.diag([4.0, 9.0])
-    assert frechet(mean, covariance, np.array([3.0, 4.0]), covariance) == pytest.approx(25)
-    assert frechet(mean, covariance, mean, np.diag([1.0, 1.0])) == pytest.approx((2 - 1) ** 2 + (3 - 1) ** 2)
 
 
 def test_prdc_of_equal_and_of_disjoint_laws():

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from monitoring.divergences import frechet
+from training.moments import frechet
 from monitoring.points import NEIGHBOURS, Cloud, kernel_distance
 from tests.training.reference_values import FILE, SEED, SHARE, SUBSETS, cases
 from training.evaluation import fid, kid, prdc
