@@ -52,6 +52,7 @@ class Dataset:
     labels: Int64[ndarray, "n"] | None = None
     classes: tuple[str, ...] = ()  # names of the labels
     mixture: Mixture | None = None
+    counted: int | None = None  # clusters, where another process has counted them already
     stacked: bool = False  # each channel is an image of its own with a label of its own: a label is as many decimal digits
 
     @property
@@ -77,6 +78,8 @@ class Dataset:
 
         Pixels are a poor ruler: a shifted image is farther from itself than from another class, so MNIST seems to hang together.
         """
+        if self.counted is not None:
+            return self.counted
         if self.is_image and self.labels is not None:
             return len(self.classes)
         return clusters(self.normalised(slice(min(self.trained, CLUSTERED))))

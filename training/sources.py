@@ -227,22 +227,34 @@ def image(file: Stream) -> Iterator[Chunk]:
     yield pixels.reshape(1, *pixels.shape[:2], -1), None
 
 
+def _check_finite(found: Shaped[ndarray, "n ..."], first: int) -> None:
+    if found.dtype.kind != "f":
+        return
+    bad = ~np.isfinite(found.reshape(len(found), -1)).all(axis=1)
+    if bad.any():
+        rows = f"{len(bad):,} samples" if not first else f"the samples from row {first:,} to {first + len(bad) - 1:,}"
+        raise ValueError(f"{bad.sum():,} of {rows} hold NaN or infinity, the first in row {first + bad.argmax():,}")
+
+
 READERS: dict[str, Callable[[Stream], Iterator[Chunk]]] = {
     ".npz": npz, ".npy": npy, ".idx": idx, ".parquet": parquet, ".png": image, ".jpg": image, ".jpeg": image, ".webp": image, ".bmp": image,
 }  # fmt: skip
 
 
-def as_served(found: Shaped[ndarray, "n ..."]) -> Shaped[ndarray, "n ..."]:
-    """uint8 [n, h, w, c] or float32 [n, d]. Raises ValueError where what was found is neither images nor vectors."""
+def as_served(found: Shaped[ndarray, "n ..."], first: int = 0) -> Shaped[ndarray, "n ..."]:
+    """uint8 [n, h, w, c] or float32 [n, d]. Raises ValueError where what was found is neither images nor vectors.
+
+    `first`: which row of its file is the first one here, for the words.
+    """
     form = f"{found.dtype} [{', '.join(map(str, found.shape))}]"
     if found.dtype.kind not in "iuf" or not 1 <= found.ndim <= 4:
         raise ValueError(f"samples are {form}; images are uint8 [n, h, w, c] and vectors float32 [n, d]")
     if found.ndim <= 2:
         with np.errstate(over="ignore"):
             vectors = found.reshape(len(found), -1).astype(np.float32)
-        if (bad := ~np.isfinite(vectors).all(axis=1)).any():
-            raise ValueError(f"{bad.sum():,} of {len(bad):,} samples hold NaN or infinity, the first in row {bad.argmax():,}")
+        _check_finite(vectors, first)
         return vectors
+    _check_finite(found, first)
     low, high = found.min(), found.max()
     if found.dtype.kind == "f" or low < 0 or high > 255:
         raise ValueError(f"pixels are {found.dtype} from {low:.4g} to {high:.4g}; uint8 from 0 to 255 is expected")
@@ -352,14 +364,15 @@ def _decoded(files: dict[str, Any], system: FileSystem) -> Iterator[dict[str, li
     for file, folder in zip(files["file"].tolist(), files["folder"].tolist(), strict=True):
         row: dict[str, Any] = {"file": file, "samples": b"", "labels": b"", "problem": ""}
         try:
-            beside, done = _beside(system, file), 0
+            beside, done = _beside(system, file), 0  # done: rows of the file
             with system.open_input_file(file) as opened:
                 for samples, labels in READERS[_kind(file)](opened):
                     labels = np.full(len(samples), folder) if folder else labels
                     if beside is not None:
-                        labels, done = beside[done : done + len(samples)], done + len(samples)
+                        labels = beside[done : done + len(samples)]
                     packed = b"" if labels is None else _packed(labels)
-                    yield {k: [v] for k, v in (row | {"samples": _packed(as_served(samples)), "labels": packed}).items()}
+                    yield {k: [v] for k, v in (row | {"samples": _packed(as_served(samples, done)), "labels": packed}).items()}
+                    done += len(samples)
         except Exception as error:  # whatever a decoder raises on a damaged file
             yield {k: [v] for k, v in (row | {"problem": str(error) or type(error).__name__}).items()}
 

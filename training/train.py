@@ -315,7 +315,7 @@ def train_worker(job: dict[str, Any]) -> None:
 
     found = ray.train.get_checkpoint()
     try:
-        dataset = open_data(config, Path(job["run"]))
+        dataset = replace(open_data(config, Path(job["run"])), counted=job["clusters"])
         with one_group(Path(job["run"]), device), found.as_directory() if found else nullcontext() as directory:
             resume = Path(directory) if directory else None
             if resume and rank == 0:
@@ -360,7 +360,7 @@ def start_ray(config: Config) -> bool:
     return config.device != "cpu" and gpus >= config.workers
 
 
-def train(config: Config, run: Path, use_gpu: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def train(config: Config, run: Path, use_gpu: bool, *, clusters: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The averaged generator's weights and the last metrics, from the last checkpoint of this run on where there is one.
 
     Raises TrainingStopped where the loop did or the workers died too often, KeyboardInterrupt on Ctrl-C.
@@ -369,7 +369,7 @@ def train(config: Config, run: Path, use_gpu: bool) -> tuple[dict[str, Tensor], 
     workers = config.workers if config.min_workers is None else (config.min_workers, config.workers)
     trainer = DataParallelTrainer(
         train_worker,
-        train_loop_config={"config": asdict(config), "run": str(run)},
+        train_loop_config={"config": asdict(config), "run": str(run), "clusters": clusters},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
         run_config=RunConfig(
             name="ray",
@@ -415,11 +415,12 @@ def picture(samples: np.ndarray) -> Image.Image:
 
 def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     """Train, certify, publish. Raises TrainingStopped, ExportError, QualityRefused; the last leaves `<run>/bundle` complete."""
+    built_in = open_data(config, run) if config.dataset in DATASETS else None  # at once; the user's own are read through Ray
     use_gpu = start_ray(config)
     journal.done("ray")
 
     torch.set_num_threads(1)
-    dataset = open_data(config, run)
+    dataset = open_data(config, run) if built_in is None else built_in
     if config.dataset not in DATASETS and config.like is None:
         config = replace(config, like="digits" if dataset.is_image else "grid")
     check_shape(config, dataset)
@@ -432,7 +433,7 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     journal.write("latent", signs=latent.signs, normals=latent.normals, clusters=dataset.clusters)
     with ThreadPoolExecutor(1) as beside:  # this process only waits while the workers train
         eye = beside.submit(fit_eye, dataset, seed=config.seed, remember=config.reference_points)
-        weights, metrics = train(config, run, use_gpu)
+        weights, metrics = train(config, run, use_gpu, clusters=dataset.clusters)
         sight = eye.result()
     journal.done("train", **metrics)
 

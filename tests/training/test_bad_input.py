@@ -48,7 +48,7 @@ PIXELS = np.random.default_rng(0).integers(256, size=(120, 6, 6), dtype=np.uint8
 LABELS = np.arange(120) % 3
 DATA = {
     "one.npz": ({"x": PIXELS[:1]}, "holds 1 sample; at least 100 are needed"),
-    "nan.npz": ({"x": np.where(PIXELS > 250, np.nan, PIXELS / 255)}, "uint8 from 0 to 255 is expected"),
+    "nan.npz": ({"x": np.where(PIXELS > 250, np.nan, PIXELS / 255)}, f"hold NaN or infinity, the first in row {(PIXELS > 250).any(axis=(1, 2)).argmax()}"),
     "shape.npz": ({"x": np.zeros((120, 3, 6, 6), np.uint8)}, "channels come last"),
     "range.npz": ({"x": PIXELS.astype(np.int64) * 4}, "uint8 from 0 to 255 is expected"),
     "orphans.npz": ({"x": PIXELS[:110], "y": LABELS}, "y holds 120 labels and x 110 samples"),
@@ -68,7 +68,10 @@ def test_data_that_cannot_be_trained_on(tmp_path, name):
 
 
 def test_classes_without_labels(tmp_path):
+    """Said before any process of Ray's starts."""
     assert "--conditional needs labelled data, and ring has no labels" in refused(train(tmp_path, "--dataset", "ring", "--conditional"), status=2)
+    (status,) = tmp_path.glob("runs/*/status.jsonl")
+    assert [json.loads(line)["stage"] for line in status.read_text().splitlines()] == ["begin", "failed"]
 
 
 def test_numbers_that_blow_up_end_the_run_and_leave_the_last_good_checkpoint(tmp_path):

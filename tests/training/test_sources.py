@@ -61,6 +61,7 @@ def test_parquet_of_numbers_and_of_images(tmp_path):
     [
         (np.array([[1.0, 2.0], [np.nan, 1.0]]), "1 of 2 samples hold NaN or infinity, the first in row 1"),
         (np.full((2, 2), 1e300), "NaN or infinity"),
+        (np.where(np.arange(48).reshape(3, 4, 4) == 40, np.nan, 7.0), "1 of 3 samples hold NaN or infinity, the first in row 2"),
         (np.full((2, 4, 4), 0.5), "pixels are float64 from 0.5 to 0.5; uint8 from 0 to 255"),
         (np.full((2, 4, 4), 300), "pixels are int64 from 300 to 300"),
         (np.zeros((2, 3, 28, 28), np.uint8), r"uint8 \[2, 3, 28, 28\]; channels come last"),
@@ -122,11 +123,17 @@ def test_data_of_ones_own_go_through_ray(tmp_path, ray):
     assert unlabelled.labels is None and unlabelled.cells == 7 and np.isclose(unlabelled.samples.sum(), x.sum(), atol=1e-3)
     x[7, 1] = np.inf
     np.save(tmp_path / "bad.npy", x)
+    late = np.zeros((600_000, 4), np.float32)  # more than travels together
+    late[540_007, 2] = np.nan
+    np.save(tmp_path / "late.npy", late)
+    np.save(tmp_path / "pixels.npy", np.where(np.isin(np.arange(120), (3, 99))[:, None, None], np.nan, pixels))
     np.save(tmp_path / "one.npy", pixels[:1])
     np.savez(tmp_path / "orphans.npz", x=pixels, y=np.arange(7))
     np.savez(tmp_path / "other.npz", pixels=pixels, more=pixels)
     for name, words in (
         ("bad.npy", "1 of 150 samples hold NaN or infinity, the first in row 7"),
+        ("late.npy", "1 of the samples from row 524,288 to 599,999 hold NaN or infinity, the first in row 540,007"),
+        ("pixels.npy", "2 of 120 samples hold NaN or infinity, the first in row 3"),
         ("one.npy", "which holds 1 sample; at least 100 are needed"),
         ("orphans.npz", "y holds 7 labels and x 120 samples"),
         ("other.npz", "it holds more, pixels; samples are looked for under x, samples"),
