@@ -85,10 +85,10 @@ def test_a_killed_worker_costs_seconds_and_an_interrupted_run_goes_on(tmp_path):
         worker = next(p for p in psutil.Process(run.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline()))
         until("step ")
         worker.kill()
-        assert "goes on from step-" in until("goes on")
+        kept = int(until("goes on from step-").split("step-")[1].split()[0])
         until("step ")
         run.send_signal(signal.SIGINT)
-        _, errors = run.communicate(timeout=60)
+        _, errors = run.communicate(timeout=300)
     finally:
         run.kill()
         run.communicate()
@@ -96,12 +96,12 @@ def test_a_killed_worker_costs_seconds_and_an_interrupted_run_goes_on(tmp_path):
     assert "Traceback" not in errors, errors
     directory = re.search(r"interrupted; go on with: python training/train.py --resume (\S+)", errors)[1]
 
-    other = subprocess.run([*script, "--resume", directory, "--steps", "7"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    other = subprocess.run([*script, "--resume", directory, "--steps", "7"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert other.returncode == 2 and "--steps is 7, the run has 20000" in other.stderr
     resumed = subprocess.Popen([*script, "--resume", directory], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         line = next(line for line in resumed.stdout if "goes on from" in line)
-        assert int(line.split("step-")[1].split()[0]) >= 200
+        assert int(line.split("step-")[1].split()[0]) >= kept > 0
     finally:
         resumed.terminate()
-        resumed.communicate(timeout=60)
+        resumed.communicate(timeout=300)
