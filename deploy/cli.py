@@ -421,6 +421,7 @@ def replay(
     bundle: Path,
     samples: Path,
     arl: float = 2.6e9,
+    calibrated: bool = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Run the service's monitor over a recorded stream, which you state to be independent draws of one law.
@@ -431,10 +432,12 @@ def replay(
         bundle: directory of the bundle whose certificate is the null hypothesis.
         samples: .npy or .parquet file of samples in served form, in the order in which they were served.
         arl: average number of samples to a false alarm.
+        calibrated: simulate runs of the certified generator first, so that false alarms come about once in arl samples as measured,
+            not at most once as guaranteed, and real ones sooner.
     """
     from deploy.replay import replay as run_monitor
 
-    report = run_monitor(bundle, samples, arl)
+    report = run_monitor(bundle, samples, arl, calibrated=calibrated)
     if as_json:
         return _print_json(report)
     print(f"{report['verdict']}: {report['words']}")

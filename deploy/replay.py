@@ -12,16 +12,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 
 from deploy.stack import StackError
+from monitoring.calibration import Healthy
 from monitoring.monitor import Monitor
 from training.bundle import Card, open_bundle
 
 BATCH = 4096
 
 
-def replay(bundle: Path, samples: Path, arl: float) -> dict[str, Any]:
+def replay(bundle: Path, samples: Path, arl: float, *, calibrated: bool = False) -> dict[str, Any]:
     """Feed `samples` [n, *sample_shape] in served form, a .npy or .parquet file, to a fresh monitor of `bundle`.
 
     Raises BundleError, and StackError where the stream is not what the bundle serves.
@@ -35,6 +36,15 @@ def replay(bundle: Path, samples: Path, arl: float) -> dict[str, Any]:
     count, batches = (_parquet if samples.suffix == ".parquet" else _npy)(samples, card)
     monitor = Monitor(opened, arl=arl)
     progress = Console(stderr=True)
+    if calibrated:
+        healthy, calibration = Healthy(opened), monitor.calibration()
+        with Progress(transient=True, console=progress, disable=not progress.is_terminal) as bar:
+            task = bar.add_task("simulating healthy runs", total=calibration.samples)
+            while calibration.slack is None:
+                seen = healthy.draw(BATCH)
+                calibration.feed(seen.scores, seen.features, seen.cells, seen.samples)
+                bar.update(task, completed=calibration.fed)
+        monitor.calibrate(calibration.slack)
     steps, done, first_alarm = -(-count // BATCH), 0, None
     for batch in track(batches, description="replaying", total=steps, transient=True, console=progress, disable=not progress.is_terminal):
         eaten = monitor.monitored
@@ -53,6 +63,7 @@ def replay(bundle: Path, samples: Path, arl: float) -> dict[str, Any]:
         "samples": count,
         "rejected": monitor.rejected,
         "arl": arl,
+        "slack": monitor.slack,
         "assumes": "the samples are independent draws of one law, in the order given, as you state; the guarantee rests on it",
         "model": card.model,
         "version": card.version,

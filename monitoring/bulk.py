@@ -23,7 +23,7 @@ from scipy.special import rel_entr
 
 from training.bundle import Certificate
 
-RATES = {1 / 10: 0.8, 1 / 50: 0.2}
+RATES = {1 / 8: 0.9, 1 / 50: 0.1}
 """At which m forgets -> the bet's part of the weight. v is rate / (2 - rate), the variance of m under the certified law."""
 
 

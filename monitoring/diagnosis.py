@@ -154,13 +154,15 @@ def delay_of_loss(certificate: Certificate, losses: Float64[ndarray, "m"], *, th
     delay = np.full((len(losses), len(low)), np.inf)
     if not (watched := low > 0).any():
         return delay
-    weight = weight / (len(DROP_BETS) * watched.sum())
     q = (1 - losses[:, None]) * modes[watched] / modes.sum()
     bound = low[watched]
-    growth = np.max([xlogy(q, rho) + (1 - q) * np.log((1 - rho * bound) / (1 - bound)) for rho in DROP_BETS], axis=0)
-    growth *= modes.sum() / certificate.count  # bets abstain off the manifold
-    with np.errstate(divide="ignore"):
-        delay[:, watched] = np.log(threshold / weight) / np.maximum(growth, 0)
+    looked = modes.sum() / certificate.count  # bets abstain off the manifold
+    best = np.full(q.shape, np.inf)
+    for rho, part in DROP_BETS.items():
+        growth = looked * (xlogy(q, rho) + (1 - q) * np.log((1 - rho * bound) / (1 - bound)))
+        with np.errstate(divide="ignore"):
+            best = np.minimum(best, np.log(threshold * watched.sum() / (weight * part)) / np.maximum(growth, 0))
+    delay[:, watched] = best
     return delay
 
 

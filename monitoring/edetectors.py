@@ -33,33 +33,33 @@ from monitoring.bulk import RATES, Moments
 from monitoring.coverage import RHO
 from training.bundle import DUPLICATE_BLOCK, NEARER_TRAIN, NEAREST_TRAIN, OFF_MANIFOLD_EXCESS, Certificate, Reference
 
-FAMILIES = {"modes": 0.27, "tails": 0.19, "bulk": 0.5, "copies": 0.02, "duplicates": 0.01, "quality": 0.01}
+FAMILIES = {"modes": 0.295, "tails": 0.135, "bulk": 0.55, "copies": 0.01, "duplicates": 0.005, "quality": 0.005}
 """Family -> its share of the false-alarm budget. A family that has no bet leaves its share unused, which is valid too."""
 
 NULLS = {family: "B" if family == "quality" else "A" for family in FAMILIES}
 """Family -> the hypothesis that it tests."""
 
 KINDS = {
-    "drop": ("modes", 0.25),
-    "inflate": ("modes", 0.01),
-    "shares": ("modes", 0.01),
-    "upper": ("tails", 0.18),
-    "lower": ("tails", 0.01),
+    "drop": ("modes", 0.29),
+    "inflate": ("modes", 0.0025),
+    "shares": ("modes", 0.0025),
+    "upper": ("tails", 0.13),
+    "lower": ("tails", 0.005),
     "wider": ("bulk", 0.02),
-    "narrower": ("bulk", 0.14),
-    "moved": ("bulk", 0.34),
-    "copies": ("copies", 0.01),
-    "nearer": ("copies", 0.01),
-    "duplicates": ("duplicates", 0.01),
-    "quality": ("quality", 0.01),
+    "narrower": ("bulk", 0.16),
+    "moved": ("bulk", 0.37),
+    "copies": ("copies", 0.005),
+    "nearer": ("copies", 0.005),
+    "duplicates": ("duplicates", 0.005),
+    "quality": ("quality", 0.005),
 }
-"""What a bet accuses the model of -> its family and its weight; a kind's bets share the weight, equally but for those that `moved`."""
+"""What a bet accuses the model of -> its family and its weight; a kind's bets share the weight, equally but for drop and moved."""
 
 TAIL_BETS = (0.01, 0.1, 0.6)  # theta; used where above the bound
-TAIL_FROM = 1 / 16  # shallower levels are the bulk's
+TAIL_FROM = 1 / 256  # shallower levels are the bulk's
 COPIES_FROM = 1 / 1024  # what is merely close to the training data is no copy: only the deepest levels tell
-TILTS = (0.3, 0.8)  # of a score's normal quantile: the shift, in standard deviations, that a bet is best for
-DROP_BETS = (0.0, 0.5)  # theta / m: what is left of a mode
+TILTS = (0.3, 0.5, 0.8)  # of a score's normal quantile: the shift, in standard deviations, that a bet is best for
+DROP_BETS = {0.0: 0.8, 0.5: 0.2}  # theta / m: what is left of a mode -> the bet's part of the weight
 LEAST_GIVEN = 0.05  # of a class: a mode that it makes more rarely is not bet on given that class
 INFLATE_BETS = (1.5, 3.0)  # theta / m
 QUALITY_BETS = (0.0, 0.25, 0.5)  # theta / m: what is left of the least share that null B allows, RHO of the real one
@@ -192,17 +192,17 @@ class Modes:
         (_, high), (low, drop) = mode_bounds(certificate), drop_bounds(certificate)
         high[1:] = 0.0  # no bets: what a class makes too often takes another mode's place
         bound = np.repeat(np.stack([low, high], axis=1), (len(DROP_BETS), len(INFLATE_BETS)), axis=1)
-        self.shares = Cells(bound, bound * np.array(DROP_BETS + INFLATE_BETS)[:, None])
+        self.shares = Cells(bound, bound * np.array((*DROP_BETS, *INFLATE_BETS))[:, None])
         real = reference.cell_share
         m = np.append(RHO * real[:-1], real[-1] + OFF_MANIFOLD_EXCESS)  # from the real data alone: what was certified may be bad
         theta = np.array(QUALITY_BETS)[:, None] * m
         theta[:, -1] = m[-1] + (1 - m[-1]) * np.array(EXCESS_BETS)
         self.quality = Cells(np.repeat(m[None], len(QUALITY_BETS), axis=0), theta)
         # [g, b]: of every allowed bet
-        allowed, split = self.shares.allowed.sum(axis=2), len(DROP_BETS)
+        parts = np.array([*DROP_BETS.values(), *np.full(len(INFLATE_BETS), 1 / len(INFLATE_BETS))])
         total = np.column_stack([drop, np.append(KINDS["inflate"][1], np.zeros(len(drop) - 1))])
-        parts = [total[:, [i]] / np.maximum(1, part.sum(axis=1, keepdims=True)) for i, part in enumerate((allowed[:, :split], allowed[:, split:]))]
-        self.weights = np.repeat(np.concatenate(parts, axis=1), (split, len(INFLATE_BETS)), axis=1)
+        total = np.repeat(total, (len(DROP_BETS), len(INFLATE_BETS)), axis=1)
+        self.weights = total * parts / np.maximum(1, self.shares.allowed.sum(axis=2))
         self.quality_weights = np.full(len(QUALITY_BETS), KINDS["quality"][1] / max(1, self.quality.allowed.sum()))
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Int64
 from numpy import ndarray
 
+from monitoring.calibration import SAMPLES, Calibration
 from monitoring.coverage import mode_coverage, mode_status
 from monitoring.diagnosis import VERDICTS, Verdict, delay_of_loss, detectable, diagnose, replaced
 from monitoring.divergences import DIVERGENCES, INTERVALS, ShareSet, smoothed, total_variation
@@ -42,7 +43,7 @@ WARM_UP = 512  # samples tested before silence is called health
 FLOOR_DRAWS = 64
 GAUGE_DELTA = 0.05  # chance that an interval fails at any sample of a block
 _COUNTS = ("monitored", "given", "served", "frechet_clipped", "replay_checked", "replay_mismatched")  # what a Monitor counts over its whole life
-_MARKS = ("alarmed_at", "_since", "_suspected", "_wrong", "_replaced")  # when something happened to it
+_MARKS = ("slack", "alarmed_at", "_since", "_suspected", "_wrong", "_replaced")  # when something happened to it
 PRIOR_SAMPLES = 1024  # how strongly one of the two priors of the intervals believes in the certificate
 
 TOLERANCES = {"forward_kl": 0.1, "reverse_kl": 0.08, "js": 0.02, "chi_squared": 0.08, "tv": 0.08, "frechet": 0.05}
@@ -79,7 +80,8 @@ class Monitor:
             raise ValueError(f"arl is {arl}; it must lie in [1, 1e100] samples (2.6e9: one a month at 1,000 samples/s)")
         if not 0 < share <= 1:
             raise ValueError(f"share is {share}; it must lie in (0, 1], and those of all live versions must sum to 1 at most")
-        self.bundle, self.arl = bundle, arl
+        self.bundle, self.arl, self.share = bundle, arl, share
+        self.slack: float | None = None  # by which the threshold lies below the guaranteed one; None: it does not
         certificate, reference = bundle.certificate, bundle.reference
         self._eye = Eye(bundle)
         self._detector = EDetector(certificate, reference, bundle.card.modes, threshold=arl / share, scores=bundle.card.scores)
@@ -209,7 +211,7 @@ class Monitor:
     def identity(self) -> dict[str, Any]:
         """What a state must have in common with this monitor to mean anything to it."""
         files = hashlib.sha256(repr(sorted(self.bundle.card.files.items())).encode()).hexdigest()
-        return {"bundle": files[:16], "arl": self.arl, "threshold": self._detector.threshold, "bets": self._detector.layout[:16]}
+        return {"bundle": files[:16], "arl": self.arl, "threshold": self.arl / self.share, "bets": self._detector.layout[:16]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where the monitor stood whose `state` this is, without a false alarm and with any latched one.
@@ -222,6 +224,7 @@ class Monitor:
         for name in (*_COUNTS, *_MARKS):
             setattr(self, name, state[name])
         self.rejected, self.demand = dict(state["rejected"]), np.array(state["demand"])
+        self.calibrate(self.slack)
         self._gauges.clear()
         for part, owner in self._parts().items():
             owner.restore({name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")})
@@ -266,7 +269,19 @@ class Monitor:
         """Another part of the false-alarm budget from now on. The evidence stays, and so does a latched alarm: what bounds the
         mean run length is the mixture itself, whatever threshold it is held against and whenever that was set.
         """
-        self._detector.threshold = self.arl / share
+        self.share = share
+        self.calibrate(self.slack)
+
+    def calibrate(self, slack: float | None) -> None:
+        """Hold the evidence against arl / share / slack from now on: measured (`calibration.py`) in place of guaranteed. None: guaranteed."""
+        self.slack = slack
+        self._detector.threshold = self.arl / self.share / (slack or 1.0)
+
+    def calibration(self, samples: int = SAMPLES) -> Calibration:
+        """What finds the slack of this monitor, with bets of its own."""
+        card = self.bundle.card
+        found = EDetector(self.bundle.certificate, self.bundle.reference, card.modes, threshold=self.arl / self.share, scores=card.scores)
+        return Calibration(found, arl=self.arl / self.share, samples=samples)
 
     def acknowledge(self) -> None:
         """Unlatch: the detectors forget everything and start again; counts and gauges go on."""
@@ -403,7 +418,8 @@ class Monitor:
                 "evidence": self.evidence(),
                 "log10_threshold": self.log10_threshold,
                 "arl": self.arl,
-                "budget": {"version": self.arl / threshold, "families": {f: {"null": NULLS[f], "weight": w} for f, w in FAMILIES.items()}},
+                "slack": self.slack,
+                "budget": {"version": self.share, "families": {f: {"null": NULLS[f], "weight": w} for f, w in FAMILIES.items()}},
                 "gauges": gauges,
                 "tolerance": self.tolerance,
                 "modes": self.modes(),

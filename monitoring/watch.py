@@ -23,6 +23,7 @@ import numpy as np
 from numpy import ndarray
 
 from monitoring import acting, picture
+from monitoring.calibration import Calibration, Healthy
 from monitoring.comparison import Comparison
 from monitoring.incidents import Incidents
 from monitoring.monitor import POPULATIONS, Gauge, Monitor
@@ -32,6 +33,7 @@ from training.bundle import Bundle, BundleError, Card, open_bundle
 from training.registry import AliasChange, Registry, RegistryError
 
 SHARES = {"production": 0.5, "canary": 0.25, "shadow": 0.25}  # of a model's false-alarm budget; they sum to 1
+SIMULATED = 1024  # healthy samples a second that a version is calibrated with, until it is
 STALE_AFTER = 10.0  # seconds without a fresh sample, or without a heartbeat
 HISTORY = 3600  # seconds that the page can look back, one point each
 RATE_WINDOW = 2.0  # seconds over which the rate of fresh samples is taken
@@ -109,6 +111,8 @@ class Watched:
     drawn: deque[tuple[float, int]] = field(default_factory=deque)  # (at, samples) that clients drew with the server's seeds
     saved: int = 0  # samples that the state on the disk knows of, looked at or rejected
     acknowledged_at: float = 0.0  # when its alarm was last acknowledged; what shards say from before counts no more
+    calibration: tuple[Healthy, Calibration] | None = None  # while it runs
+    unrunnable: bool = False  # its generator, here
     shards: OrderedDict[str, Mapping[str, Any]] = field(default_factory=OrderedDict)  # name of another monitor -> its newest state
     sum: Monitor | None = None  # of this monitor and all shards
     scratch: Monitor | None = None  # through which shards are read
@@ -287,12 +291,21 @@ class Watch:
     `arl`: samples to a false alarm, on average, for all versions of a model together; each alias gets its SHARES of it.
     `states`: where Monitors outlive the process, None for nowhere. An alarm is written there before it is recorded, and an
     acknowledgement after: whenever the process dies, a latched alarm is either there or was acknowledged.
-    `policy`: what an alarm may change by itself, None for nothing.
+    `policy`: what an alarm may change by itself, None for nothing. `calibrated`: each version's threshold is lowered once enough runs
+    of its generator were simulated, SIMULATED samples with each point that is published.
     """
 
     def __init__(
-        self, registry: Registry, incidents: Incidents, *, arl: float, states: States | None = None, policy: acting.Policy | None = None
+        self,
+        registry: Registry,
+        incidents: Incidents,
+        *,
+        arl: float,
+        states: States | None = None,
+        policy: acting.Policy | None = None,
+        calibrated: bool = False,
     ) -> None:
+        self.calibrated = calibrated
         self.registry, self.incidents, self.arl, self.states, self.policy = registry, incidents, arl, states, policy
         self.replicas = Replicas()
         self.changed = True  # something happened that a reader should see before the second is over
@@ -455,6 +468,8 @@ class Watch:
                 outcome = "absent"
             else:
                 watched.monitor.restore(state)
+                if not self.calibrated:
+                    watched.monitor.calibrate(None)
                 watched.last_sample_at, watched.last_fresh_at = state["last_sample_at"], state["last_fresh_at"]
                 watched.acknowledged_at = state["acknowledged_at"]
                 watched.saved = watched.eaten
@@ -517,6 +532,24 @@ class Watch:
         self._sum(name, version, at)
         return watched.acknowledged_at
 
+    def _calibrate(self, name: str, version: str, at: float) -> None:
+        """Simulate some more of the runs that calibrate a version, which is judged strictly until they are through."""
+        watched = self._watched[name, version]
+        if not self.calibrated or watched.unrunnable or watched.monitor.slack is not None:
+            return
+        try:
+            healthy, calibration = watched.calibration or (Healthy(watched.bundle), watched.monitor.calibration())
+            seen = healthy.draw(SIMULATED)
+            calibration.feed(seen.scores, seen.features, seen.cells, seen.samples)
+            watched.calibration = (healthy, calibration) if calibration.slack is None else None
+        except Exception as error:  # whatever the runtime has against the file; it is served elsewhere
+            watched.unrunnable = True
+            self._notices.append((at, f"{name} {version} stays under its guaranteed threshold, its generator could not be run here: {error}"))
+            return
+        if calibration.slack is not None:
+            watched.monitor.calibrate(calibration.slack)
+            watched.saved = -1  # so that it is written down
+
     def _sum(self, name: str, version: str, at: float) -> None:
         """Sum up this monitor and its shards anew; an alarm of an earlier sum stays."""
         watched = self._watched[name, version]
@@ -524,7 +557,7 @@ class Watch:
             return
         if watched.sum is None:
             watched.sum = self._monitor(watched.bundle, watched.share)
-        if watched.sum.log10_threshold != watched.monitor.log10_threshold:  # another share of the budget: older states do not fit
+        if watched.sum.share != watched.monitor.share:  # another share of the budget: older states do not fit
             watched.shards.clear()
             watched.sum = watched.scratch = None
             return
@@ -688,6 +721,7 @@ class Watch:
         at = round(at, 3)
         for name, version in self.live():
             if point:
+                self._calibrate(name, version, at)
                 self._sum(name, version, at)
         errors = [*self._unreadable.values(), *(words for _, words in self._failed.values())]
         errors += self._held.values()

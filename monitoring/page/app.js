@@ -174,7 +174,7 @@ function drawEmpty() {
 }
 
 function drawVerdict(model) {
-  const { verdict, monitored, detectable, arl } = model.snapshot, kind = tone(model), banner = $("#verdict");
+  const { verdict, monitored, detectable, arl, slack } = model.snapshot, kind = tone(model), banner = $("#verdict");
   banner.className = kind;
   banner.dataset.verdict = verdict.id;
   banner.dataset.stale = model.stale;
@@ -197,7 +197,7 @@ function drawVerdict(model) {
     ["Sensitivity", [detectable]],
     ["Replay audit", [replayed(model.snapshot.replay)]],
     ["Rejected", [Object.entries(model.snapshot.rejected).filter(([, n]) => n).map(([reason, n]) => `${count(n)} samples: ${reason}`).join(", ")]],
-    ["False alarms", [`at most one in ${big.format(arl)} fresh samples, on average`]],
+    ["False alarms", [slack == null ? `at most one in ${big.format(arl)} fresh samples, on average` : `about one in ${big.format(arl)} fresh samples, as simulated runs of this version show`]],
     ["Budget", [budget(model)]],
     ["Modes", [covered(model.snapshot.coverage)]],
     ...model.other_versions.flatMap(other => [[other.alias, [`${other.version}: ${title(other.verdict.id, other.verdict.modes)}, ${count(other.monitored)} samples`]],

@@ -97,6 +97,8 @@ def test_a_short_benchmark_and_its_resumption(tmp_path):
     assert (tmp_path / "delays.svg").read_text().count("<circle") == len([r for r in rows if r["method"] != "dummy"])
     small = bench.dropped(10, 5, count=100_000)
     assert small["ratio"] < 1.8 and small["runs"] == 5
+    alone = bench.dropped_alone(10, 20)
+    assert 0.7 < alone["ratio"] < 1.3 and alone["runs"] >= 18
     verdicts = bench.judged(rows)
     assert [v["aim"] for v in verdicts] == [1.6, 4.0, 18, 27, 21] and all(v["met"] == (v["delay"] <= v["aim"]) for v in verdicts)
 
