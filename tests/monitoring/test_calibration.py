@@ -63,20 +63,22 @@ def test_pieces_do_not_matter_and_the_certified_generator_is_what_is_drawn(healt
 
 def test_what_it_reads_is_the_run_length_of_restarted_runs(healthy, draw):
     """Read off at one threshold by hand: the same samples, cut into the same runs."""
-    seen, arl, length = Eye(healthy).look(draw(healthy, 12_000, seed=3)), 40.0, 120
-    found = calibrate(healthy, seen, [], arl=arl, samples=12_000)
-    detector = EDetector(healthy.certificate, healthy.reference, healthy.card.modes, threshold=arl / found.slack)
+    seen, arl, length, total = Eye(healthy).look(draw(healthy, 13_000, seed=3)), 40.0, 120, 12_000
+    found = calibrate(healthy, seen, [], arl=arl, samples=total)
+    detector = EDetector(healthy.certificate, healthy.reference, healthy.card.modes, threshold=np.inf)
     lengths = {}
-    for scale in (1.0, 1 / 1.02):  # at the threshold it found, and one step below
-        detector.threshold, exposure, alarms = arl / found.slack * scale * (1 + 1e-9), 0, 0
-        for start in range(0, 12_000, length):
-            part = slice(start, start + length)
+    for threshold in (arl / found.slack * (1 - 1e-9), arl / found.slack / 1.02 * (1 - 1e-9)):  # as it found, and one step below
+        exposure, alarms, start = 0, 0, 0
+        while start < total:
             detector.restart()
-            detector.update(seen.scores[part], seen.features[part], seen.cells[part], seen.samples[part], index=0)
-            exposure += length if detector.crossed is None else detector.crossed + 1
-            alarms += detector.crossed is not None
-        lengths[scale] = exposure / alarms
-    assert lengths[1.0] >= arl * 0.99 and lengths[1 / 1.02] < arl * 1.01 and found.slack > 1.1
+            part = slice(start, start + length)
+            path = detector.update(seen.scores[part], seen.features[part], seen.cells[part], seen.samples[part], index=0)
+            exposure += (path >= threshold).argmax() + 1 if path.max() >= threshold else length
+            alarms += path.max() >= threshold
+            start += (path >= arl * (1 - 1e-9)).argmax() + 1 if path.max() >= arl * (1 - 1e-9) else length
+        lengths[threshold] = exposure / alarms
+    above, below = lengths.values()
+    assert above >= arl > below and found.slack > 1.1
 
 
 @pytest.mark.slow
