@@ -78,14 +78,13 @@ def test_who_reads_nothing_costs_two_pieces_and_is_sent_away(address, monkeypatc
         ended = threading.Event()
 
         async def watch():
-            while not counters['requests_total{model="ring",status="499"}']:
+            while not counters['requests_total{model="ring",status="499"}'] or app.service.batcher.queued:
                 await asyncio.sleep(0.01)
             ended.set()
 
         asyncio.run(asyncio.wait_for(watch(), 20))
         assert ended.is_set()
         drawn = app.service.batcher.batched
-        assert app.service.batcher.queued == 0
     # What was sent filled the sockets' buffers; beyond that one piece waited to be sent and one was drawn.
     assert counters['samples_total{model="ring",version="v1"}'] < 2_000_000
     assert httpx.post(url + RING, json={"n": 2}).status_code == 200
