@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from training.config import Config, check
+from training.objectives import OBJECTIVES
+
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_training.py"
 
 
@@ -25,6 +28,15 @@ def test_rows_are_appended_and_not_run_again(tmp_path, capsys, bench):
     assert [(r["method"], r["seed"]) for r in rows] == [("perfect sampler", 0), ("default", 100), ("default", 101)]
     assert rows[0]["high_quality"] == pytest.approx(0.9889, abs=0.005) and rows[1]["seconds"] > 0
     assert len(list(tmp_path.glob("*.png"))) == 2 and "PacGAN4" in capsys.readouterr().out
+    assert (tmp_path / "ring.svg").read_text().count("perfect sampler") == 1
+
+
+def test_every_objective_and_way_to_hold_the_critic_is_compared(bench):
+    configs = [Config(dataset="ring", **how) for how in bench.METHODS.values()]
+    for config in configs:
+        check(config)
+    assert {config.objective for config in configs} == set(OBJECTIVES) and {config.penalty for config in configs} >= {"r1r2", "gradient", "none"}
+    assert all(any(getattr(config, part) for config in configs) for part in ("clip", "spectral_norm", "unroll"))
 
 
 def test_a_row_is_judged_by_the_aims_of_its_data_set(bench):
