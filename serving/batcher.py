@@ -1,14 +1,15 @@
 """Requests -> batches for one device, counted in samples.
 
 A batch is sealed only when the device is free, so it holds whatever has come in the meantime and nothing ever waits for a
-timer. A large request is cut, and every waiting request gets its turn before any gets a second: n = 1 passes n = 65536.
-Where nobody waits the device takes spare work, one batch at a time. Knows nothing of HTTP; runs the sampler in threads of
-its own, but for batches that take less time than to wake a thread does.
+timer. A request that is larger than a batch is cut; those that fit into a turn or a batch pass it, n = 1 passes n = 65536, and
+it has its turn among them. Where nobody waits the device takes spare work, one batch at a time. Knows nothing of HTTP; runs the
+sampler in threads of its own, but for batches that take less time than to wake a thread does.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 import time
@@ -26,7 +27,7 @@ from serving.tracing import Trace, current
 
 _STALLED_S = 60.0  # a batch that takes longer will not come back
 _INLINE_S = 300e-6  # a batch that takes less runs in the event loop: two threads that pass the GIL to and fro take longer
-_WINDOW_S = 20e-6  # what a window costs besides its rows
+_WINDOW_S = 2e-6  # what a window costs besides its rows
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class _Job:
     window: Window
     answer: asyncio.Future[ndarray]
     since: float  # time.monotonic() of its admission
+    place: int  # in the order of those who wait for a turn
     trace: Trace | None = None  # which is told of each batch
     sealed: int = 0  # samples handed to the device so far
     parts: dict[int, ndarray] = field(default_factory=dict)  # by their first row: two batches may end in either order
@@ -57,6 +59,11 @@ class _Job:
     @property
     def left(self) -> int:
         return self.window.count - self.sealed
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to be sealed, or nobody waits."""
+        return not self.left or self.answer.done()
 
     def deliver(self, start: int, rows: ndarray) -> None:
         self.parts[start] = rows
@@ -84,7 +91,7 @@ class _Piece:
 
 
 class Batcher:
-    """`batch`: samples a run of the model at most, or fewer where a sampler says so. `turn`: samples a request gets before the next one has its turn.
+    """`batch`: samples a run of the model at most, or fewer where a sampler says so. `turn`: samples that whoever has waited longest gets, whatever else waits.
     `limit`, `limit_bytes`: samples admitted and not yet answered at most, and the size of their answers.
     `lanes`: batches on the device at once; with two, one is copied while the other is computed.
     `spare`: what to do while nobody waits; asked again after each batch and each `wake`."""
@@ -97,7 +104,8 @@ class Batcher:
         self.queued = self.queued_bytes = 0  # admitted and not yet answered
         self.batches = self.batched = 0  # runs of a model since the start, and the samples in them
         self._rate = 0.0  # samples/s while the device works, smoothed
-        self._jobs: deque[_Job] = deque()  # those with samples still to be sealed
+        self._queues: tuple[deque[_Job], ...] = (deque(), deque(), deque())  # those of a turn at most, of a batch at most, larger ones
+        self._places = itertools.count()
         self._open: dict[_Job, None] = {}  # those that somebody waits for, oldest first
         self._wake = asyncio.Event()
         self._loops: list[asyncio.Task[None]] = []
@@ -125,8 +133,8 @@ class Batcher:
         self._admit(window.count, size)
         self.start()
         loop = asyncio.get_running_loop()
-        job = _Job(sampler, window, loop.create_future(), time.monotonic(), current.get())
-        self._jobs.append(job)
+        job = _Job(sampler, window, loop.create_future(), time.monotonic(), next(self._places), current.get())
+        self._queues[(window.count > self.turn) + (window.count > max(self.turn, min(self.batch, sampler.batch)))].append(job)
         self._open[job] = None
         self.queued += window.count
         self.queued_bytes += size
@@ -257,29 +265,38 @@ class Batcher:
             job.fail(Unavailable("this replica stops answering", expected="a retry, which another replica answers"))
 
     def _seal(self) -> list[_Piece]:
-        """The next batch, all of one sampler; requests that nobody waits for are forgotten."""
-        taken: dict[_Job, int] = {}
-        others: list[_Job] = []
-        room = self.batch
-        while self._jobs and room:
-            job = self._jobs.popleft()
-            if job.answer.done():
-                continue
-            if not taken:
-                room = min(room, job.sampler.batch)
-            if taken and job.sampler is not next(iter(taken)).sampler:
-                others.append(job)
-                continue
-            taken[job] = min(self.turn, job.left, room)
-            room -= taken[job]
-        for job in taken:
-            more = min(room, job.left - taken[job])
-            taken[job] += more
-            room -= more
-        self._jobs.extendleft(reversed(others))
-        # Who got least comes first next time.
-        self._jobs.extend(sorted((job for job in taken if taken[job] < job.left), key=taken.__getitem__))
+        """The next batch, all of one sampler; requests that nobody waits for are forgotten.
+
+        Whoever has waited longest for a turn gets it. The rest of the room goes to what can be answered soonest.
+        """
+        for queue in self._queues:
+            while queue and queue[0].is_over:
+                queue.popleft()
+        heads = [queue[0] for queue in self._queues if queue]
+        if not heads:
+            return []
+        first = min(heads, key=lambda job: job.place)
+        room = min(self.batch, first.sampler.batch)
+        taken = {first: min(self.turn, first.left, room)}
+        room -= taken[first]
+        for queue in self._queues:
+            others: list[_Job] = []
+            while queue and room:
+                job = queue.popleft()
+                if job.sampler is not first.sampler:
+                    others.append(job)
+                elif not job.is_over:
+                    more = min(room, job.left - taken.get(job, 0))
+                    taken[job] = taken.get(job, 0) + more
+                    room -= more
+                    if taken[job] < job.left:  # cut, for there is no more room
+                        others.append(job)
+            queue.extendleft(reversed(others))
         pieces = [_Piece(job, job.sealed, count) for job, count in taken.items()]
         for piece in pieces:
             piece.job.sealed += piece.count
+        huge = self._queues[-1]
+        if huge and huge[0] in taken:  # the next one's turn
+            huge[0].place = next(self._places)
+            huge.rotate(-1)
         return pieces

@@ -1,6 +1,6 @@
 """Bundle -> samples: one ONNX session and the bundle's own latent law. Pure: which rows are asked for decides the answer.
 
-Knows nothing of requests, batches or aliases; needs numpy and onnxruntime only, and never writes.
+Knows nothing of requests, batches or aliases; needs numpy, numba and onnxruntime, and never writes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from numpy import ndarray
 
+from serving.latents import Latents
 from serving.session import CPU, Device, DeviceError, Session, check_device
 from training.bundle import Bundle, BundleError, Card, sample_classes
 
@@ -65,7 +66,7 @@ class Sampler:
         self, bundle: Bundle, device: Device = "auto", threads: int = 1, deterministic: bool = False, tensorrt: Path | None = None
     ) -> None:
         check_device(device)
-        self.card = bundle.card
+        self.card, self._latents = bundle.card, Latents(bundle.card.latent)
         self.sample_bytes = int(np.prod(self.card.sample_shape)) * np.dtype(self.card.sample_dtype).itemsize
         model = bundle.model_path.read_bytes()
         # The op type is the only text under field 4 (tag 0x22) of an ONNX node: its bytes show, also in subgraphs and functions.
@@ -93,7 +94,7 @@ class Sampler:
         if any(window.z is not None for window in windows):
             z = np.concatenate([window.latents(card) for window in windows])
         else:
-            z = card.latent.sample_windows([(window.seed, window.offset, window.count, window.truncation) for window in windows])
+            z = self._latents.sample_windows([(window.seed, window.offset, window.count, window.truncation) for window in windows])
         return self.run(z, np.concatenate([window.classes(card) for window in windows]) if card.classes else None)
 
     def _timed(self, rows: int) -> float:
