@@ -163,6 +163,7 @@ class Run:
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+            "RAY_SERVE_HAPROXY_NBTHREAD": haproxy_threads(),
             "RAY_SERVE_HAPROXY_MAXCONN": "16000",  # an idle connection costs a descriptor and a few KB; Ray's 4,096 are soon used up
             "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",  # without a byte from or to a client; Ray's hour keeps a stuck reader's buffers
             "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "120",  # a replica answers within 60 s, if only to say that it cannot
@@ -179,6 +180,11 @@ class Run:
         }
         inherited = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
         return {**inherited, **self.ray_variables(), **own}
+
+
+def haproxy_threads() -> str:
+    """One for four cores: each keeps several replicas busy, and more of them wake each other, a third of their time on two cores."""
+    return str(max(1, (os.cpu_count() or 1) // 4))
 
 
 def without_proxy() -> dict[str, str]:

@@ -20,6 +20,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _PATIENCE_S = 30.0  # with a client that reads nothing
+_GLANCE_S = 0.01  # before somebody looks whether the client is still there: a task for each request would cost a tenth of its time
 
 
 class ClientGone(Exception):
@@ -58,17 +59,24 @@ class Call(Entry):
 
 
 async def unless_gone(answer: asyncio.Future[ndarray], receive: Receive) -> ndarray:
-    """The result of `answer`, which is cancelled when the client disconnects."""
-    gone = asyncio.ensure_future(_disconnect(receive))
-    gone.add_done_callback(lambda _: answer.cancel())
+    """The result of `answer`, which is cancelled when the client disconnects. Nobody looks for that while answers come at once."""
+    watch: list[asyncio.Task[None]] = []
+
+    def begin() -> None:
+        watch.append(asyncio.ensure_future(_disconnect(receive)))
+        watch[0].add_done_callback(lambda _: answer.cancel())
+
+    timer = asyncio.get_running_loop().call_later(_GLANCE_S, begin)
     try:
         return await answer
     except asyncio.CancelledError:
-        if gone.done():
+        if watch and watch[0].done():
             raise ClientGone from None
         raise
     finally:
-        gone.cancel()
+        timer.cancel()
+        for gone in watch:
+            gone.cancel()
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -26,7 +26,7 @@ from serving.sampler import Sampler, Window
 from serving.tracing import Trace, current
 
 _STALLED_S = 60.0  # a batch that takes longer will not come back
-_INLINE_S = 300e-6  # a batch that takes less runs in the event loop: two threads that pass the GIL to and fro take longer
+_INLINE_S = 500e-6  # a batch that takes less runs in the event loop: two threads that pass the GIL to and fro take longer
 _WINDOW_S = 2e-6  # what a window costs besides its rows
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class _Job:
     since: float  # time.monotonic() of its admission
     place: int  # in the order of those who wait for a turn
     trace: Trace | None = None  # which is told of each batch
+    timeout: float = math.inf  # seconds
     sealed: int = 0  # samples handed to the device so far
     parts: dict[int, ndarray] = field(default_factory=dict)  # by their first row: two batches may end in either order
     missing: int = 0  # samples not yet delivered
@@ -87,7 +88,8 @@ class _Piece:
 
     @property
     def window(self) -> Window:
-        return self.job.window.part(self.start, self.count)
+        whole = self.job.window
+        return whole if self.count == whole.count else whole.part(self.start, self.count)
 
 
 class Batcher:
@@ -107,6 +109,8 @@ class Batcher:
         self._queues: tuple[deque[_Job], ...] = (deque(), deque(), deque())  # those of a turn at most, of a batch at most, larger ones
         self._places = itertools.count()
         self._open: dict[_Job, None] = {}  # those that somebody waits for, oldest first
+        self._alarm: asyncio.TimerHandle | None = None  # goes off at the earliest deadline, or before
+        self._deadline = math.inf
         self._wake = asyncio.Event()
         self._loops: list[asyncio.Task[None]] = []
         self._running: dict[int, float] = {}  # lane -> when its batch began
@@ -138,19 +142,14 @@ class Batcher:
         self._open[job] = None
         self.queued += window.count
         self.queued_bytes += size
-        timer = None
         if timeout is not None:
-            late = DeadlineExceeded(
-                f"no answer within {timeout:g} s", field="timeout", value=timeout, expected="more time, a smaller n, or a retry"
-            )
-            timer = loop.call_later(timeout, job.fail, late)
+            job.timeout = timeout
+            self._look_at(job.since + timeout)
 
         def release(_: asyncio.Future[ndarray]) -> None:
             del self._open[job]
             self.queued -= window.count
             self.queued_bytes -= size
-            if timer is not None:
-                timer.cancel()
 
         job.answer.add_done_callback(release)
         self._wake.set()
@@ -168,6 +167,23 @@ class Batcher:
             expected=f"a retry after {wait} s, or a smaller n",
             headers={"Retry-After": wait},
         )
+
+    def _look_at(self, deadline: float) -> None:
+        """Someone may be late at `deadline`: one timer for all, since hardly anybody ever is."""
+        if self._alarm is None or deadline < self._deadline:
+            if self._alarm is not None:
+                self._alarm.cancel()
+            self._deadline = deadline
+            self._alarm = asyncio.get_running_loop().call_later(max(0.0, deadline - time.monotonic()), self._refuse_late)
+
+    def _refuse_late(self) -> None:
+        self._alarm, now = None, time.monotonic()
+        for job in list(self._open):
+            if job.since + job.timeout <= now:
+                expected = "more time, a smaller n, or a retry"
+                job.fail(DeadlineExceeded(f"no answer within {job.timeout:g} s", field="timeout", value=job.timeout, expected=expected))
+        if waiting := [job.since + job.timeout for job in self._open if job.timeout < math.inf and not job.answer.done()]:
+            self._look_at(min(waiting))
 
     def wake(self) -> None:
         """There may be spare work."""
@@ -194,6 +210,8 @@ class Batcher:
         self.spare = lambda: None
         if self._open and grace:
             await asyncio.wait([job.answer for job in self._open], timeout=grace)
+        if self._alarm is not None:
+            self._alarm.cancel()
         for loop in self._loops:
             loop.cancel()
         if self._loops:

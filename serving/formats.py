@@ -128,7 +128,7 @@ FORMATS: dict[str, Callable[[ndarray, dict[str, Any]], bytes]] = {
     "application/json": json_text,
     "application/x-npy": _whole(Npy),
     "image/png": png,
-    "application/octet-stream": _whole(Raw),
+    "application/octet-stream": lambda samples, about: samples.tobytes(),
     "application/vnd.apache.arrow.stream": _whole(ArrowStream),
 }
 

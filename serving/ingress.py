@@ -5,9 +5,9 @@ twice what it takes to answer. Its hook for HTTP middleware is called before all
 
     RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serving.ingress:middlewares
 
-set before Ray starts, paths of models are answered there, and everything else (health checks, documents, unknown paths) goes
-through Ray. Where it is not set, everything does: the same answers, later. Ray's own counts of requests, by which it could
-scale replicas up and down, then see only the rest. Imports nothing heavy, for Ray's fallback proxy loads it, too.
+set before Ray starts, paths of models are answered there, in one piece each, and everything else (health checks, documents,
+unknown paths) goes through Ray. Where it is not set, everything does: the same answers, later. Ray's own counts of requests, by
+which it could scale replicas up and down, then see only the rest. Imports nothing heavy, for Ray's fallback proxy loads it, too.
 """
 
 from __future__ import annotations
@@ -39,4 +39,32 @@ class Straight:
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Callable[..., Any], send: Callable[..., Any]) -> None:
         straight = _here and scope["type"] == "http" and scope["path"].startswith(_PATHS, len(scope["root_path"]))
+        if straight and scope["method"] == "POST" and hasattr(cycle := getattr(send, "__self__", None), "transport"):
+            cycle.transport = Joined(cycle)
         await (_here[0] if straight else self._ray)(scope, receive, send)
+
+
+class Joined:
+    """The transport of one request and answer of uvicorn's, which writes head and body apart: here they leave together, in one
+    system call, and wake HAProxy and the client once. `cycle`: of uvicorn's, with the transport that it would use itself."""
+
+    def __init__(self, cycle: Any) -> None:
+        self._cycle, self._transport = cycle, cycle.transport
+        self._head: bytes | None = None  # None: not written yet; empty: gone
+
+    def write(self, data: bytes) -> None:
+        if self._head is None and self._cycle.response_started:  # before that, only "100 Continue" is written
+            self._head = data
+        elif self._head:
+            head, self._head = self._head, b""
+            self._transport.writelines((head, data))
+        else:
+            self._transport.write(data)
+
+    def close(self) -> None:
+        if self._head:
+            self._transport.write(self._head)
+        self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)

@@ -286,9 +286,9 @@ def _about(sampler: Sampler, window: Window) -> dict[str, Any]:
 
 
 def _headers(about: dict[str, Any], media_type: str, shape: tuple[int, ...], dtype: str) -> dict[str, str]:
-    headers = {f"X-Ganwatch-{key.capitalize()}": str(value) for key, value in about.items()}
+    headers = {f"x-ganwatch-{key}": str(value) for key, value in about.items()}
     if media_type == "application/octet-stream":  # which says nothing of itself
-        headers |= {"X-Ganwatch-Shape": ",".join(map(str, shape)), "X-Ganwatch-Dtype": dtype}
+        headers |= {"x-ganwatch-shape": ",".join(map(str, shape)), "x-ganwatch-dtype": dtype}
     return headers
 
 

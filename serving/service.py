@@ -158,7 +158,8 @@ class Service:
 
     def _tell(self, sampler: Sampler, origin: Origin, window: Window, samples: ndarray) -> None:
         card = sampler.card
-        self.tap.offer(_record(sampler, origin, window, samples))
+        if self.tap.url is not None:
+            self.tap.offer(_record(sampler, origin, window, samples))
         self.tap.counters[f'samples_total{{model="{card.model}",version="{card.version}"}}'] += window.count
         model = self.table.models.get(card.model)
         shadow = model and model.serving.get("shadow")

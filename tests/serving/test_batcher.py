@@ -199,6 +199,26 @@ def test_beside_a_large_request_a_small_one_waits_for_three_batches_at_most(samp
     assert max(asyncio.run(scene())) <= 3
 
 
+@pytest.mark.parametrize("count", [40, 500])
+def test_a_large_request_is_answered_beside_any_number_of_small_ones(samplers, count):
+    """Two models under a flood that fills every batch: whoever has waited longest has its turn."""
+
+    async def flood(batcher, sampler):
+        while True:
+            await batcher.submit(sampler, Window(1, 0, 8))
+
+    async def scene():
+        async with closing(Batcher(batch=64, turn=32)) as batcher:
+            floods = [asyncio.ensure_future(flood(batcher, samplers[name])) for name in ("ring", "digits") for _ in range(12)]
+            await asyncio.sleep(0)
+            rows = await asyncio.wait_for(batcher.submit(samplers["ring"], Window(5, 0, count)), 60)
+            for work in floods:
+                work.cancel()
+            return rows
+
+    np.testing.assert_array_equal(asyncio.run(scene()), samplers["ring"].sample([Window(5, 0, count)]))
+
+
 def test_what_hangs_a_naive_batch_loop_for_good(samplers):
     """A request whose size cannot be told, and a cancelled one larger than a batch: the next one is answered."""
 
