@@ -58,15 +58,19 @@ class Call(Entry):
         await self._send(message)
 
 
-async def unless_gone(answer: asyncio.Future[ndarray], receive: Receive) -> ndarray:
-    """The result of `answer`, which is cancelled when the client disconnects. Nobody looks for that while answers come at once."""
+async def unless_gone(answer: asyncio.Future[ndarray], receive: Receive, glance: float = _GLANCE_S) -> ndarray:
+    """The result of `answer`, which is cancelled when the client disconnects; nobody looks for that in the first `glance` seconds."""
     watch: list[asyncio.Task[None]] = []
 
     def begin() -> None:
         watch.append(asyncio.ensure_future(_disconnect(receive)))
         watch[0].add_done_callback(lambda _: answer.cancel())
 
-    timer = asyncio.get_running_loop().call_later(_GLANCE_S, begin)
+    timer = None
+    if glance:
+        timer = asyncio.get_running_loop().call_later(glance, begin)
+    else:
+        begin()
     try:
         return await answer
     except asyncio.CancelledError:
@@ -74,7 +78,8 @@ async def unless_gone(answer: asyncio.Future[ndarray], receive: Receive) -> ndar
             raise ClientGone from None
         raise
     finally:
-        timer.cancel()
+        if timer is not None:
+            timer.cancel()
         for gone in watch:
             gone.cancel()
 

@@ -167,8 +167,8 @@ class App:
         origin = "probe" if request.origin == "server_seed" and b"x-ganwatch-probe" in headers else request.origin
         note(call, sampler, request.window)
         wait = partial(unless_gone, receive=receive)
-        if request.stream:
-            return await self._stream(call, sampler, request, media_type, wait)
+        if request.stream:  # whose pieces come at once, one after the other, long after the client has left
+            return await self._stream(call, sampler, request, media_type, partial(wait, glance=0.0))
         window, samples = await self.service.draw(sampler, request, origin=origin, timeout=timeout, wait=wait)
         call.seed = window.seed
         about = _about(sampler, window)

@@ -337,7 +337,7 @@ def test_a_client_that_reads_nothing_is_sent_away(stack):
 
 @pytest.mark.slow
 def test_a_client_killed_mid_request_is_noticed_and_disturbs_nobody(stack):
-    body = b'{"n": 65536, "seed": 1}'
+    body = b'{"n": 1000000000000, "seed": 1, "stream": true}'
     head = f"POST /v1/models/clothes/sample HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     name = 'requests_total{model="clothes",status="499"}'
     host, port = stack.url.removeprefix("http://").split(":")

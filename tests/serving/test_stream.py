@@ -91,6 +91,18 @@ def test_who_reads_nothing_costs_two_pieces_and_is_sent_away(address, monkeypatc
     assert app.service.batcher.batched <= drawn + 65536 + 2
 
 
+def test_a_stream_that_its_client_leaves_ends(address):
+    url, app = address
+    with httpx.stream("POST", url + RING, json={"n": 10**12, "seed": 1, "stream": True}, headers=RAW) as answer:
+        next(answer.iter_raw())
+
+    async def watch():
+        while not app.service.tap.counters['requests_total{model="ring",status="499"}'] or app.service.batcher.queued:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(watch(), 20))
+
+
 def test_a_stream_whose_model_fails_is_cut_off_so_that_the_client_can_tell(address, samplers):
     class Failing(Sampler):
         def __init__(self, sampler):
