@@ -152,6 +152,7 @@ class Run:
             "PYTHONUNBUFFERED": "1",
             # Ray takes 127.0.0.1 for itself only where it believes that no cluster is possible; then all its sockets follow.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_worker_niceness": "0",  # Ray's 15 would put whatever else this machine computes before the replicas and HAProxy
             "AUTOSCALER_METRIC_PORT": "0",
             "DASHBOARD_METRIC_PORT": "0",
             "RAY_SERVE_ENABLE_HA_PROXY": "1",

@@ -187,7 +187,7 @@ def process(command: list[str], environment: dict[str, str], url: str, body: str
 def ray_environment(run: Path, *, haproxy: bool) -> dict[str, str]:
     """Loopback, own ports, own files; HAProxy and Ray Serve's throughput mode together or not at all."""
     base = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "GANWATCH_"))}
-    base |= {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    base |= {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_worker_niceness": "0"}
     if not haproxy:
         return base
     ports = {name: str(free_port()) for name in ("HAPROXY_STATS_PORT", "HAPROXY_METRICS_PORT", "FALLBACK_PROXY_HTTP_PORT")}
