@@ -99,7 +99,7 @@ class Batcher:
     `spare`: what to do while nobody waits; asked again after each batch and each `wake`."""
 
     def __init__(
-        self, *, batch: int = 1024, turn: int = 32, limit: int = 4 * 65536, limit_bytes: int = 1 << 30, lanes: int = 1
+        self, *, batch: int = 4096, turn: int = 32, limit: int = 4 * 65536, limit_bytes: int = 1 << 30, lanes: int = 1
     ) -> None:
         self.batch, self.turn, self.limit, self.limit_bytes, self.lanes = batch, turn, limit, limit_bytes, lanes
         self.spare: Callable[[], Spare | None] = lambda: None

@@ -21,7 +21,7 @@ from training.bundle import Bundle, BundleError, Card, sample_classes
 # Their own generators would make rows depend on what was asked before.
 _RANDOM_OPS = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial")
 _TENSOR = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
-_BATCH_S, _BATCH_ROWS = 20e-3, 1024  # of a run on a CPU: more rows at a time gain nothing and make others wait
+_BATCH_S, _BATCH_ROWS = 20e-3, 4096  # of a run on a CPU: more rows at a time gain nothing and make others wait
 BUCKETS = (1, 8, 32, 64, 128, 256)  # rows of a run where its shape matters; all are run once before a sampler is ready
 
 
