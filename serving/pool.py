@@ -64,7 +64,7 @@ class Pool:
 
     def want(self) -> Spare | None:
         """The next block to be drawn: for the version that has least. None where all have enough or memory is full."""
-        hungry = [(s.left, sampler) for sampler, s in self._stocks.items() if s.left + _BLOCK <= self.rows and not (s.drawing or s.broken)]
+        hungry = [(s.left, sampler) for sampler, s in self._stocks.items() if self.has_room(sampler) and not (s.drawing or s.broken)]
         if not hungry:
             return None
         _, sampler = min(hungry, key=lambda pair: pair[0])
@@ -83,6 +83,10 @@ class Pool:
                 stock.left += window.count
 
         return Spare(sampler, window, done)
+
+    def has_room(self, sampler: Sampler) -> bool:
+        """Whether another block of `sampler` fits."""
+        return self.left(sampler) + _BLOCK <= self.rows
 
     @property
     def bytes(self) -> int:

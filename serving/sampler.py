@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,7 @@ class Window:
     def part(self, start: int, count: int) -> Window:
         label = self.label[start : start + count] if isinstance(self.label, tuple) else self.label
         z = None if self.z is None else self.z[start : start + count]
-        return replace(self, offset=self.offset + start, count=count, label=label, z=z)
+        return Window(self.seed, self.offset + start, count, label, self.truncation, z)
 
     def latents(self, card: Card) -> Float32[ndarray, "count d"]:
         if self.z is not None:

@@ -121,7 +121,8 @@ class Service:
         """The window that answers `request` and its samples, in served form. `wait` awaits the batcher's future."""
         if request.anywhere and (found := self.pool.take(sampler, request.window.count)):
             window, samples = found
-            self.batcher.wake()
+            if self.pool.has_room(sampler):
+                self.batcher.wake()
         else:
             window = request.window
             patience = self.timeout if timeout is None else min(timeout, self.timeout)
