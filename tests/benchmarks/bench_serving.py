@@ -6,16 +6,21 @@ with the aims, a JSON file and a plot. A run that was stopped goes on where it s
 
 Notes. The raw loop has a core to itself; every server shares two with wrk and, behind Ray, with HAProxy. BentoML answers JSON:
 its batching splits lists, not bytes; at dcgan its answers outgrow the time that it is given. The recipe's wait is tuned anew in
-each run.
-Where time goes (py-spy). n = 1: our own part is 100 us of CPU alone under uvicorn (170 before batches that take less than a
-thread's waking were run in the event loop and latents of a batch drawn in one pass); before that, a replica took 340-370 us in
-the whole stack, the rest being Ray's request context (metadata, tasks, metrics, a log record), and HAProxy 60. A third of the
-replica's time with the GIL goes to uvicorn's two writes of head and body.
-n = 1024: the app alone under uvicorn answers 1,600 requests/s. 216 us of each are its latents: Philox words 61, inverse normal
-CDF 114, signs and copies the rest; the model itself takes about 15. The rivals' scripts and the raw loop draw from numpy's
-generator, in about 120, and cannot give a row again. With one batch in flight the loop waits for the thread a quarter of the time and the thread
-for the loop as long: two in flight, as on a GPU, were not tried. So 0.85 of the raw loop is out of reach of any server whose
-rows have seeds by this law, as long as one core draws them: some 230 us against the loop's 137.
+each run. Ray makes its workers nice (15), replicas and HAProxy among them, so that whatever else a machine computes comes first: it
+is 0 here for all that run on Ray, as under `ganwatch up`.
+What a request costs (CPU us, on a machine at about 2.5 times its quiet pace; before -> after what is listed below). n = 1: replica
+540 -> 260, of which 80 to 100 (170 to 240 before) are our own code, the rest uvicorn, the socket and Ray's process; HAProxy
+140 -> 65; wrk 25; Ray's other processes take a tenth of a core whatever is asked. n = 1024, our own code: 1,330 -> 440, of which 135
+are latents.
+What helped: latents from a compiled table (1,024 rows 500 -> 135, where numpy's ziggurat, which the rivals and the raw loop draw
+from, takes 200 and cannot give a row again; 16 windows of one row 360 -> 15); head and body in one write (a seventh of the
+replica's time, and HAProxy and the client wake once); one HAProxy thread for four cores instead of four for two (a quarter of its
+time), no log lines and no pipes in it (another quarter at n = 64); no task a request that waits for the client to leave, no timer
+for its deadline; requests that fit into a batch no longer cut into 16 pieces; 4,096 rows a run instead of 1,024 (a third at
+n = 1024). What did not: running batches of up to 2 ms in the event loop instead of 0.5. Not tried: two batches in flight on a CPU.
+The floor: at n = 1 what is not ours (uvicorn, socket, Ray's process) is more than half of the replica, and HAProxy a quarter
+beside it; at n = 1024 latents and model, all that the raw loop does, are a third of the replica, whose one core must also parse,
+answer and send.
 """
 
 from __future__ import annotations
