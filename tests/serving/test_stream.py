@@ -3,7 +3,6 @@
 import asyncio
 import io
 import socket
-import threading
 
 import httpx
 import numpy as np
@@ -68,6 +67,16 @@ def test_what_is_missing_of_a_stream_is_had_by_offset(address, samplers):
     np.testing.assert_array_equal(rows, samplers["ring"].sample([Window(seed, 0, begun + 70_000)]))
 
 
+def until_cut_off(app):
+    """A stream ended without its client, and the batcher has forgotten it."""
+
+    async def watch():
+        while not app.service.tap.counters['requests_total{model="ring",status="499"}'] or app.service.batcher.queued:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(watch(), 20))
+
+
 def test_who_reads_nothing_costs_two_pieces_and_is_sent_away(address, monkeypatch):
     url, app = address
     monkeypatch.setattr("serving.asgi._PATIENCE_S", 0.3)
@@ -75,15 +84,7 @@ def test_who_reads_nothing_costs_two_pieces_and_is_sent_away(address, monkeypatc
     counters, body = app.service.tap.counters, b'{"n": 1000000000000, "seed": 1, "stream": true}'
     with socket.create_connection((host, int(port))) as reader:
         reader.sendall(f"POST {RING} HTTP/1.1\r\nHost: x\r\nAccept: {RAW['Accept']}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
-        ended = threading.Event()
-
-        async def watch():
-            while not counters['requests_total{model="ring",status="499"}'] or app.service.batcher.queued:
-                await asyncio.sleep(0.01)
-            ended.set()
-
-        asyncio.run(asyncio.wait_for(watch(), 20))
-        assert ended.is_set()
+        until_cut_off(app)
         drawn = app.service.batcher.batched
     # What was sent filled the sockets' buffers; beyond that one piece waited to be sent and one was drawn.
     assert counters['samples_total{model="ring",version="v1"}'] < 2_000_000
@@ -95,12 +96,8 @@ def test_a_stream_that_its_client_leaves_ends(address):
     url, app = address
     with httpx.stream("POST", url + RING, json={"n": 10**12, "seed": 1, "stream": True}, headers=RAW) as answer:
         next(answer.iter_raw())
-
-    async def watch():
-        while not app.service.tap.counters['requests_total{model="ring",status="499"}'] or app.service.batcher.queued:
-            await asyncio.sleep(0.01)
-
-    asyncio.run(asyncio.wait_for(watch(), 20))
+    until_cut_off(app)
+    assert app.service.batcher.queued == 0
 
 
 def test_a_stream_whose_model_fails_is_cut_off_so_that_the_client_can_tell(address, samplers):
