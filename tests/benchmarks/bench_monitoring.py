@@ -449,6 +449,15 @@ def main() -> None:
         kept.write_text(json.dumps(report, indent=1))
         return rows
 
+    def each(name: str, parts: dict[str, Callable[[], dict]]) -> list[dict]:
+        """A row each, but for those that an earlier run has kept."""
+        rows = report.setdefault(name, {})
+        for label, make in parts.items():
+            if label not in rows:
+                rows[label] = make()
+                kept.write_text(json.dumps(report, indent=1))
+        return [rows[label] for label in parts]
+
     if "delays" in wanted:
         rows = keep("delays", delays(spaces, chosen.chunks or (2 if chosen.quick else 8), 25 if chosen.quick else 50, count, chosen.arl, methods, out))
         print(table(rows))
@@ -460,23 +469,27 @@ def main() -> None:
     if "lengths" in wanted:
         certificates, runs = (4, 10) if chosen.quick else (20, 25)
         asked = [(arl, calibrated) for calibrated in (False, True) for arl in ((1e3,) if chosen.quick else (1e3, 1e4))]
-        found = [lengths(SPACES["gauss"](), certificates, runs, arl, count, calibrated=calibrated) for arl, calibrated in asked]
-        for row in keep("lengths", found + ([foreign_lengths(2, 50)] if FOREIGN.exists() and not chosen.quick else [])):
+        parts: dict[str, Callable[[], dict]] = {
+            f"{arl:g}{' calibrated' * calibrated}": lambda arl=arl, calibrated=calibrated: lengths(SPACES["gauss"](), certificates, runs, arl, count, calibrated=calibrated)
+            for arl, calibrated in asked
+        }
+        for row in each("lengths", parts | ({"alibi": lambda: foreign_lengths(2, 50)} if FOREIGN.exists() and not chosen.quick else {})):
             bound = f", 99 % lower bound {row['low_99']:,.0f}" if "low_99" in row else ""
             print(f"{row['method']} asked for {row['asked']:,.0f}: {row['measured']:,.0f} over {row['runs']} runs{bound}")
     if "modes" in wanted:
         runs = 10 if chosen.quick else 100
-        for row in keep("modes", [dropped(k, runs) for k in (10, 100, 1000)] + [dropped_alone(k, runs) for k in (10, 25, 100)]):
+        parts = {f"{k}": lambda k=k: dropped(k, runs) for k in (10, 100, 1000)} | {f"{k} alone": lambda k=k: dropped_alone(k, runs) for k in (10, 25, 100)}
+        for row in each("modes", parts):
             whose = "modes alone, exact null" if "alone" in row else "whole mixture"
             print(f"one of {row['modes']} modes drops, A = 1e4, {whose}: {row['delay']:,.0f} samples, {row['ratio']:.2f} x log A / KL")
     if "cost" in wanted:
         for row in keep("cost", cost()):
             print(f"{row['method']}: " + (f"{row['us']:.1f} us a sample" if "us" in row else f"{row['seconds']:.2f} s"))
     if "nulls" in wanted:
-        for row in keep("nulls", [nulls(500_000 if chosen.quick else 10_000_000)]):
+        for row in each("nulls", {"grid": lambda: nulls(500_000 if chosen.quick else 10_000_000)}):
             print(f"A = {row['asked']:.0e}, {row['samples']:,} samples without a change: {row['alarms']} alarms, memory {row['rss_growth']:+.1%}")
     if "intervals" in wanted:
-        for row in keep("intervals", intervals(20 if chosen.quick else 500)):
+        for row in report["intervals"] if "intervals" in report else keep("intervals", intervals(20 if chosen.quick else 500)):
             print(f"interval, {row['interval']}: missed in {row['missed']:.1%} of {row['runs']} runs (at least {row['low_99']:.2%}); allowed {row['delta']:.0%}")
     print(f"written: {kept}" + (", delays.svg" if "delays" in wanted else ""))
 

@@ -31,3 +31,10 @@ def test_a_short_confusion_table_and_its_resumption(make_bundle, tmp_path):
     again = bench.play(Registry(tmp_path / "registry"), "grid", "v1", names, 2, tmp_path / "out", said.append)
     assert again == table and {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.jsonl")} == times
     assert Registry(tmp_path / "registry").versions("grid") == ["v1", "v2"]  # faults go into the copy
+
+
+def test_what_cannot_be_injected_is_said_and_left_out(make_bundle, tmp_path):
+    make_bundle(root=tmp_path / "registry")
+    said: list[str] = []
+    assert bench.play(Registry(tmp_path / "registry"), "grid", "v1", ("another checkpoint",), 1, tmp_path / "out", said.append) == []
+    assert said == ["| grid | another checkpoint | not run: grid has no other version with such latents; train another one, with another --seed | | |"]

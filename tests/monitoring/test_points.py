@@ -9,6 +9,7 @@ import pytest
 from scipy.spatial.distance import cdist
 from scipy.stats import wasserstein_distance
 
+from monitoring.divergences import DIVERGENCES
 from monitoring.points import (
     DIRECTIONS,
     LEAST,
@@ -21,6 +22,7 @@ from monitoring.points import (
     reach,
     sliced_wasserstein,
 )
+from training import evaluation
 
 RNG = np.random.default_rng(5)
 REAL, SERVED = RNG.standard_normal((150, 7)).astype(np.float32), (1.3 * RNG.standard_normal((90, 7)) + 0.2).astype(np.float32)
@@ -56,6 +58,13 @@ def test_neighbours_are_their_definitions():
     assert found["density"] == pytest.approx(sum((distance[:, j] < real).sum() for j in range(90)) / (NEIGHBOURS * 90))
     plain = np.mean([distance[i].min() < real[i] for i in range(150)])
     assert found["coverage"] == pytest.approx(plain / (1 - math.comb(149, NEIGHBOURS) / math.comb(149 + 90, NEIGHBOURS)))
+
+
+def test_the_offline_measuring_stick_says_the_same():
+    assert Cloud(REAL).neighbours(SERVED) == pytest.approx(evaluation.prdc(REAL, SERVED), abs=1e-6)
+    assert kernel_distance(SERVED, REAL[:90]) == pytest.approx(evaluation.kid(REAL[:90], SERVED, subsets=1)[0], abs=1e-6)
+    p, q = np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.25, 0.25, 0.45, 0.05])
+    assert {name: divergence(p, q) for name, divergence in DIVERGENCES.items()} == pytest.approx(evaluation.divergences(p, q), abs=1e-6)
 
 
 @pytest.mark.parametrize(("n", "m"), [(100, 400), (400, 100), (300, 300)])
