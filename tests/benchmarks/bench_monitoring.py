@@ -35,6 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -58,6 +59,7 @@ from monitoring.edetectors import EDetector, Modes  # noqa: E402
 from monitoring.monitor import GAUGE_DELTA, PRIOR_SAMPLES  # noqa: E402
 from training.bundle import Certificate, Reference, clopper_pearson  # noqa: E402
 
+certified = cache(certify)
 WARM, QUIET = 300, 100
 FOREIGN = ROOT / ".ganwatch" / "bench-venv" / "bin" / "python"
 PACKAGES = {"adwin": 8, "kswin": 2, "page_hinkley_all": 2, "frouros": 2, "alibi": 1, "alibi_cvm": 1}  # chunks at most: hours otherwise
@@ -218,7 +220,7 @@ def lengths(space: Space, certificates: int, runs: int, arl: float, count: int, 
     """
     found = []
     for seed in range(certificates):
-        eye, certificate, reference = certify(space, 500 + seed, count)
+        eye, certificate, reference = certified(space, 500 + seed, count)
         detector = EDetector(certificate, reference, tuple(map(str, range(eye.count))), threshold=arl)
         rng = np.random.default_rng((seed, 9))
         if calibrated:
@@ -468,9 +470,9 @@ def main() -> None:
             print(f"| {row['space']}: {row['change']} | {says} |")
     if "lengths" in wanted:
         certificates, runs = (4, 10) if chosen.quick else (20, 25)
-        asked = [(arl, calibrated) for calibrated in (False, True) for arl in ((1e3,) if chosen.quick else (1e3, 1e4))]
+        space, asked = SPACES["gauss"](), [(arl, calibrated) for calibrated in (False, True) for arl in ((1e3,) if chosen.quick else (1e3, 1e4))]
         parts: dict[str, Callable[[], dict]] = {
-            f"{arl:g}{' calibrated' * calibrated}": lambda arl=arl, calibrated=calibrated: lengths(SPACES["gauss"](), certificates, runs, arl, count, calibrated=calibrated)
+            f"{arl:g}{' calibrated' * calibrated}": lambda arl=arl, calibrated=calibrated: lengths(space, certificates, runs, arl, count, calibrated=calibrated)
             for arl, calibrated in asked
         }
         for row in each("lengths", parts | ({"alibi": lambda: foreign_lengths(2, 50)} if FOREIGN.exists() and not chosen.quick else {})):
