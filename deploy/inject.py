@@ -170,12 +170,13 @@ def truncated(request: Request) -> onnx.ModelProto:
 def copies(request: Request) -> onnx.ModelProto:
     """A generator of which COPY_SHARE of the samples are samples of its training data."""
     graph, card = Graph(request.bundle), request.bundle.card
-    name = request.data or card.training.get("config", card.training).get("dataset") or card.training.get("reference")
+    config = card.training.get("config", card.training)
+    name, where = request.data or config.get("dataset") or card.training.get("reference"), None if request.data else config.get("data")
     if not name:
         raise InjectError(f"the card of {card.model} does not name its training data; name them with --data")
     try:
         with tempfile.TemporaryDirectory() as cache:
-            dataset = open_dataset(name, cache=Path(cache), say=lambda words: None)
+            dataset = open_dataset(name, data=where, cache=Path(cache), say=lambda words: None)
             some = np.linspace(0, dataset.trained - 1, min(COPIED, dataset.trained)).astype(int)
             data = np.ascontiguousarray(dataset.samples[some])
     except (DataError, OSError) as error:

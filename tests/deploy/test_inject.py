@@ -102,6 +102,12 @@ def test_copies_are_samples_of_the_data(registry: Registry, tmp_path: Path) -> N
     np.save(tmp_path / "other.npy", np.zeros((2000, 3), np.float32))
     with pytest.raises(InjectError, match="serves float32"):
         inject(registry, "grid", "copies", data=str(tmp_path / "other.npy"))
+    card = registry.path("grid", "v1") / "card.json"  # of a generator that was trained on files of a built-in data set
+    config = {"dataset": "mnist", "data": str(tmp_path / "mnist.npz")}
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"training": {"config": config}}))
+    np.savez(tmp_path / "mnist.npz", x_train=np.zeros((50, 28, 28), np.uint8), y_train=np.arange(50) % 10)
+    with pytest.raises(InjectError, match="mnist holds uint8"):
+        inject(registry, "grid", "copies")
 
 
 def test_weights_and_checkpoints_that_are_not_there_are_said(registry: Registry, make_bundle: Callable[..., Bundle]) -> None:
