@@ -2,7 +2,7 @@
 
 The law asks for the inverse normal CDF of each word as scipy computes it, rounded to float32. Here it comes from a table of
 polynomials, which err by less than 1e-14. Where everything within 1e-13 of theirs rounds to one float32, that is the law's; a
-row with a number that could be either, one in thousands, is drawn from the law itself (Ziv's strategy, ACM TOMS 17(3), 1991).
+number that could be either, one in tens of thousands, comes from scipy itself (Ziv's strategy, ACM TOMS 17(3), 1991).
 
 Knows nothing of models. The first call of a process compiles, or finds what an earlier process compiled.
 """
@@ -26,7 +26,7 @@ from training.bundle import SignGaussian
 
 _DEGREE = 6
 _CUTS = 5  # bits: an octave has 2^5 polynomials
-_OCTAVES = 20  # below 2^-21 there is none, and the law itself is asked
+_OCTAVES = 20  # below 2^-21 there is none, and scipy itself is asked
 _HIGHEST = (0x3FD << _CUTS) | (1 << _CUTS) - 1  # exponent and first bits of the largest float64 below 1/2
 _ERROR = 1e-13  # of a polynomial, at most, with room: tested to be below a tenth of it
 
@@ -71,14 +71,15 @@ upper = intrinsic(inspect.unwrap(_upper))
 
 
 @_compiled
-def draw(windows, kept, signs, normals, scale, table, z, unsure):  # noqa: ANN001, ANN201
+def draw(windows, kept, signs, normals, scale, table, z, places, doubts):  # noqa: ANN001, ANN201
     """Fills z [n, signs + normals] for windows [w, 3] of seed, offset and count, of which the central kept [w] remain.
 
-    Returns how many rows are to be drawn by other means: `unsure` lists them, as far as it has room. -1: some window is none.
+    Returns how many numbers are to be had by other means: as far as there is room, `places` [k, 2] lists their rows and columns,
+    `doubts` [k, 2] their uniform numbers before truncation and what is kept. -1: some window is none.
     """
     blocks = np.uint64((normals + (signs + 63) // 64 + 3) // 4)  # of a row, four words each
     words = np.empty(int(blocks) * 4, np.uint64)
-    tail = np.empty(normals)
+    tail, upper_half = np.empty(normals), np.empty(normals, np.bool_)
     tail_bits = tail.view(np.int64)
     row = found = 0
     for w in range(len(windows)):
@@ -109,26 +110,25 @@ def draw(windows, kept, signs, normals, scale, table, z, unsure):  # noqa: ANN00
                 u = (np.float64(np.int64(words[j] >> np.uint64(12))) + 0.5) * 2.0**-52
                 if t < 1.0:
                     u = below + t * u
-                words[j] = u > 0.5
+                upper_half[j] = u > 0.5
                 tail[j] = min(u, 1.0 - u)
-            sure = True
             for j in range(normals):
                 at = max(_HIGHEST - (tail_bits[j] >> (52 - _CUTS)), 0)  # 1/2 itself is the end of the first interval
-                if at >= len(table):
-                    sure = False
-                    continue
-                q = table[at]
-                x = tail[j] - q[0]
-                y = q[1] + x * (q[2] + x * (q[3] + x * (q[4] + x * (q[5] + x * (q[6] + x * q[7])))))
-                if words[j]:
-                    y = -y
-                lowest, highest = np.float32((y - _ERROR) * scale), np.float32((y + _ERROR) * scale)
-                sure = sure and lowest == highest and lowest != 0.0
-                z[row, signs + j] = lowest
-            if not sure:
-                if found < len(unsure):
-                    unsure[found, 0], unsure[found, 1] = w, row
-                found += 1
+                sure = at < len(table)
+                if sure:
+                    q = table[at]
+                    x = tail[j] - q[0]
+                    y = q[1] + x * (q[2] + x * (q[3] + x * (q[4] + x * (q[5] + x * (q[6] + x * q[7])))))
+                    if upper_half[j]:
+                        y = -y
+                    lowest, highest = np.float32((y - _ERROR) * scale), np.float32((y + _ERROR) * scale)
+                    z[row, signs + j] = lowest
+                    sure = lowest == highest and lowest != 0.0
+                if not sure:
+                    if found < len(places):
+                        places[found, 0], places[found, 1] = row, signs + j
+                        doubts[found, 0], doubts[found, 1] = (np.float64(np.int64(words[j] >> np.uint64(12))) + 0.5) * 2.0**-52, t
+                    found += 1
             row += 1
     return found
 
@@ -148,12 +148,12 @@ class Latents:
             return law.sample_windows(windows)
         kept = np.array([truncation for *_, truncation in windows], np.float64)
         z = np.empty((max(n, 0), law.dim), np.float32)
-        unsure = np.empty((32 + len(z) // 8, 2), np.int64)
-        found = draw(whole, kept, law.signs, law.normals, law.scale, inverse_normal(), z, unsure)
-        if not 0 <= found <= len(unsure):  # no window, or none so narrow that its rows can be told apart here
+        room = 32 + len(z) // 8
+        places, doubts = np.empty((room, 2), np.int64), np.empty((room, 2))
+        found = draw(whole, kept, law.signs, law.normals, law.scale, inverse_normal(), z, places, doubts)
+        if not 0 <= found <= room:  # no window, or one so narrow that its numbers cannot be told apart here
             return law.sample_windows(windows)
         if found:
-            starts = np.concatenate([[0], np.cumsum(whole[:, 2])])
-            again = [(windows[w][0], windows[w][1] + int(row - starts[w]), 1, windows[w][3]) for w, row in unsure[:found]]
-            z[unsure[:found, 1]] = law.sample_windows(again)
+            (rows, columns), (u, t) = places[:found].T, doubts[:found].T
+            z[rows, columns] = ndtri((1.0 - t) / 2 + t * u) * law.scale
         return z
