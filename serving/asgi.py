@@ -20,7 +20,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _PATIENCE_S = 30.0  # with a client that reads nothing
-_GLANCE_S = 0.01  # before somebody looks whether the client is still there: a task for each request would cost a tenth of its time
+_GLANCE_S = 0.01  # between two looks at who still waits: a task for each request would cost a tenth of its time
 
 
 class ClientGone(Exception):
@@ -58,30 +58,49 @@ class Call(Entry):
         await self._send(message)
 
 
-async def unless_gone(answer: asyncio.Future[ndarray], receive: Receive, glance: float = _GLANCE_S) -> ndarray:
-    """The result of `answer`, which is cancelled when the client disconnects; nobody looks for that in the first `glance` seconds."""
-    watch: list[asyncio.Task[None]] = []
+class Departures:
+    """Cancels what nobody waits for any more: answers to clients that have disconnected.
 
-    def begin() -> None:
-        watch.append(asyncio.ensure_future(_disconnect(receive)))
-        watch[0].add_done_callback(lambda _: answer.cancel())
+    Looks after whoever has waited for one to two glances, all with one timer: nearly all have their answer by then.
+    """
 
-    timer = None
-    if glance:
-        timer = asyncio.get_running_loop().call_later(glance, begin)
-    else:
-        begin()
-    try:
-        return await answer
-    except asyncio.CancelledError:
-        if watch and watch[0].done():
-            raise ClientGone from None
-        raise
-    finally:
-        if timer is not None:
-            timer.cancel()
-        for gone in watch:
-            gone.cancel()
+    def __init__(self) -> None:
+        self._young: dict[asyncio.Future[ndarray], Receive] = {}  # came since the last look
+        self._old: dict[asyncio.Future[ndarray], Receive] = {}  # came before it
+        self._watches: dict[asyncio.Future[ndarray], asyncio.Task[None]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def unless_gone(self, answer: asyncio.Future[ndarray], receive: Receive, at_once: bool = False) -> ndarray:
+        """The result of `answer`, which is cancelled when the client disconnects. `at_once`: watch from now on.
+
+        Raises ClientGone where it did.
+        """
+        if at_once:
+            self._watch(answer, receive)
+        else:
+            self._young[answer] = receive
+            if self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(_GLANCE_S, self._look)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            if (watch := self._watches.get(answer)) and watch.done():
+                raise ClientGone from None
+            raise
+        finally:
+            self._young.pop(answer, None) or self._old.pop(answer, None)
+            if watch := self._watches.pop(answer, None):
+                watch.cancel()
+
+    def _look(self) -> None:
+        for answer, receive in self._old.items():
+            self._watch(answer, receive)
+        self._old, self._young = self._young, {}
+        self._timer = asyncio.get_running_loop().call_later(_GLANCE_S, self._look) if self._old else None
+
+    def _watch(self, answer: asyncio.Future[ndarray], receive: Receive) -> None:
+        watch = self._watches[answer] = asyncio.ensure_future(_disconnect(receive))
+        watch.add_done_callback(lambda _: answer.cancel())
 
 
 async def _disconnect(receive: Receive) -> None:
@@ -108,7 +127,9 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, limit: int) -
             _refuse_body(len(body), limit)
         if not message.get("more_body", False):
             break
-    encoding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower() or "identity"
+    if b"content-encoding" not in headers:
+        return bytes(body)
+    encoding = headers[b"content-encoding"].decode("latin-1").strip().lower() or "identity"
     return bytes(body) if encoding == "identity" else await asyncio.to_thread(_inflated, bytes(body), encoding, limit)
 
 

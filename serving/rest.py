@@ -21,6 +21,7 @@ from serving.asgi import (
     Call,
     ClientGone,
     ClientStuck,
+    Departures,
     Receive,
     Scope,
     Send,
@@ -30,7 +31,6 @@ from serving.asgi import (
     respond,
     respond_error,
     send_chunk,
-    unless_gone,
 )
 from serving.errors import InvalidValue, NotAcceptable, NotFound, SamplingFailed, ServingError, Unavailable
 from serving.formats import FORMATS, STREAMS, as_dtype, negotiate
@@ -67,6 +67,7 @@ class App:
 
     def __init__(self, service: Service, rpc: Rpc | None = None, echo: bool = True) -> None:
         self.service, self.rpc, self.echo = service, rpc, echo
+        self._departures = Departures()
         self._routes: dict[str, Callable[[], tuple[int, bytes]]] = {
             "/v1/models": self._models,
             "/v2": lambda: (200, json.dumps(oip.SERVER).encode()),
@@ -166,9 +167,9 @@ class App:
             sampler = self.service.divert(sampler, request)
         origin = "probe" if request.origin == "server_seed" and b"x-ganwatch-probe" in headers else request.origin
         note(call, sampler, request.window)
-        wait = partial(unless_gone, receive=receive)
+        wait = partial(self._departures.unless_gone, receive=receive)
         if request.stream:  # whose pieces come at once, one after the other, long after the client has left
-            return await self._stream(call, sampler, request, media_type, partial(wait, glance=0.0))
+            return await self._stream(call, sampler, request, media_type, partial(wait, at_once=True))
         window, samples = await self.service.draw(sampler, request, origin=origin, timeout=timeout, wait=wait)
         call.seed = window.seed
         about = _about(sampler, window)
@@ -209,7 +210,7 @@ class App:
         body = await read_body(headers, receive, _TENSOR_LIMIT)
         inference = await asyncio.to_thread(oip.decode, body, length and length.decode("latin-1"), sampler.card)
         note(call, sampler, inference.request.window)
-        wait = partial(unless_gone, receive=receive)
+        wait = partial(self._departures.unless_gone, receive=receive)
         _, samples = await self.service.draw(sampler, inference.request, origin="client_z", timeout=timeout, wait=wait)
         answer, about = await asyncio.to_thread(oip.encode, inference, sampler.card, samples)
         await respond(call.send, 200, answer, "application/octet-stream" if about else "application/json", about)
