@@ -19,7 +19,7 @@ from serving.pool import Pool
 from serving.rest import App
 from serving.rpc import Rpc
 from serving.service import Service
-from serving.session import Device, cuda_devices
+from serving.session import Device
 from serving.tap import Tap
 from serving.tracing import Tracer
 from training.registry import Registry
@@ -55,7 +55,7 @@ class Replica:
         structured()
         table = ModelTable(Registry(settings.registry), settings.device, settings.threads, settings.deterministic, settings.tensorrt)
         await asyncio.to_thread(table.refresh)
-        batcher = Batcher(lanes=2 if settings.device != "cpu" and cuda_devices() else 1)  # one is copied, one is computed
+        batcher = Batcher(lanes=2)
         tap = Tap(settings.monitor_url, settings.tap_rate)
         log = AccessLog(settings.access_log and Path(settings.access_log) / f"access-{tap.replica}.jsonl")
         tracer = Tracer(settings.trace_url, settings.trace_share, tap.replica) if settings.trace_url else None
