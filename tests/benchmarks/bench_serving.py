@@ -36,6 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,7 @@ import tyro
 from onnx import TensorProto, helper, numpy_helper
 
 from deploy.stack import haproxy_threads
+from serving.sampler import Sampler
 from tests.serving.conftest import LATENT, generator, publish
 from training.registry import Registry
 
@@ -60,6 +62,7 @@ WAITS = (0.0, 0.001, 0.002, 0.005, 0.01)  # s, tried for the recipe
 LIGHT = (("light", 1), ("light", 64), ("light", 1024))  # model, samples of a request
 DIGITS, DCGAN = ("digits", 64), ("dcgan", 64)
 REQUESTS, SAMPLES_EACH = 1_000_000, 10  # of the memory row
+HUGE = 1_000_000  # samples of the request beside which n = 1 is timed
 RAW = "raw onnxruntime loop"
 
 
@@ -75,7 +78,7 @@ class Settings:
     """One round of one second, light model only, 20,000 requests for the memory row: shows that everything runs, says
     nothing of speed."""
     only: tuple[str, ...] = ()
-    """Servers to start; all by default."""
+    """Servers to start, "fairness" and "memory" among them; all by default."""
     out: Path = ROOT / ".ganwatch" / "bench-serving"
     """results.json, table.txt and plot.svg; delete it to begin anew."""
     rivals: Path = ROOT / ".venv" / "rivals"
@@ -294,7 +297,7 @@ SERVED = {
     "Ray recipe": Server(partial(recipe, haproxy=False), {"Ray recipe": (*LIGHT, DCGAN)}),
     "Ray recipe, HAProxy": Server(partial(recipe, haproxy=True), {"Ray recipe, HAProxy": (*LIGHT, DCGAN)}),
 }
-MEMORY = "memory"
+MEMORY, FAIRNESS, BESIDE = "memory", "fairness", "ganwatch, beside 1e6"
 
 # row, model, n, how many times, which other row
 AIMS = (
@@ -312,6 +315,7 @@ AIMS = (
     ("ganwatch, tap", "dcgan", 64, 0.97, "ganwatch"),
 )
 GROWTH = 0.02  # of the resident memory, at most
+BATCHES = 3  # that n = 1 takes at most, beside a request for HUGE samples
 
 
 @contextlib.contextmanager
@@ -352,8 +356,8 @@ wrk.headers["Content-Type"] = "application/json"
 wrk.headers["Accept"] = "{target.accept}"
 done = function(summary, latency, requests)
   local e = summary.errors
-  io.write(string.format("RESULT %d %d %d %.3f %.3f\\n", summary.requests, summary.duration,
-    e.connect + e.read + e.write + e.status + e.timeout, latency:percentile(50) / 1000, latency:percentile(99) / 1000))
+  io.write(string.format("RESULT %d %d %d %.3f %.3f %d\\n", summary.requests, summary.duration,
+    e.connect + e.read + e.write + e.status + e.timeout, latency:percentile(50) / 1000, latency:percentile(99) / 1000, summary.bytes))
 end
 """
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as file:
@@ -361,9 +365,33 @@ end
         file.flush()
         command = ["wrk", "-t1", f"-c{settings.connections}", f"-d{seconds:g}s", "--timeout", "30s", "-s", file.name, target.url]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    requests, duration, errors, p50, p99 = next(line for line in output.splitlines() if line.startswith("RESULT")).split()[1:]
+    requests, duration, errors, p50, p99, size = next(line for line in output.splitlines() if line.startswith("RESULT")).split()[1:]
     rate = int(requests) / (int(duration) / 1e6)
-    return {"requests_per_s": rate, "samples_per_s": rate * n, "p50_ms": float(p50), "p99_ms": float(p99), "errors": int(errors)}
+    latency = {"p50_ms": float(p50), "p99_ms": float(p99)}
+    return {"requests_per_s": rate, "samples_per_s": rate * n, **latency, "errors": int(errors), "mb_per_s": int(size) / int(duration)}
+
+
+def beside_huge(root: Path, model: str, target: Target, settings: Settings, seconds: float) -> dict[str, float]:
+    """n = 1 over one connection while another client asks for HUGE samples over and over, and `batch_ms`: what one full batch
+    takes, asked for alone just before."""
+    alone = replace(settings, connections=1)
+    batch = wrk(target, Sampler(Registry(root).open(model, "v1"), "cpu").batch, alone, seconds)
+    with ThreadPoolExecutor(1) as pool:
+        huge = pool.submit(wrk, target, HUGE, alone, seconds + 2, ', "stream": true')
+        time.sleep(1)  # it streams by then
+        figures = wrk(target, 1, alone, seconds)
+        if not huge.result()["mb_per_s"]:
+            raise RuntimeError(f"{model}: nothing came of the request for {HUGE} samples")
+    return figures | {"batch_ms": batch["p50_ms"]}
+
+
+def fairness(results: Results, root: Path, settings: Settings, round_: int, seconds: float, models: list[str]) -> None:
+    missing = [model for model in models if f"{round_}/{model}/1/{BESIDE}" not in results.found]
+    if missing:
+        with ganwatch(root, missing[0], settings) as (target, top):
+            for model in missing:
+                here = replace(target, url=target.url.replace(f"/{missing[0]}/", f"/{model}/"))
+                results.add(round_, model, 1, BESIDE, beside_huge(root, model, here, settings, seconds) | {"rss_mb": resident(top)})
 
 
 def resident(top: psutil.Process) -> float:
@@ -427,6 +455,11 @@ def verdicts(results: Results) -> list[str]:
         if row in subjects and other in subjects:
             ratio = statistics.median(subjects[row]["samples_per_s"]) / statistics.median(subjects[other]["samples_per_s"])
             lines.append(f"{f'{model}, n = {n}: {row} >= {times:g} x {other}':62}{ratio:10.2f}  {'hit' if ratio >= times else 'miss'}")
+    for (model, n), subjects in summed.items():
+        if found := subjects.get(BESIDE):
+            ratio = statistics.median(found["p99_ms"]) / (batch := statistics.median(found["batch_ms"]))
+            words = f"{model}, n = {n}: p99 beside {HUGE:g} samples <= {BATCHES} batches of {batch:.1f} ms"
+            lines.append(f"{words:62}{ratio:10.2f}  {'hit' if ratio <= BATCHES else 'miss'}")
     if found := results.found.get(MEMORY):
         words = f"memory grows < {GROWTH:.0%} over {found['requests']:,.0f} requests, {found['samples']:,.0f} samples"
         lines.append(f"{words:62}{found['growth']:10.2%}  {'hit' if found['growth'] < GROWTH else 'miss'}")
@@ -504,11 +537,11 @@ def measure(server: Server, results: Results, root: Path, settings: Settings, ro
 def main(settings: Settings) -> None:
     if shutil.which("wrk") is None:
         raise SystemExit("wrk is not installed: apt-get install wrk")
-    if unknown := set(settings.only) - {*SERVED, MEMORY}:
-        raise SystemExit(f"unknown servers {sorted(unknown)}; there are {', '.join([*SERVED, MEMORY])}")
+    if unknown := set(settings.only) - {*SERVED, FAIRNESS, MEMORY}:
+        raise SystemExit(f"unknown servers {sorted(unknown)}; there are {', '.join([*SERVED, FAIRNESS, MEMORY])}")
     rounds, seconds, requests = (1, 1.0, REQUESTS // 50) if settings.quick else (settings.rounds, settings.seconds, REQUESTS)
     work = {*LIGHT[:2]} if settings.quick else {*LIGHT, DIGITS, DCGAN}
-    chosen = settings.only or (*SERVED, MEMORY)
+    chosen = settings.only or (*SERVED, FAIRNESS, MEMORY)
     if {"mosec", "LitServe", "BentoML"} & set(chosen):
         install(settings.rivals)
     out = settings.out / ("quick" if settings.quick else "full")
@@ -522,6 +555,8 @@ def main(settings: Settings) -> None:
                 if name.startswith("Ray recipe"):
                     start = partial(start, wait=tuned(results, root, settings, name, haproxy="HAProxy" in name))
                 measure(SERVED[name], results, root, settings, round_, seconds, work, start)
+            elif name == FAIRNESS:
+                fairness(results, root, settings, round_, seconds, ["light"] if settings.quick else ["light", "dcgan"])
     if MEMORY in chosen and MEMORY not in results.found:
         if settings.quick:
             print(f"memory: {requests:,} requests instead of {REQUESTS:,}")
