@@ -1,7 +1,7 @@
 """How fast ganwatch draws samples, beside the servers it may be compared with: `make bench-serving`.
 
 The same machine, client (wrk, 16 connections) and ONNX files for all; each round starts every server in turn and measures every
-piece of work on it, so that a machine that becomes slower hits all alike. Medians and ranges over the rounds go into a table
+piece of work on it, from another one on each time, so that a machine that becomes slower hits all alike. Medians and ranges over the rounds go into a table
 with the aims, a JSON file and a plot. A run that was stopped goes on where it stopped. Judges by the aims; no test times anything.
 
 Notes. The raw loop has a core to itself; every server shares two with wrk and, behind Ray, with HAProxy. BentoML answers JSON:
@@ -38,6 +38,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import socket
 import statistics
@@ -142,8 +143,11 @@ def registry(root: Path) -> Registry:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
+    """Below those that the system and Ray give away by themselves, so that it is free still when a server takes it."""
+    while True:
+        port = random.randrange(20_000, 29_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 @contextlib.contextmanager
@@ -525,11 +529,12 @@ def install(rivals: Path) -> None:
 
 
 def measure(server: Server, results: Results, root: Path, settings: Settings, round_: int, seconds: float, work: set[tuple[str, int]], start: Callable[..., Any] | None) -> None:
-    """Every row of a server that this round still lacks."""
+    """Every row of a server that this round still lacks; each round begins with another one, for the first one after a start is the slowest."""
     missing = [
         (label, model, n) for label, pairs in server.rows.items() for model, n in pairs
         if (model, n) in work and f"{round_}/{model}/{n}/{label}" not in results.found
     ]  # fmt: skip
+    missing = [*missing[round_ % max(1, len(missing)) :], *missing[: round_ % max(1, len(missing))]]
     if start is None:
         for label, model, n in missing:
             results.add(round_, model, n, label, raw_loop(root, model, n, seconds))
