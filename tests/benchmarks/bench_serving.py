@@ -21,6 +21,7 @@ n = 1, 300 -> 195, at 1.55 times the requests/s: a whole answer leaves past uvic
 write; one timer for all who may leave instead of one each. n = 1024, 877 -> 744: a number that could be either of two float32 is
 asked of scipy alone, where its whole row, two in a batch, ran 100 us of numpy under the GIL. 767 -> 720, at 1.12 times the
 requests/s (eight pairs): two batches in flight. At dcgan the second batch has the second core, which the raw loop has not.
+All of it, behind Ray and HAProxy (two pairs, far apart): n = 1, 347 -> 197; n = 64, 372 -> 278; n = 1024, 1,027 -> 706.
 What helped before: latents from a compiled table (1,024 rows 500 -> 174); one HAProxy thread for four cores instead of four for two
 (a quarter of its time), no log lines and no pipes in it (another quarter at n = 64); no task a request that waits for the client to
 leave, no timer for its deadline; requests that fit into a batch no longer cut into 16 pieces; 4,096 rows a run instead of 1,024.
@@ -529,7 +530,7 @@ def install(rivals: Path) -> None:
 
 
 def measure(server: Server, results: Results, root: Path, settings: Settings, round_: int, seconds: float, work: set[tuple[str, int]], start: Callable[..., Any] | None) -> None:
-    """Every row of a server that this round still lacks; each round begins with another one, for the first one after a start is the slowest."""
+    """Every row of a server that this round still lacks; each round begins with another one, so that none always comes first."""
     missing = [
         (label, model, n) for label, pairs in server.rows.items() for model, n in pairs
         if (model, n) in work and f"{round_}/{model}/{n}/{label}" not in results.found
