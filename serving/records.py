@@ -1,7 +1,8 @@
 """CONTRACT. What a replica tells the monitor: which samples clients got, and what the replica counted.
 
-A record holds the very array that was served, subsampled to a budget. A heartbeat carries records and counters; it is sent
-also when there are none, so that silence can be told from health. Needs numpy and the standard library, nothing else.
+A record holds the very array that was served, subsampled to a budget, and of about one row in a hundred the latents that the
+model was fed, as they lay in memory when it ran. A heartbeat carries records and counters; it is sent also when there are none,
+so that silence can be told from health. Needs numpy and the standard library, nothing else.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy import ndarray
 
-SCHEMA = 1
+SCHEMA = 2
 Origin = Literal["server_seed", "client_seed", "client_z", "probe"]
 ORIGINS: tuple[Origin, ...] = get_args(Origin)
 
@@ -32,6 +33,8 @@ class Record:
     at: float
     label: int | tuple | None = None  # the class the request named, or one (int) for each row; None: drawn, or no classes
     truncation: float = 1.0
+    fed: tuple = ()  # of int: rows, counted from 0, of which there are latents; ascending
+    z: ndarray | None = None  # float32 [len(fed), d], those latents; None where there are none
 
     @property
     def is_independent(self) -> bool:
@@ -46,7 +49,8 @@ class Record:
     def head(self, count: int) -> Record:
         """The first `count` rows, copied: a view would keep the whole batch alive."""
         label = self.label[:count] if isinstance(self.label, tuple) else self.label
-        return replace(self, samples=self.samples[:count].copy(), label=label)
+        fed = tuple(row for row in self.fed if row < count)
+        return replace(self, samples=self.samples[:count].copy(), label=label, fed=fed, z=self.z[: len(fed)] if self.z is not None and fed else None)
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,11 @@ class Heartbeat:
     counters: dict[str, float]  # e.g. requests_total{status="200",model="digits"} -> 12
 
     def encode(self) -> bytes:
-        """npz: a JSON header and one array per record. No pickle."""
+        """npz: a JSON header and one or two arrays per record. No pickle."""
         header = {"schema": SCHEMA, "replica": self.replica, "at": self.at, "counters": self.counters}
-        header["records"] = [{k: v for k, v in r.__dict__.items() if k != "samples"} for r in self.records]
+        header["records"] = [{k: v for k, v in r.__dict__.items() if k not in ("samples", "z")} for r in self.records]
         buffer = io.BytesIO()
-        arrays = {f"r{i}": r.samples for i, r in enumerate(self.records)}
+        arrays = {f"r{i}": r.samples for i, r in enumerate(self.records)} | {f"z{i}": r.z for i, r in enumerate(self.records) if r.z is not None}
         np.savez(buffer, allow_pickle=False, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
         return buffer.getvalue()
 
@@ -77,7 +81,8 @@ class Heartbeat:
                     raise ValueError(f"schema is {header['schema']!r}, this monitor reads {SCHEMA}")
                 for r in header["records"]:
                     r["label"] = tuple(r["label"]) if isinstance(r.get("label"), list) else r.get("label")
-                records = tuple(Record(**r, samples=data[f"r{i}"]) for i, r in enumerate(header["records"]))
+                    r["fed"] = tuple(r["fed"])
+                records = tuple(Record(**r, samples=data[f"r{i}"], z=data[f"z{i}"] if r["fed"] else None) for i, r in enumerate(header["records"]))
                 return Heartbeat(header["replica"], header["at"], records, header["counters"])
         except Exception as error:  # numpy, zipfile and json each raise their own for a broken body
             raise ValueError(f"not a heartbeat: {type(error).__name__}: {error}") from error

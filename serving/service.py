@@ -11,7 +11,9 @@ import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 
+import numpy as np
 from numpy import ndarray
 
 from serving.batcher import Batcher, Spare
@@ -136,7 +138,7 @@ class Service:
         Raises Overloaded before the first piece only: a stream that has begun waits for its turn.
         """
         whole = request.window
-        parts = (whole.part(at, min(rows, whole.count - at)) for at in range(0, whole.count, rows))
+        parts = (_alone(whole.part(at, min(rows, whole.count - at))) for at in range(0, whole.count, rows))
         part = next(parts)
         drawing = self.batcher.submit(sampler, part)
         try:
@@ -168,7 +170,7 @@ class Service:
             return
         if window.z is not None and shadow.card.latent != card.latent:
             return
-        part = window.part(0, min(window.count, _SHADOW_ROWS))
+        part = _alone(window.part(0, min(window.count, _SHADOW_ROWS)))
 
         def compare(rows: ndarray | None) -> None:
             if rows is not None:
@@ -219,6 +221,14 @@ def _alike(one: Sampler, other: Sampler) -> bool:
     return all(getattr(one.card, name) == getattr(other.card, name) for name in ("sample_shape", "sample_dtype", "classes"))
 
 
+def _alone(part: Window) -> Window:
+    """`part` with notes of its own, as another sampler runs it or while another part still runs."""
+    return replace(part, fed={})
+
+
 def _record(sampler: Sampler, origin: Origin, window: Window, samples: ndarray) -> Record:
-    card, law = sampler.card, {"label": window.label, "truncation": window.truncation}
-    return Record(card.model, card.version, origin, window.seed, window.offset, samples, time.time(), **law)
+    card, fed, z = sampler.card, (), None
+    if window.fed:
+        fed = tuple(sorted(row - window.offset for row in window.fed if 0 <= row - window.offset < window.count))
+        z = np.stack([window.fed[window.offset + row] for row in fed]) if fed else None
+    return Record(card.model, card.version, origin, window.seed, window.offset, samples, time.time(), window.label, window.truncation, fed, z)

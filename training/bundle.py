@@ -223,6 +223,7 @@ class Certificate:
     white_mean: Float64[ndarray, "w"] = field(default_factory=lambda: np.zeros(0))  # of y = white(x)
     white_moment: Float64[ndarray, "w w"] = field(default_factory=lambda: np.zeros((0, 0)))  # mean of y y^T
     class_cell_count: Int64[ndarray, "classes cells"] = field(default_factory=lambda: np.zeros((0, 0), np.int64))  # cell_count of each class
+    model_sha256: str = ""  # of the model.onnx that was counted; a faulty version keeps its healthy one's certificate. Empty: not noted
 
     def white(self, features: Float[ndarray, "n p"]) -> Float64[ndarray, "n w"]:
         """Features whitened and clipped: no row is longer than white_radius."""

@@ -37,6 +37,7 @@ from training.bundle import (
     SignGaussian,
     clopper_pearson,
     sample_classes,
+    sha256,
     whitening,
     write_arrays,
     write_card,
@@ -402,6 +403,7 @@ def complete_bundle(
     check(source)
     reference = describe_reals(dataset, source.features, keep_points=keep_points)
     certificate = certify(source, certify_samples, cells=len(sight.modes), seconds=certify_seconds, progress=progress)
+    certificate = replace(certificate, model_sha256=sha256(directory / "model.onnx"))
     write_arrays(directory / "reference.npz", reference)
     write_arrays(directory / "certificate.npz", certificate)
     card = Card(

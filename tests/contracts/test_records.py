@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from serving.records import ORIGINS, Heartbeat, Record
 
+latents = hnp.arrays(np.float32, st.tuples(st.integers(1, 5), st.just(3)), elements=st.floats(width=32))
 samples = st.one_of(
     hnp.arrays(np.uint8, st.tuples(st.integers(0, 5), st.just(3), st.just(2), st.just(1))),
     hnp.arrays(np.float32, st.tuples(st.integers(0, 5), st.just(2)), elements=st.floats(width=32)),
@@ -20,13 +23,17 @@ records = st.builds(
 )  # fmt: skip
 
 
-@given(st.lists(records, max_size=4), st.dictionaries(st.text(), st.floats(0, 1e12), max_size=3))
+noted = st.builds(lambda record, z: replace(record, z=z, fed=tuple(range(len(z)))), records, latents)
+
+
+@given(st.lists(records | noted, max_size=4), st.dictionaries(st.text(), st.floats(0, 1e12), max_size=3))
 def test_a_heartbeat_survives_the_wire(sent: list[Record], counters: dict[str, float]) -> None:
     got = Heartbeat.decode(Heartbeat("replica", 1.5, tuple(sent), counters).encode())
     assert (got.replica, got.at, got.counters, len(got.records)) == ("replica", 1.5, counters, len(sent))
     for a, b in zip(got.records, sent, strict=True):
         assert a.samples.dtype == b.samples.dtype and a.samples.tobytes() == b.samples.tobytes() and a.samples.shape == b.samples.shape
-        assert {k: v for k, v in a.__dict__.items() if k != "samples"} == {k: v for k, v in b.__dict__.items() if k != "samples"}
+        assert {k: v for k, v in a.__dict__.items() if k not in ("samples", "z")} == {k: v for k, v in b.__dict__.items() if k not in ("samples", "z")}
+        assert (a.z is None) == (b.z is None) and (b.z is None or (a.z.dtype == np.float32 and a.z.tobytes() == b.z.tobytes() and a.z.shape == b.z.shape))
 
 
 @pytest.mark.parametrize("origin", ORIGINS)
@@ -51,3 +58,13 @@ def test_the_head_of_a_record_is_a_copy_with_the_classes_of_its_rows() -> None:
     assert (head.label, head.offset, head.samples.tolist()) == ((2, 0), 5, rows[:2].tolist())
     assert head.samples.base is None
     assert Record("m", "v1", "client_seed", 1, 5, rows, 0.0, label=2).head(1).label == 2
+
+
+def test_the_head_of_a_record_keeps_the_latents_of_its_rows() -> None:
+    rows, z = np.zeros((5, 2), np.float32), np.arange(6, dtype=np.float32).reshape(2, 3)
+    record = Record("m", "v1", "server_seed", 1, 5, rows, 0.0, fed=(1, 4), z=z)
+    for count, fed, kept in ((5, (1, 4), z), (4, (1,), z[:1]), (2, (1,), z[:1])):
+        head = record.head(count)
+        assert head.fed == fed and head.z.tolist() == kept.tolist()
+    none = record.head(1)
+    assert (none.fed, none.z) == ((), None)

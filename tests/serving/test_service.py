@@ -215,3 +215,32 @@ def test_a_shadow_that_cannot_keep_up_is_dropped_and_counted(registry, samplers)
             return app.service.tap.counters['shadow_dropped_samples_total{model="digits"}'], len(app.service._shadows)
 
     assert asyncio.run(scene()) == (72, 64)
+
+
+def test_records_carry_the_latents_that_the_model_was_fed(registry, monkeypatch):
+    """From batches, the pool, pieces of a stream, the shadow and from clients: of the very rows that the record holds."""
+    publish(registry, "digits", shift=3.0, promote=False)
+    registry.set_alias("digits", "shadow", "v2", reason="test")
+    monkeypatch.setattr("serving.sampler.NOTED", 1)  # every row
+    z = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
+    bodies = ({"n": 3}, {"n": 5}, {"n": 100, "seed": 7, "offset": 9}, {"n": 40, "truncation": 0.5}, {"n": 7000, "seed": 1}, {"z": z.tolist()})
+
+    async def scene():
+        async with started(registry, pool=Pool(256), tap_url="http://127.0.0.1:9") as (app, client):
+            await until(lambda: app.service.pool.left(app.service.table.models["digits"].serving["production"]))
+            for body in bodies:
+                assert (await client.post(DIGITS, json=body, headers=NPY)).status_code == 200
+            async with client.stream("POST", "/v1/models/ring/sample", json={"n": 300_000, "stream": True}) as answer:
+                await answer.aread()
+            counted = 'shadow_samples_total{model="digits",version="v2"}'
+            await until(lambda: app.service.tap.counters[counted] == 3 + 5 + 64 + 40 + 64 + 3)
+            assert app.service.pool.hits["digits"] == 2
+            return shown(app)
+
+    records = asyncio.run(scene())
+    assert {(record.model, record.version) for record in records} == {("digits", "v1"), ("digits", "v2"), ("ring", "v1")}
+    for record in records:
+        assert record.fed == tuple(range(len(record.samples)))
+        law = registry.card(record.model, record.version).latent
+        drawn = law.sample(seed=record.seed, offset=record.offset, count=len(record.samples), truncation=record.truncation)
+        np.testing.assert_array_equal(record.z, z if record.origin == "client_z" else drawn)
