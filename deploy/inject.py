@@ -2,6 +2,8 @@
 
 Each fault is a change of model.onnx alone: certificate, golden pairs, features and reference stay those of the version it was
 made from, exactly as when a healthy model breaks in production. What comes out is an ordinary ONNX model; no server knows.
+So the latents that a replica notes stay those of their seeds: what a fault does to them happens inside the graph, and is seen when
+samples are run again, not by the tests of latents in use.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from jaxtyping import Float64
 from numpy import ndarray
 from scipy.special import xlogy
 
+from monitoring.audit import Compared
 from monitoring.edetectors import DROP_BETS, drop_bounds
 from training.bundle import Certificate
 
@@ -89,7 +90,7 @@ VERDICTS: dict[str, Verdict] = {
         ),
         Verdict(
             "wrong_model",
-            "Certified samples come back different when they are asked for again: other weights, another runtime or other latents are at work than were certified.",
+            "Samples are not what the certified model makes of their latents: other weights, another runtime or other arithmetic is at work than was certified.",
             "Compare model.onnx, onnxruntime, device, precision and truncation of the server with the card; roll back if the version is new.",
         ),
     )
@@ -100,6 +101,7 @@ QUIET = ("healthy", "warming_up", "demand_shift")
 
 EXPLANATIONS = {
     "duplicates": "latent_fault",
+    "latents": "latent_fault",
     "drop": "mode_dropping",
     "copies": "memorisation",
     "upper": "off_manifold",
@@ -117,13 +119,55 @@ that is gone inflates the others, and a model that left its certificate is judge
 data."""
 
 
-def diagnose(groups: Collection[str], modes: tuple[str, ...], *, passed_as: str | None = None) -> Verdict:
-    """The verdict on an alarm from the groups that are named for it, at least one; `modes` in the model's order.
+SHIFTS = {
+    "narrower": "its normal numbers lie closer together than their law, as after a truncation that nobody asked for",
+    "wider": "its normal numbers lie farther apart than their law",
+    "shifted": "its normal numbers are not centred where their law is",
+    "signs": "its signs are no fair coins",
+    "dependent": "its coordinates depend on each other",
+    "repeats": "the same latents come again and again",
+    "impossible": "some of its numbers cannot occur at all",
+}
+"""What the evidence of `latents.py` says of the latents in use."""
+
+
+def latent_shift(shifts: Collection[str], misdrawn: tuple[int, int] | None) -> Verdict:
+    """The latents in use are not those of the law: in the ways `shifts`, keys of SHIFTS; and of so many (wrong, looked at) not of their seed."""
+    law = "; ".join(SHIFTS[shift] for shift in SHIFTS if shift in shifts)
+    seeds = "" if misdrawn is None else f"{misdrawn[0]:,} of {misdrawn[1]:,} latents that were looked at are not those of their seed"
+    follows = f"what the model is fed does not follow its law: {law}" if law else "that they break the law itself has not shown"
+    words = f"{'; '.join(filter(None, (seeds, follows)))}."
+    advice = "Compare how the replicas draw latents with the card (law, truncation, seeds), and the versions of what they run; start them anew with the certified release."
+    return replace(VERDICTS["latent_fault"], words=words[0].upper() + words[1:], advice=advice)
+
+
+def wrong_model(*, golden: tuple[int, int], served: Compared, levels: bool) -> Verdict:
+    """What a replay audit alone says. golden: certified samples asked for again and those that differed; served: samples that clients
+    got, run again; levels: whether differences are counted in levels of a pixel."""
+    verdict, found = VERDICTS["wrong_model"], []
+    if golden[1]:
+        found.append(f"{golden[1]:,} of {golden[0]:,} certified samples come back different when they are asked for again")
+    if served.different:
+        by = f"{served.worst:.0f} levels" if levels else f"{served.worst:.3g}"
+        found.append(f"{served.different:,} of {served.checked:,} served samples differ from what the certified model makes of their latents, by up to {by}")
+    near = " They are the same samples, computed otherwise." if served.near else ""
+    words = f"{' and '.join(found)}: {verdict.words.partition(': ')[2]}{near}" if found else verdict.words
+    advice = f"Look at precision, quantisation and the runtime first. {verdict.advice}" if served.near else verdict.advice
+    return replace(verdict, words=words, advice=advice)
+
+
+def diagnose(
+    groups: Collection[str], modes: tuple[str, ...], *, passed_as: str | None = None, misdrawn: tuple[int, int] | None = None
+) -> Verdict:
+    """The verdict on an alarm from the groups that are named for it; `modes` in the model's order.
 
     passed_as: a version of this very generator that the gate let pass by another reference, if there is one: then quality out of
-    tolerance is the reference's doing.
+    tolerance is the reference's doing. misdrawn: latents that were not of their seed, and those looked at, where there are any:
+    that goes before all that samples say. There is at least one group, or `misdrawn`.
     """
     kinds = {group.partition(":")[0] for group in groups}
+    if misdrawn is not None or ("latents" in kinds and "duplicates" not in kinds):
+        return latent_shift({group.partition(":")[2] for group in groups if group.startswith("latents:")}, misdrawn)
     verdict = VERDICTS[next(EXPLANATIONS[kind] for kind in EXPLANATIONS if kind in kinds)]
     if verdict.id == "quality_outside_tolerance" and passed_as is not None:
         moved = VERDICTS["world_moved"]
@@ -133,14 +177,13 @@ def diagnose(groups: Collection[str], modes: tuple[str, ...], *, passed_as: str 
     return Verdict(verdict.id, words, verdict.advice, dropped, verdict.null)
 
 
-def replaced(verdict: Verdict) -> Verdict:
-    """The verdict where, besides, not one certified sample comes back: another model serves, of which this is what one sees.
+def replaced(verdict: Verdict, other: Verdict) -> Verdict:
+    """The verdict where, besides, not one certified sample comes back: `other`, that another model serves, of which this is what one sees.
 
     But for what says more than that: repeating latents, which change every sample too, and copies of training data.
     """
     if verdict.id in ("latent_fault", "memorisation"):
         return verdict
-    other = VERDICTS["wrong_model"]
     return replace(other, words=f"{other.words} What shows: {verdict.words}", modes=verdict.modes, null=verdict.null)
 
 

@@ -17,6 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from monitoring.diagnosis import QUIET, VERDICTS
+from monitoring.reruns import LATENTS, OUTCOMES
 from monitoring.runs import STATES
 from monitoring.watch import Live, View, parse_counter
 from serving.records import ORIGINS
@@ -50,22 +51,24 @@ TRAINING = {  # figure of a training run -> end of its series' name, what it is
     "data_dimension": ("data_dimensions", "Intrinsic dimension of the data"),
 }
 
+Outcomes = Mapping[tuple[str, str], int]
 Labelled = Iterable[tuple[Mapping[str, str], float | int | None]]  # bool counts as int
 
 
 class Exporter:
     """Renders what `read` returns at each scrape: the view, the records dropped by reason, the probes by (model, outcome).
 
-    `runs` gives where training runs stand (runs.py).
+    `runs` gives where training runs stand (runs.py); `reruns` the samples run again and the latents looked at, by (model, outcome).
     """
 
     def __init__(
         self,
         read: Callable[[], tuple[View, Mapping[str, int], Mapping[tuple[str, str], int]]],
         runs: Callable[[], Sequence[Mapping[str, Any]]] = tuple,
+        reruns: Callable[[], tuple[Outcomes, Outcomes]] = lambda: ({}, {}),
     ) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_ViewCollector(read, runs))
+        self._registry.register(_ViewCollector(read, runs, reruns))
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition and its content type: OpenMetrics where `accept` asks for it, the text format otherwise."""
@@ -78,8 +81,9 @@ class _ViewCollector(Collector):
         self,
         read: Callable[[], tuple[View, Mapping[str, int], Mapping[tuple[str, str], int]]],
         runs: Callable[[], Sequence[Mapping[str, Any]]],
+        reruns: Callable[[], tuple[Outcomes, Outcomes]],
     ) -> None:
-        self._read, self._runs = read, runs
+        self._read, self._runs, self._reruns = read, runs, reruns
 
     def describe(self) -> Iterable[Metric]:
         return ()
@@ -95,6 +99,7 @@ class _ViewCollector(Collector):
         yield from _comparisons(view)
         yield from _samples(view, dropped, probes)
         yield from _versions(view)
+        yield from _run_again(view, *self._reruns())
         yield from _serving(view)
         yield from _training(self._runs())
 
@@ -217,6 +222,15 @@ def _versions(view: View) -> Iterator[Metric]:
     yield _counter("ganwatch_actions_total", "Aliases that the monitor changed for an alarm", actions)
     restores = [({"model": model, "outcome": outcome}, count) for (model, outcome), count in view.restores.items()]
     yield _counter("ganwatch_state_restores_total", "Versions that came under watch, by what became of their saved state", restores)
+
+
+def _run_again(view: View, samples: Outcomes, latents: Outcomes) -> Iterator[Metric]:
+    for name, words, counts, outcomes in (
+        ("samples_rerun", "Served samples run again on the certified generator, by what came of it", samples, OUTCOMES),
+        ("latents_checked", "Latents that the model was fed, by whether they were those of their seed", latents, LATENTS),
+    ):
+        found = [({"model": model, "outcome": outcome}, counts.get((model, outcome), 0)) for model in view.models for outcome in outcomes]
+        yield _counter(f"ganwatch_{name}_total", words, found)
 
 
 def _serving(view: View) -> Iterator[Metric]:

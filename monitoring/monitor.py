@@ -14,18 +14,20 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 from numpy import ndarray
 
+from monitoring.audit import Compared
 from monitoring.calibration import SAMPLES, Calibration
 from monitoring.coverage import mode_coverage, mode_status
-from monitoring.diagnosis import VERDICTS, Verdict, delay_of_loss, detectable, diagnose, replaced
+from monitoring.diagnosis import VERDICTS, Verdict, delay_of_loss, detectable, diagnose, replaced, wrong_model
 from monitoring.divergences import DIVERGENCES, INTERVALS, ShareSet, smoothed, total_variation
 from monitoring.edetectors import FAMILIES, NULLS, EDetector
 from monitoring.features import Eye, Seen
+from monitoring.latents import LatentDetector
 from monitoring.points import POINT_GAUGES, Cloud, Embedding
 from monitoring.sketches import BLOCK, NEWEST, Blocks, Decayed, Newest, Sketch
 from training.bundle import Bundle
@@ -38,12 +40,17 @@ GAUGES = (*DIVERGENCES, "mode_coverage", "off_manifold", "frechet")
 ALL_GAUGES = (*GAUGES, "mmd", *POINT_GAUGES)  # the latter of the fresh population only, and only where the bundle has real points
 REAL_POINTS = 1024  # real points that served ones are compared with
 AUDIT_PATIENCE = 4096  # samples tested for which a failed replay audit waits for the samples to say which failure it is
+SHORT_PATIENCE = 512  # ... where no failure that needs longer is possible
+RECENT_RERUNS = 128  # samples run again, of which two must differ: a latent on the very edge of a decision in the graph may
 UNWATCHED = 1e5  # samples: a mode whose loss would take longer to be seen counts as unwatched, never as fine
 WARM_UP = 512  # samples tested before silence is called health
 FLOOR_DRAWS = 64
 GAUGE_DELTA = 0.05  # chance that an interval fails at any sample of a block
-_COUNTS = ("monitored", "given", "served", "frechet_clipped", "replay_checked", "replay_mismatched")  # what a Monitor counts over its whole life
-_MARKS = ("slack", "alarmed_at", "_since", "_suspected", "_wrong", "_replaced")  # when something happened to it
+_COUNTS = (  # what a Monitor counts over its whole life
+    *("monitored", "given", "served", "frechet_clipped", "replay_checked", "replay_mismatched"),
+    *("rerun_checked", "rerun_mismatched", "latents_checked", "latents_wrong"),
+)
+_MARKS = ("slack", "alarmed_at", "_since", "_suspected", "_wrong", "_golden", "_again", "_near", "_misdrawn")  # when something happened to it
 PRIOR_SAMPLES = 1024  # how strongly one of the two priors of the intervals believes in the certificate
 
 TOLERANCES = {"forward_kl": 0.1, "reverse_kl": 0.08, "js": 0.02, "chi_squared": 0.08, "tv": 0.08, "frechet": 0.05}
@@ -66,6 +73,13 @@ class Gauge:
     floor: float = math.nan
 
 
+class Fed(NamedTuple):
+    """Latents that the model was fed, of some of a batch of samples: z [m, d] of the rows [m], ascending."""
+
+    rows: Int64[ndarray, "m"]
+    z: Float32[ndarray, "m d"]
+
+
 class Monitor:
     """Watches one bundle. arl: least mean number of samples eaten to a false alarm; share: this version's part of that budget.
 
@@ -85,6 +99,7 @@ class Monitor:
         certificate, reference = bundle.certificate, bundle.reference
         self._eye = Eye(bundle)
         self._detector = EDetector(certificate, reference, bundle.card.modes, threshold=arl / share, scores=bundle.card.scores)
+        self._latents = LatentDetector(bundle.card.latent, threshold=arl / share)
         cells, features = len(bundle.card.modes) + 1, len(reference.feature_mean)
         rng = np.random.default_rng(0)  # which of the real points: the same ones in every process
         real, self._spare = rng.permutation(reference.held_out_points)[:REAL_POINTS], rng.permutation(reference.train_points)[:BLOCK]
@@ -107,8 +122,13 @@ class Monitor:
         self._since = 0  # samples tested at the last restart of the detectors
         self.replay_checked = self.replay_mismatched = 0  # golden samples asked for again, and those that came back different
         self._suspected: int | None = None  # samples tested when the replay audit failed, None while it last passed
-        self._replaced = False  # in the last replay not one golden sample came back as certified
+        self._golden = [0, 0]  # golden samples compared in the last replay, and those that differed
         self._wrong: int | None = None  # number of the tested sample with which that became the verdict
+        self.rerun_checked = self.rerun_mismatched = 0  # served samples run again, and those that came out different
+        self.latents_checked = self.latents_wrong = 0  # latents in use, and those that were not of their seed
+        self._again: dict[str, float] | None = None  # since the first that differed: Compared without `near`, `rerun_checked` at the newest, whether two came close together
+        self._near = True  # whether all that differed, golden or served, were near what they should have been
+        self._misdrawn: int | None = None  # number of the newest tested sample when a latent was not of its seed
         self.alarmed_at: float | None = None
         self.passed_as: str | None = None  # a version of the same generator that was good enough by another reference
         self.verdict = VERDICTS["warming_up"]
@@ -120,11 +140,11 @@ class Monitor:
 
     @property
     def first_alarm(self) -> int | None:
-        return _earliest(self._detector.crossed, self._wrong)
+        return _earliest(self._detector.crossed, self._latents.crossed, self._wrong, self._misdrawn)
 
     @property
     def suspect(self) -> bool:
-        """Whether certified samples came back different in the last replay audit."""
+        """Whether samples differ from what the certified model makes of their latents, and nothing has cleared that up."""
         return self._suspected is not None
 
     @property
@@ -135,15 +155,17 @@ class Monitor:
         """Samples in the eyes of this version's features.onnx; nothing is counted."""
         return self._eye.look(samples)
 
-    def update(self, samples: ndarray, *, fresh: bool, at: float, classes: Int64[ndarray, "n"] | None = None) -> None:
+    def update(self, samples: ndarray, *, fresh: bool, at: float, classes: Int64[ndarray, "n"] | None = None, fed: Fed | None = None) -> None:
         """Look at n samples [n, *sample_shape], n >= 0; `at`: Unix seconds. What is no sample is counted, never an error.
 
         fresh: independent draws of the model's law, or of `classes`, those that clients asked for (None: they named none).
-        Samples of given classes are tested given these, and are no part of the fresh population.
+        Samples of given classes are tested given these, and are no part of the fresh population. fed: latents that the model was
+        fed; they are tested together with their samples, where these are.
         """
+        rows = np.arange(len(samples) if samples.ndim else 1)
         if classes is not None and self.demand.size and (known := (classes >= 0) & (classes < self.demand.size)).sum() < len(classes):
             self.rejected["class"] += int((~known).sum())
-            samples, classes = samples[known], classes[known]
+            samples, classes, rows = samples[known], classes[known], rows[known]
         seen = self._eye.look(samples)
         for reason, count in seen.rejected.items():
             self.rejected[reason] += count
@@ -153,8 +175,9 @@ class Monitor:
         embedded = self._embedding(seen.features)
         self._blocks["served"].add(seen.cells, seen.features, embedded)
         if classes is not None:
-            self._asked(seen, classes[seen.rows], fresh=fresh, at=at)
+            self._asked(seen, classes[seen.rows], fresh=fresh, at=at, fed=fed, rows=rows[seen.rows])
         elif fresh:
+            self._eat_latents(fed, rows[seen.rows])
             self._blocks["fresh"].add(seen.cells, seen.features, embedded)
             self._recent.add(seen.cells, seen.features)
             self._newest.add(seen.features)
@@ -162,15 +185,23 @@ class Monitor:
             self.monitored += len(seen.cells)
             self._judge(at)
 
-    def _asked(self, seen: Seen, classes: Int64[ndarray, "n"], *, fresh: bool, at: float) -> None:
+    def _asked(self, seen: Seen, classes: Int64[ndarray, "n"], *, fresh: bool, at: float, fed: Fed | None, rows: Int64[ndarray, "n"]) -> None:
         """Samples of given classes: their modes are evidence given the class, the classes themselves are demand."""
         if not self.demand.size:
             return  # certified before classes were counted: nothing is known of them
         self.demand = self.demand * 0.5 ** (len(classes) / BLOCK) + np.bincount(classes, minlength=self.demand.size)
         if fresh:
+            self._eat_latents(fed, rows)
             self._detector.update(seen.scores, seen.features, seen.cells, seen.samples, index=self.tested, classes=classes)
             self.given += len(classes)
         self._judge(at)
+
+    def _eat_latents(self, fed: Fed | None, rows: Int64[ndarray, "n"]) -> None:
+        """Test the latents of those samples that are about to be tested, which were the `rows` of their batch. No class tells anything of
+        them. A sample that could not be looked at takes its latents with it: both count, or neither."""
+        if fed is not None and len(fed.rows):
+            tested = np.isin(fed.rows, rows)
+            self._latents.update(fed.z[tested], self.tested + np.searchsorted(rows, fed.rows[tested]))
 
     @property
     def demand_shifted(self) -> bool:
@@ -181,21 +212,65 @@ class Monitor:
         chance = np.sqrt(drawn * (1 - drawn) / (2 * math.pi * n)).sum()  # E TV of n draws
         return bool(total_variation(drawn, self.demand / n) > TOLERANCES["tv"] + chance)
 
-    def audit(self, *, checked: int, mismatched: int) -> None:
-        """Take in a replay of the certificate's golden samples: how many were compared, how many came back different.
+    def audit(self, *, checked: int, mismatched: int, near: bool = False) -> None:
+        """Take in a replay of the certificate's golden samples: how many were compared, how many came back different, and whether
+        each of these was near what it should have been (`audit.Compared`).
 
         One that differs proves that something else serves than was certified. It says nothing of what that something does, so
         the verdict is left to the samples for AUDIT_PATIENCE of them, which find any gross failure sooner and name it; only
         where they stay silent is it `wrong_model`, and should they speak later, theirs is the sharper word. But where not one
-        golden sample comes back, another model serves, and whatever is wrong with the law is its doing.
+        golden sample comes back, another model serves, and whatever is wrong with the law is its doing. Then SHORT_PATIENCE
+        is enough, as no later word could be another one; and so it is where the samples are the same ones, slightly off: a mode that
+        is gone, noise and copies are other samples, and what is left, a loss of variety, shows sooner than that.
         """
-        self._replaced = bool(0 < checked == mismatched)
+        self._golden = [checked, mismatched]
         self.replay_checked += checked
         self.replay_mismatched += mismatched
-        if not mismatched:
-            self._suspected = None
-        elif self._suspected is None:
+        if mismatched:
+            self._suspect(near)
+        elif self._again is None or not self._again["twice"]:
+            self._suspected, self._near = None, True
+
+    def rerun(self, found: Compared, *, latents: int, wrong: int, at: float) -> None:
+        """Take in served samples that were run again on the certified generator, and how many latents were not of their seed.
+
+        A difference means what it means for a golden sample, but it takes two among RECENT_RERUNS. A wrong latent is an alarm at
+        once: it comes before all that samples could say.
+        """
+        self.latents_checked += latents
+        self.latents_wrong += wrong
+        if wrong and self._misdrawn is None:
+            self._misdrawn = max(0, self.tested - 1)
+        self.rerun_checked += found.checked
+        self.rerun_mismatched += found.different
+        if found.different:
+            before = self._again or {"checked": 0, "different": 0, "worst": 0.0, "newest": -math.inf, "twice": False}
+            twice = found.different > 1 or self.rerun_checked - before["newest"] <= RECENT_RERUNS
+            self._again = {
+                "checked": before["checked"] + found.checked,
+                "different": before["different"] + found.different,
+                "worst": max(before["worst"], found.worst),
+                "newest": self.rerun_checked,
+                "twice": before["twice"] or twice,
+            }
+            if twice:
+                self._suspect(found.near)
+            else:
+                self._near &= found.near
+        elif self._again is not None:
+            self._again = self._again | {"checked": self._again["checked"] + found.checked}
+        self._judge(at)
+
+    def _suspect(self, near: bool) -> None:
+        self._near &= near
+        if self._suspected is None:
             self._suspected = self.tested
+
+    @property
+    def _replaced(self) -> bool:
+        """Whether not one sample, golden or served, is what the certified generator makes of its latents."""
+        checked, mismatched = self._golden
+        return bool(0 < checked == mismatched) and (self._again is None or self._again["checked"] == self._again["different"])
 
     def state(self) -> dict[str, Any]:
         """All that the past has left here, under plain names: arrays, and values that JSON can say."""
@@ -206,12 +281,12 @@ class Monitor:
 
     def _parts(self) -> dict[str, Any]:
         """Whatever has a state of its own."""
-        return {"detector": self._detector, **self._blocks, "recent": self._recent, "newest": self._newest}
+        return {"detector": self._detector, "latents": self._latents, **self._blocks, "recent": self._recent, "newest": self._newest}
 
     def identity(self) -> dict[str, Any]:
         """What a state must have in common with this monitor to mean anything to it."""
         files = hashlib.sha256(repr(sorted(self.bundle.card.files.items())).encode()).hexdigest()
-        return {"bundle": files[:16], "arl": self.arl, "threshold": self.arl / self.share, "bets": self._detector.layout[:16]}
+        return {"bundle": files[:16], "arl": self.arl, "threshold": self.arl / self.share, "bets": self._detector.layout[:16] + self._latents.layout[:16]}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where the monitor stood whose `state` this is, without a false alarm and with any latched one.
@@ -245,25 +320,32 @@ class Monitor:
         self._since += other._since
         theirs = other._parts()
         for name, owner in self._parts().items():
-            if name != "detector":
+            if name not in ("detector", "latents"):
                 owner.merge(theirs[name])
         self.demand = self.demand + other.demand
         self._detector.merge(other._detector, index=self.tested - 1)
-        self._suspected, self._wrong = (_earliest(a, b) for a, b in ((self._suspected, other._suspected), (self._wrong, other._wrong)))
-        self.alarmed_at = _earliest(self.alarmed_at, other.alarmed_at)
-        self._replaced |= other._replaced
+        self._latents.merge(other._latents, index=self.tested - 1)
+        for name in ("_suspected", "_wrong", "_misdrawn", "alarmed_at"):
+            setattr(self, name, _earliest(getattr(self, name), getattr(other, name)))
+        self._golden = max(self._golden, other._golden, key=lambda golden: golden[1] / max(1, golden[0]))
+        self._near &= other._near
+        if self._again is None or other._again is None:
+            self._again = self._again or other._again
+        else:
+            self._again = {key: (sum if key in ("checked", "different") else max)((value, other._again[key])) for key, value in self._again.items()}
         self._judge(at)
 
-    def keep_alarm(self, crossed: int | None, named: ndarray, alarmed_at: float | None) -> None:
+    def keep_alarm(self, alarms: tuple[tuple[int | None, ndarray], ...], alarmed_at: float | None) -> None:
         """Latch what an earlier sum of the same shards had latched, as `alarm` says it: the evidence may have gone since."""
-        self._detector.latch(crossed, named)
+        for detector, (crossed, named) in zip((self._detector, self._latents), alarms, strict=True):
+            detector.latch(crossed, named)
         self.alarmed_at = _earliest(self.alarmed_at, alarmed_at)
         self._judge()
 
     @property
-    def alarm(self) -> tuple[int | None, ndarray, float | None]:
+    def alarm(self) -> tuple[tuple[tuple[int | None, ndarray], ...], float | None]:
         """What `keep_alarm` takes."""
-        return self._detector.crossed, self._detector.named.copy(), self.alarmed_at
+        return tuple((detector.crossed, detector.named.copy()) for detector in (self._detector, self._latents)), self.alarmed_at
 
     def reshare(self, share: float) -> None:
         """Another part of the false-alarm budget from now on. The evidence stays, and so does a latched alarm: what bounds the
@@ -276,6 +358,7 @@ class Monitor:
         """Hold the evidence against arl / share / slack from now on: measured (`calibration.py`) in place of guaranteed. None: guaranteed."""
         self.slack = slack
         self._detector.threshold = self.arl / self.share / (slack or 1.0)
+        self._latents.threshold = self.arl / self.share  # no samples were simulated through it
 
     def calibration(self, samples: int = SAMPLES) -> Calibration:
         """What finds the slack of this monitor, with bets of its own."""
@@ -286,13 +369,16 @@ class Monitor:
     def acknowledge(self) -> None:
         """Unlatch: the detectors forget everything and start again; counts and gauges go on."""
         self._detector.restart()
-        self.alarmed_at = self._suspected = self._wrong = None
+        self._latents.restart()
+        self.alarmed_at = self._suspected = self._wrong = self._misdrawn = self._again = None
+        self._near = True
         self._since = self.tested
         self._judge()
 
     def evidence(self) -> dict[str, float]:
         """Family -> log10 of its weighted evidence, -inf before the first sample. The evidence adds up to that of the alarm."""
-        return {family: math.log10(e) if e > 0 else -math.inf for family, e in self._detector.family_evidence().items()}
+        found = self._detector.family_evidence() | {"latents": float(self._latents.evidence.sum())}
+        return {family: math.log10(e) if e > 0 else -math.inf for family, e in found.items()}
 
     def gauges(self, population: str) -> dict[str, Gauge]:
         """The estimates of a population against the real data. NaN before the first sample.
@@ -425,27 +511,35 @@ class Monitor:
                 "modes": self.modes(),
                 "coverage": self.coverage(),
                 "replay": {"checked": self.replay_checked, "mismatched": self.replay_mismatched, "suspect": self.suspect},
+                "rerun": {"checked": self.rerun_checked, "mismatched": self.rerun_mismatched, "latents": self.latents_checked, "latents_wrong": self.latents_wrong},
                 "detectable": detectable(self.bundle.certificate, card.modes, monitored=seen, threshold=threshold),
             }
         )
 
     def _judge(self, at: float | None = None) -> None:
         """The verdict as of now; `at` is the time of an alarm that is raised by it."""
-        if self._detector.crossed is None and self._wrong is None and self._suspected is not None:
-            self._wrong = self._suspected + AUDIT_PATIENCE - 1 if self.tested - self._suspected >= AUDIT_PATIENCE else None
+        if self.first_alarm is None and self._suspected is not None:
+            patience = SHORT_PATIENCE if self._near or self._replaced else AUDIT_PATIENCE
+            self._wrong = self._suspected + patience - 1 if self.tested - self._suspected >= patience else None
         if self.first_alarm is not None and self.alarmed_at is None:
             self.alarmed_at = at
-        if self._detector.crossed is not None:
-            groups = [g for g, named in zip(self._detector.groups, self._detector.named, strict=True) if named]
-            self.verdict = diagnose(groups, self.bundle.card.modes, passed_as=self.passed_as)
+        groups = [g for d in (self._detector, self._latents) for g, named in zip(d.groups, d.named, strict=True) if named]
+        if groups or self._misdrawn is not None:
+            misdrawn = (self.latents_wrong, self.latents_checked) if self._misdrawn is not None else None
+            self.verdict = diagnose(groups, self.bundle.card.modes, passed_as=self.passed_as, misdrawn=misdrawn)
             if self._replaced:
-                self.verdict = replaced(self.verdict)
+                self.verdict = replaced(self.verdict, self._wrong_model())
         elif self._wrong is not None:
-            self.verdict = VERDICTS["wrong_model"]
+            self.verdict = self._wrong_model()
         elif self.tested - self._since < WARM_UP:
             self.verdict = VERDICTS["warming_up"]
         else:
             self.verdict = VERDICTS["demand_shift" if self.demand_shifted else "healthy"]
+
+    def _wrong_model(self) -> Verdict:
+        again = self._again or {"checked": 0, "different": 0, "worst": 0.0}
+        served = Compared(int(again["checked"]), int(again["different"]), self._near, again["worst"])
+        return wrong_model(golden=(self._golden[0], self._golden[1]), served=served, levels=self.bundle.card.is_image)
 
     def _tolerance(self) -> dict[str, dict[str, float]]:
         ours, real = self.bundle.certificate, self.bundle.reference

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from monitoring.audit import replay
+from monitoring.audit import Compared, replay
 from training.bundle import Bundle
 
 HEADER = {"X-Ganwatch-Probe": "1", "Accept": "application/x-npy"}  # the mark of a probe; whoever sends a seed is a client all the same
@@ -43,7 +43,7 @@ class Prober:
 
     `targets` says, when called, what is watched. What the probes themselves bring back does not count as drawn by clients: a
     tap that drops some of them must not be asked for more. `bundles` says which versions to audit, and
-    `audited` is told of each audit: the bundle, samples compared, samples that differ.
+    `audited` is told of each audit: the bundle, and what came of it.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Prober:
         rate: int,
         targets: Callable[[], Sequence[Target]],
         bundles: Callable[[], list[Bundle]],
-        audited: Callable[[Bundle, int, int], None],
+        audited: Callable[[Bundle, Compared], None],
     ) -> None:
         self.url, self.rate, self.targets, self.bundles, self.audited = serving_url.rstrip("/"), rate, targets, bundles, audited
         self.outcomes: Counter[tuple[str, str]] = Counter()  # (model, outcome) -> requests
@@ -70,6 +70,10 @@ class Prober:
         """Returns once the request under way has ended, at most TIMEOUT later."""
         self._stopping.set()
         self._thread.join()
+
+    def hurry(self, bundle: Bundle) -> None:
+        """Audit a version with the next round, not only when it is its turn."""
+        self._due.pop(str(bundle.path), None)
 
     def _run(self) -> None:
         with httpx.Client(headers=HEADER, timeout=TIMEOUT, trust_env=False) as client:
@@ -93,7 +97,7 @@ class Prober:
         if now < self._due.get(path, now):
             return
         try:
-            compared, different = replay(client, self.url, bundle)
+            found = replay(client, self.url, bundle)
         except (httpx.HTTPError, ValueError) as error:
             if now - self._failing_since.setdefault(path, now) > AUDIT_GRACE:
                 self.audit_trouble[path] = f"the replay audit of {bundle.card.model} {bundle.card.version} fails: {error}"
@@ -101,7 +105,7 @@ class Prober:
         self._due[path] = now + AUDIT_PERIOD
         self._failing_since.pop(path, None)
         self.audit_trouble.pop(path, None)
-        self.audited(bundle, compared, different)
+        self.audited(bundle, found)
 
     def _probe(self, client: httpx.Client, target: Target, count: int) -> None:
         model = target.model

@@ -2,8 +2,8 @@
 
     python -m monitoring.service --registry .ganwatch/registry --serving-url http://127.0.0.1:8000
 
-Three threads: the event loop, which only moves bytes; one that owns every Monitor and is fed through a bounded inbox; one that
-probes. It knows no statistics.
+Four threads: the event loop, which only moves bytes; one that owns every Monitor and is fed through a bounded inbox; one that
+probes; one that runs samples again. It knows no statistics.
 """
 
 from __future__ import annotations
@@ -45,16 +45,18 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from monitoring import picture
+from monitoring.audit import Compared, certified
 from monitoring.acting import Policy
 from monitoring.incidents import Incidents
 from monitoring.metrics import Exporter
 from monitoring.probes import Prober, Target
+from monitoring.reruns import Rerun, Reruns
 from monitoring.runs import Runs
 from monitoring.shipping import Shipper, shard_name
 from monitoring.states import StateError, States, decode
 from monitoring.watch import View, Watch, parse_counter
 from serving.records import ORIGINS, Heartbeat, Origin, Record
-from training.bundle import Bundle
+from training.bundle import Bundle, check_window
 from training.registry import Registry, ganwatch_home
 
 PAGE = Path(__file__).parent / "page"
@@ -117,15 +119,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Audited:
-    """A replay audit of `bundle`: golden samples compared, and those that came back different."""
+    """A replay audit of `bundle`: what came of its golden samples."""
 
     bundle: Bundle
-    compared: int
-    different: int
+    found: Compared
 
 
 Ask = tuple[Callable[[float], Any], Future[Any]]  # what to do at a time in the Monitors' thread, and who waits for it
-Item = Heartbeat | Record | Audited | Ask
+Item = Heartbeat | Record | Audited | Rerun | Ask
 
 
 class Inbox:
@@ -187,9 +188,12 @@ class Service:
         self.watch = Watch(registry, self.incidents, arl=options.arl, states=States(home / "monitor"), policy=policy, calibrated=options.calibrated)
         self.inbox = Inbox(options.inbox)
         self.prober = Prober(options.serving_url, options.probe_rate, self._targets, self._bundles, self._audited)
+        self.reruns = Reruns(lambda bundle: certified(bundle, registry), self.inbox.put)
         self.runs = Runs(home / "runs")
         self.exporter = Exporter(
-            lambda: (self.view, {"queue_full": self.inbox.dropped}, dict(self.prober.outcomes)), lambda: self.runs.shown
+            lambda: (self.view, {"queue_full": self.inbox.dropped}, dict(self.prober.outcomes)),
+            lambda: self.runs.shown,
+            lambda: (dict(self.reruns.outcomes), dict(self.reruns.latents)),
         )
         self.shipper: Shipper | None = None
         if options.merge_into is not None:
@@ -206,6 +210,7 @@ class Service:
 
     def start(self) -> None:
         self._thread.start()
+        self.reruns.start()
         if self.options.probe_rate:
             self.prober.start()
         if self.shipper is not None:
@@ -214,6 +219,7 @@ class Service:
     def stop(self) -> None:
         self.stopping.set()
         self._thread.join()
+        self.reruns.stop()
         if self.options.probe_rate:
             self.prober.stop()
         if self.shipper is not None:
@@ -223,7 +229,7 @@ class Service:
     def state(self, view: View, since: float = -math.inf) -> dict[str, Any]:
         """The JSON of /api/state: the view, with what troubles the process itself."""
         state = view.state(since)
-        state["errors"] += [*self.prober.trouble.values(), *self.prober.audit_trouble.values(), *self.runs.trouble.values(), *filter(None, (self.trouble, self.shipper and self.shipper.trouble))]
+        state["errors"] += [*self.prober.trouble.values(), *self.prober.audit_trouble.values(), *self.reruns.trouble.values(), *self.runs.trouble.values(), *filter(None, (self.trouble, self.shipper and self.shipper.trouble))]
         return state
 
     def ask(self, what: Callable[[float], Any]) -> Future[Any]:
@@ -246,8 +252,22 @@ class Service:
     def _bundles(self) -> list[Bundle]:
         return [bundle for shown in self.view.models.values() for bundle in shown.bundles.values()]
 
-    def _audited(self, bundle: Bundle, compared: int, different: int) -> None:
-        self.inbox.put(Audited(bundle, compared, different))
+    def _audited(self, bundle: Bundle, found: Compared) -> None:
+        self.inbox.put(Audited(bundle, found))
+
+    def _run_again(self, records: list[Record]) -> None:
+        """Pass on what came with latents, of versions that are watched; others are counted where they are eaten."""
+        noted: dict[tuple[str, str], list[Record]] = {}
+        for record in records:
+            if record.z is not None:
+                noted.setdefault((record.model, record.version), []).append(record)
+        for key, group in noted.items():
+            if (bundle := self.watch.bundle(*key)) is not None:
+                self.reruns.offer(bundle, group)
+
+    def _reran(self, rerun: Rerun, now: float) -> None:
+        if self.watch.reran(rerun, now):
+            self.prober.hurry(rerun.bundle)  # golden samples tell how much of the model is another one
 
     def _work(self) -> None:
         followed = published = time.monotonic()  # periods must not depend on a clock that people set
@@ -261,9 +281,12 @@ class Service:
                 self._step(self.watch.hear, heartbeat, now)
             if records := [record for item in items for record in _records(item)]:
                 self._step(self.watch.eat, records, now)
+                self._step(self._run_again, records)
             self._step(self.watch.act, now)
             for audited in (item for item in items if isinstance(item, Audited)):
-                self._step(self.watch.audited, audited.bundle, audited.compared, audited.different)
+                self._step(self.watch.audited, audited.bundle, audited.found)
+            for rerun in (item for item in items if isinstance(item, Rerun)):
+                self._step(self._reran, rerun, now)
             answers = [item for item in items if isinstance(item, tuple)]
             closed: list[tuple[Future[Any], Any]] = []
             for what, answer in answers:
@@ -515,7 +538,21 @@ def _decode(body: bytes) -> Heartbeat:
             raise ValueError(f"record {i} is of model {record.model!r}, version {record.version!r}; expected two texts")
         if record.samples.ndim < 2:
             raise ValueError(f"samples of record {i} have shape {list(record.samples.shape)}; expected [k, *sample_shape]")
+        _check_latents(i, record)
     return heartbeat
+
+
+def _check_latents(i: int, record: Record) -> None:
+    """Raise ValueError where the latents of record `i` are not those of rows that it has."""
+    if not all(type(row) is int and 0 <= row < len(record.samples) for row in record.fed) or list(record.fed) != sorted(set(record.fed)):
+        raise ValueError(f"rows {record.fed[:8]} of record {i} come with latents; expected rows below {len(record.samples)}, each once, ascending")
+    if record.z is None:
+        return
+    if record.z.dtype != np.float32 or record.z.ndim != 2 or len(record.z) != len(record.fed):
+        raise ValueError(f"latents of record {i} are {record.z.dtype} {list(record.z.shape)}; expected float32 [{len(record.fed)}, d]")
+    if type(record.seed) is not int or type(record.offset) is not int or not isinstance(record.truncation, int | float) or not 0 < record.truncation <= 1:
+        raise ValueError(f"record {i} has seed {record.seed!r}, offset {record.offset!r}, truncation {record.truncation!r}; expected two integers and a share")
+    check_window(record.seed, record.offset, len(record.samples))
 
 
 def _error(status: int, code: str, message: str, field: str | None, value: Any, expected: str) -> JSONResponse:

@@ -23,10 +23,12 @@ import numpy as np
 from numpy import ndarray
 
 from monitoring import acting, picture
+from monitoring.audit import Compared
 from monitoring.calibration import Calibration, Healthy
 from monitoring.comparison import Comparison
 from monitoring.incidents import Incidents
-from monitoring.monitor import POPULATIONS, Gauge, Monitor
+from monitoring.monitor import POPULATIONS, Fed, Gauge, Monitor
+from monitoring.reruns import Rerun
 from monitoring.states import StateError, States
 from serving.records import Heartbeat, Record
 from training.bundle import Bundle, BundleError, Card, open_bundle
@@ -636,25 +638,55 @@ class Watch:
         for (name, version, fresh, (*_, unlabelled)), group in groups.items():
             samples = np.concatenate([record.samples for record in group])
             classes = None if unlabelled else np.concatenate([np.broadcast_to(np.asarray(r.label, np.int64), len(r.samples)) for r in group])
+            fed = self._fed(name, version, group) if fresh else None
             for start in range(0, len(samples), CHUNK):
                 part = slice(start, start + CHUNK)
-                self._update(name, version, samples[part], fresh, at, None if classes is None else classes[part])
+                noted = None
+                if fed is not None:
+                    rows = slice(*np.searchsorted(fed.rows, (start, start + CHUNK)))
+                    noted = Fed(fed.rows[rows] - start, fed.z[rows])
+                self._update(name, version, samples[part], fresh, at, None if classes is None else classes[part], noted)
 
-    def audited(self, bundle: Bundle, compared: int, different: int) -> None:
+    def _fed(self, name: str, version: str, group: list[Record]) -> Fed | None:
+        """The latents of records that are joined. Those that the model does not take are counted where they are run again."""
+        dim = self._watched[name, version].bundle.card.latent.dim
+        starts = np.cumsum([0, *(len(record.samples) for record in group)])
+        found = [(start + np.array(record.fed), record.z) for start, record in zip(starts, group, strict=False) if record.z is not None and record.z.shape[1] == dim]
+        return Fed(*(np.concatenate(column) for column in zip(*found, strict=True))) if found else None
+
+    def bundle(self, name: str, version: str) -> Bundle | None:
+        """What is watched of a version that an alias names."""
+        model = self._models.get(name)
+        return self._watched[name, version].bundle if model is not None and version in model.aliases.values() else None
+
+    def audited(self, bundle: Bundle, found: Compared) -> None:
         """Take in a replay audit of a version's golden samples, unless that very bundle is watched no longer."""
-        name, version = bundle.card.model, bundle.card.version
-        watched = self._watched.get((name, version))
-        if watched is None or watched.bundle.card != bundle.card:
+        if (watched := self._still(bundle)) is None:
             return
-        watched.monitor.audit(checked=compared, mismatched=different)
-        self._replays[name, "checked"] += compared
-        self._replays[name, "mismatched"] += different
-        self.changed |= different > 0
+        watched.monitor.audit(checked=found.checked, mismatched=found.different, near=found.near)
+        self._replays[bundle.card.model, "checked"] += found.checked
+        self._replays[bundle.card.model, "mismatched"] += found.different
+        self.changed |= found.different > 0
 
-    def _update(self, name: str, version: str, samples: ndarray, fresh: bool, at: float, classes: ndarray | None) -> None:
+    def reran(self, rerun: Rerun, at: float) -> bool:
+        """Take in what came of served samples that were run again, unless that very bundle is watched no longer. Returns whether this
+        has raised a suspicion."""
+        if (watched := self._still(rerun.bundle)) is None:
+            return False
+        before = watched.monitor.suspect
+        watched.monitor.rerun(rerun.samples, latents=rerun.latents, wrong=rerun.wrong, at=at)
+        self.changed |= rerun.samples.different + rerun.wrong > 0
+        self._raise_alarm(rerun.bundle.card.model, rerun.bundle.card.version, at)
+        return watched.monitor.suspect and not before
+
+    def _still(self, bundle: Bundle) -> Watched | None:
+        watched = self._watched.get((bundle.card.model, bundle.card.version))
+        return watched if watched is not None and watched.bundle.card == bundle.card else None
+
+    def _update(self, name: str, version: str, samples: ndarray, fresh: bool, at: float, classes: ndarray | None, fed: Fed | None) -> None:
         watched = self._watched[name, version]
         served, tested, rejected = watched.monitor.served, watched.monitor.tested, dict(watched.monitor.rejected)
-        watched.monitor.update(samples, fresh=fresh, at=at, classes=classes)
+        watched.monitor.update(samples, fresh=fresh, at=at, classes=classes, fed=fed)
         for reason, count in watched.monitor.rejected.items():
             self._rejected[name, reason] += count - rejected.get(reason, 0)
         if watched.monitor.served > served:  # samples of which none could be looked at leave the estimates as old as they are
@@ -672,7 +704,7 @@ class Watch:
             return
         self._save(name, version)
         snapshot = monitor.snapshot()
-        evidence = {key: snapshot[key] for key in ("evidence", "log10_threshold", "arl", "gauges", "modes", "replay")}
+        evidence = {key: snapshot[key] for key in ("evidence", "log10_threshold", "arl", "gauges", "modes", "replay", "rerun")}
         opened = self.incidents.record(
             name,
             version,

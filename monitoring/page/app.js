@@ -69,8 +69,12 @@ const title = (id, modes) => {
   if (id === "mode_dropping" && named) return `${modes.length === 1 ? "Mode" : "Modes"} ${named} ${modes.length === 1 ? "is" : "are"} being dropped`;
   return (TITLES[id] || id.replaceAll("_", " ")) + (named ? `: ${named}` : "");
 };
-const replayed = ({ checked, mismatched, suspect }) => !checked ? "" : suspect ? `certified samples come back different: ${count(mismatched)} of ${count(checked)}`
+const replayed = ({ checked, mismatched, suspect }) => !checked ? "" : suspect && mismatched ? `certified samples come back different: ${count(mismatched)} of ${count(checked)}`
   : `certified samples come back as certified, ${count(checked)} compared` + (mismatched ? `; ${count(mismatched)} once differed` : "");
+const rerun = ({ checked, mismatched, latents, latents_wrong: wrong }) => [
+  checked && `${mismatched ? `${count(mismatched)} of ${count(checked)}` : `none of ${count(checked)}`} served samples came out different on the certified generator`,
+  latents && `${wrong ? `${count(wrong)} of ${count(latents)}` : `none of ${count(latents)}`} latents were not those of their seed`,
+].filter(Boolean).join("; ");
 const budget = ({ version, budget_share: share, other_versions: others, snapshot: { budget: { families } } }) =>
   [`${percent(share)} for ${version}`, ...others.map(other => `${percent(other.budget_share)} for ${other.version}`)].join(", ")
   + `; of that ${Object.entries(families).map(([name, { null: hypothesis, weight }]) => `${percent(weight)} ${name}${hypothesis === "B" ? " (null B)" : ""}`).join(", ")}`;
@@ -196,6 +200,7 @@ function drawVerdict(model) {
     ["Monitored", [`${count(monitored)} fresh samples`]],
     ["Sensitivity", [detectable]],
     ["Replay audit", [replayed(model.snapshot.replay)]],
+    ["Run again", [rerun(model.snapshot.rerun)]],
     ["Rejected", [Object.entries(model.snapshot.rejected).filter(([, n]) => n).map(([reason, n]) => `${count(n)} samples: ${reason}`).join(", ")]],
     ["False alarms", [slack == null ? `at most one in ${big.format(arl)} fresh samples, on average` : `about one in ${big.format(arl)} fresh samples, as simulated runs of this version show`]],
     ["Budget", [budget(model)]],

@@ -3,8 +3,9 @@
     python tests/benchmarks/bench_diagnosis.py [--quick] [--registry DIR --model mnist] [--runs 100] [--only "1 % copies,int8 weights"]
 
 A certified generator serves 500 healthy samples; then a fault of `ganwatch inject` takes its place, or clients change their
-ways. Each run has seeds of its own and the service's own Monitor at A = 1e6, fed 64 samples at a time; replays of the golden
-rows begin with the fault. A run ends 1,000 samples after the alarm, when its verdict is read, or at the budget: 5,000 samples
+ways. Each run has seeds of its own and the service's own Monitor at A = 1e6, fed 64 samples at a time. Of what is served one sample
+in 100 is run again on the certified generator; the golden rows, of which it is the turn once a minute, are asked for again half a
+second, 500 samples, after that has raised a suspicion, as the service does it. A run ends 1,000 samples after the alarm, when its verdict is read, or at the budget: 5,000 samples
 after the change, 20,000 for copies and for a tenth of the spread. A run without an alarm counts as wrong, unless none should be.
 `truncated` has two right answers: it narrows the modes, where the normal latents matter; where signs carry nearly all, as
 in the digits recipe, only golden rows can tell, and then it is a wrong model.
@@ -37,13 +38,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]
 
 from deploy.inject import InjectError, inject  # noqa: E402
-from monitoring.audit import differing  # noqa: E402
-from monitoring.monitor import Monitor  # noqa: E402
-from serving.sampler import Sampler, Window  # noqa: E402
+from monitoring.audit import Compared, Comparer, Golden, drawn_classes  # noqa: E402
+from monitoring.monitor import Fed, Monitor  # noqa: E402
+from serving.sampler import NOTED, Sampler, Window  # noqa: E402
 from training.bundle import Bundle  # noqa: E402
 from training.registry import Registry  # noqa: E402
 
-ARL, WARM, SETTLED, BATCH = 1e6, 500, 1000, 64
+ARL, WARM, SETTLED, BATCH, ROUND = 1e6, 500, 1000, 64, 500
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,11 @@ class Stage:
         self.scenario, self.healthy = scenario, registry.open(model, version)
         self.names = self.healthy.card.modes
         self.registry, self.model, self.version = registry, model, version
-        self.broken: dict[str, tuple[Bundle, int]] = {}  # what was dropped -> the bundle, golden rows that differ
+        self.golden = Golden(self.healthy, self.healthy.model_path.read_bytes())
+        self.broken: dict[str, tuple[Bundle, Compared]] = {}  # what was dropped -> the bundle, what becomes of the golden rows
 
-    def faulty(self, run: int) -> tuple[Bundle, int]:
-        """The generator after the change and how many golden rows it gives differently; each run drops a mode of its own."""
+    def faulty(self, run: int) -> tuple[Bundle, Compared]:
+        """The generator after the change and what it makes of the golden rows; each run drops a mode of its own."""
         mode = self.names[run % len(self.names)] if self.scenario.fault == "drop-modes" else ""
         if mode not in self.broken:
             bundle = self.healthy
@@ -91,7 +93,7 @@ class Stage:
                 bundle = inject(self.registry, self.model, self.scenario.fault, reference=self.version, labels=(mode,) if mode else ())
             golden, sampler = self.healthy.certificate, Sampler(bundle)
             rows = [sampler.sample([Window(int(s), int(o), 1)]) for s, o in zip(golden.golden_seed, golden.golden_offset, strict=True)]
-            self.broken[mode] = (bundle, int(differing(golden.golden_sample, np.concatenate(rows)).sum()))
+            self.broken[mode] = (bundle, Comparer(golden).compare(golden.golden_sample, np.concatenate(rows)))
         return self.broken[mode]
 
     @cached_property
@@ -112,15 +114,24 @@ class Stage:
         return moved.reshape(samples.shape).astype(samples.dtype)
 
     def play(self, run: int) -> dict:
-        monitor, (bundle, differs) = Monitor(self.healthy, arl=ARL), self.faulty(run)
-        golden = len(self.healthy.certificate.golden_seed)
-        monitor.audit(checked=golden, mismatched=0)
+        monitor, (bundle, golden) = Monitor(self.healthy, arl=ARL), self.faulty(run)
+        monitor.audit(checked=golden.checked, mismatched=0)
         for part in batches(draw(self.healthy, 2 * run, WARM)):
             monitor.update(part, fresh=True, at=0.0)
-        monitor.audit(checked=golden, mismatched=differs)
-        asked = self.asked(monitor, run)
+        asked, at, due = self.asked(monitor, run), 0, np.inf
         for part in batches(draw(bundle, 2 * run + 1, self.scenario.budget)):
-            monitor.update(self.squeezed(part, monitor), fresh=True, at=0.0)
+            rows = np.arange(-at % NOTED, len(part), NOTED)
+            windows = [{"seed": 2 * run + 1, "offset": at + int(row), "count": 1} for row in rows]
+            z = np.concatenate([bundle.card.latents(**window) for window in windows] or [np.empty((0, bundle.card.latent.dim), np.float32)])
+            monitor.update(self.squeezed(part, monitor), fresh=True, at=0.0, fed=Fed(rows, z))
+            if len(rows) and self.scenario.squeeze == 1.0:  # which stands for a certified generator of that law
+                classes = np.concatenate([drawn_classes(bundle.card, **window) for window in windows]) if bundle.card.classes else None
+                monitor.rerun(self.golden.compare(z, classes, part[rows]), latents=len(rows), wrong=0, at=0.0)
+                due = min(due, at + ROUND if monitor.suspect else np.inf)
+            at += len(part)
+            if at >= due:
+                monitor.audit(checked=golden.checked, mismatched=golden.different, near=golden.near)
+                due = np.inf if monitor.replay_mismatched else due
             if self.scenario.clients:
                 monitor.update(**next(asked), at=0.0)
             if monitor.first_alarm is not None and monitor.tested > monitor.first_alarm + SETTLED:

@@ -6,6 +6,7 @@ deployment would have them, and the certificate stays that of the healthy genera
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -159,7 +160,8 @@ def _reference() -> Reference:
 
 @lru_cache
 def _certificate(lost: tuple[int, ...], fakes: float, width: float, grain: float, count: int) -> Certificate:
-    model = _session(generator(lost, fakes, width, grain).SerializeToString())
+    graph = generator(lost, fakes, width, grain).SerializeToString()
+    model = _session(graph)
     first, golden_seed = 1_000_001, 1_000_003
     features, scores, _ = _look(model.run(None, {"z": LATENT.sample(seed=first, count=2**18)})[0])
     white = whitening(features)
@@ -190,6 +192,7 @@ def _certificate(lost: tuple[int, ...], fakes: float, width: float, grain: float
         white_radius=white[2],
         white_mean=y.mean(0),
         white_moment=y.T @ y / count,
+        model_sha256=hashlib.sha256(graph).hexdigest(),
     )
 
 

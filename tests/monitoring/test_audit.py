@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 from numpy import ndarray
 
-from monitoring.audit import differing, replay
+from monitoring.audit import Compared, differing, replay
 from monitoring.probes import Prober
 from monitoring.service import Options, Service, listen
 from serving.batcher import Batcher
@@ -84,9 +84,9 @@ def registry(tmp_path: Path, make_bundle: Callable[..., Bundle]) -> Registry:
 def test_the_server_is_asked_for_golden_samples(registry: Registry) -> None:
     registry.set_alias("grid", "canary", "v2", reason="test")
     with served(registry) as url, httpx.Client(headers={"Accept": "application/x-npy"}, trust_env=False) as client:
-        assert replay(client, url, registry.open("grid", "v1")) == (16, 0)
-        compared, different = replay(client, url, registry.open("grid", "v2"))
-        assert compared == 16 and different > 4
+        assert replay(client, url, registry.open("grid", "v1")) == Compared(16, 0, near=True, worst=0.0)
+        found = replay(client, url, registry.open("grid", "v2"))
+        assert found.checked == 16 and found.different > 4 and found.near and 0 < found.worst < 0.02
         with pytest.raises(httpx.HTTPError, match="404"):
             replay(client, url, Bundle(registry.path("grid", "v1"), replace(registry.card("grid", "v1"), version="v9")))
 
@@ -124,12 +124,12 @@ def wait(true: Callable[[], object]) -> None:
 
 @pytest.mark.slow
 def test_an_audit_that_cannot_be_done_is_said_after_a_while_and_tried_again(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[tuple[str, int, int]] = []
+    told: list[tuple[str, Compared]] = []
     bundle = registry.open("grid", "v1")
     monkeypatch.setattr("monitoring.probes.AUDIT_GRACE", 0.0)
     with listen("127.0.0.1", 0) as free:
         nowhere = f"http://127.0.0.1:{free.getsockname()[1]}"
-    prober = Prober(nowhere, 1, dict, lambda: [bundle], lambda b, *counts: told.append((b.card.version, *counts)))
+    prober = Prober(nowhere, 1, dict, lambda: [bundle], lambda b, found: told.append((b.card.version, found)))
     prober.start()
     try:
         wait(lambda: prober.audit_trouble)
@@ -137,6 +137,6 @@ def test_an_audit_that_cannot_be_done_is_said_after_a_while_and_tried_again(regi
         with served(registry) as url:
             prober.url = url
             wait(lambda: told)
-        assert told == [("v1", 16, 0)] and prober.audit_trouble == {}
+        assert told == [("v1", Compared(16))] and prober.audit_trouble == {}
     finally:
         prober.stop()

@@ -123,7 +123,7 @@ def test_the_budget_is_spent_once(healthy):
     state["r"][:], state["r_modes"][:] = 1.0, bets.shares.allowed
     state["sums"][1:3] = duplicates.weights.sum(), bets.quality_weights @ bets.quality.allowed.sum(axis=1)
     found.restore(state)
-    spent, unseen = dict.fromkeys(KINDS, 0.0), {"copies": 0.0, "nearer": 0.0}  # no score here looks for training data
+    spent, unseen = dict.fromkeys(KINDS, 0.0), {"copies": 0.0, "nearer": 0.0, "latents": 0.0}  # no score here looks for training data, and latents have a detector of their own
     for group, weight in zip(found.groups, found.evidence, strict=True):
         spent[group.partition(":")[0]] += weight
     assert spent == pytest.approx({kind: weight for kind, (_, weight) in KINDS.items() if kind not in unseen} | unseen)

@@ -63,6 +63,8 @@ CONTRACT = {  # name -> label names
     "ganwatch_clock_jumps_total": set(),
     "ganwatch_replay_checked_total": {"model"},
     "ganwatch_replay_mismatch_total": {"model"},
+    "ganwatch_samples_rerun_total": {"model", "outcome"},
+    "ganwatch_latents_checked_total": {"model", "outcome"},
     "ganwatch_state_restores_total": {"model", "outcome"},
     "ganwatch_serving_heartbeat_timestamp_seconds": set(),
     "ganwatch_serving_replicas": set(),

@@ -138,7 +138,7 @@ def test_only_fresh_samples_are_evidence(make_bundle, draw):
 def test_constant_fresh_samples_alarm(make_bundle, draw):
     bundle = make_bundle()
     monitor = watch(bundle, np.repeat(draw(bundle, 1), 500, axis=0))
-    assert monitor.verdict.id == "latent_fault" and all(math.isfinite(e) for family, e in monitor.evidence().items() if family != "copies")
+    assert monitor.verdict.id == "latent_fault" and all(math.isfinite(e) for family, e in monitor.evidence().items() if family not in ("copies", "latents"))
 
 
 def test_what_is_no_sample_is_counted_and_changes_nothing(make_bundle, draw):
@@ -227,7 +227,7 @@ def test_snapshot_is_json_and_complete(make_bundle, draw):
         assert json.loads(json.dumps(snapshot, allow_nan=False)) == json.loads(json.dumps(snapshot))
     assert set(snapshot) == {
         *("model", "version", "verdict", "monitored", "given", "served", "rejected", "evidence", "log10_threshold", "arl"),
-        *("budget", "gauges", "tolerance", "modes", "coverage", "replay", "detectable", "slack"),
+        *("budget", "gauges", "tolerance", "modes", "coverage", "replay", "rerun", "detectable", "slack"),
     }
     assert set(snapshot["verdict"]) == {"id", "words", "advice", "modes", "null", "since_sample", "since"}
     assert snapshot["verdict"]["modes"] == ["3", "8"] and snapshot["gauges"]["fresh"]["forward_kl"]["high"] is None
