@@ -12,7 +12,7 @@ const TITLES = {
   off_manifold: "Samples unlike the real data",
   within_mode_collapse: "Collapse within modes",
   memorisation: "Training data come back",
-  latent_fault: "Samples repeat: latent fault",
+  latent_fault: "Wrong or repeating latents",
   quality_outside_tolerance: "Quality outside tolerance",
   world_moved: "The data have moved",
   drift: "Drift",
