@@ -38,6 +38,10 @@ def test_graphs_keep_the_contract(bundle):
         np.testing.assert_allclose(probability.sum(axis=1), 1, atol=1e-5)
 
 
+def test_a_certificate_knows_the_generator_that_it_was_counted_on(bundle):
+    assert bundle.certificate.model_sha256 == bundle.card.files["model.onnx"]
+
+
 def test_golden_samples_come_out_again(bundle):
     source, certificate = open_source(bundle.path, bundle.card), bundle.certificate
     assert certificate.golden_offset.max() >= 2**62
