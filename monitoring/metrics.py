@@ -92,7 +92,11 @@ class _ViewCollector(Collector):
         view, dropped, probes = self._read()
         yield _counter("ganwatch_clock_jumps_total", "How often the monitor's clock was set back", [({}, view.clock_jumps)])
         yield _gauge("ganwatch_monitor_up", "1 while the monitor's process answers", [({}, 1)])
-        yield _gauge("ganwatch_arl_target_samples", "Monitored samples to a false alarm, on average, at least", [({}, view.arl)])
+        yield _gauge("ganwatch_arl_target_samples", "Monitored samples to a false alarm, on average, at least", [({}, view.budget.samples)])
+        words = "The same as a time, whatever the traffic; NaN where it was stated in samples"
+        yield _gauge("ganwatch_arl_target_seconds", words, [({}, view.budget.seconds)])
+        words = "The same as a time, at the rate of the last hour; NaN while nothing was tested"
+        yield _gauge("ganwatch_arl_seconds", words, [({"model": model}, view.seconds(shown)) for model, shown in view.models.items()])
         yield from _estimates(view)
         yield from _modes(view)
         yield from _alarms(view)
@@ -185,6 +189,10 @@ def _samples(view: View, dropped: Mapping[str, int], probes: Mapping[tuple[str, 
     reasons = [(model, reason) for model, shown in view.models.items() for reason in shown.snapshot["rejected"]]
     rejected = [({"model": model, "reason": reason}, view.rejected.get((model, reason), 0)) for model, reason in reasons]
     yield _counter("ganwatch_samples_rejected_total", "Samples that could not be looked at", rejected)
+    untested = [({"model": model}, view.untested[model]) for model in view.models]
+    yield _counter("ganwatch_samples_untested_total", "Fresh samples beyond as many a second as may be tested", untested)
+    rates = _by_version(view, lambda live: live.tested_rate)
+    yield _gauge("ganwatch_samples_tested_per_second", "Samples that were tested over the last hour, NaN before there is a rate", rates)
     dropped = {**dropped, "unknown_model": view.unknown_model}
     yield _counter(
         "ganwatch_records_dropped_total",

@@ -47,6 +47,7 @@ from starlette.staticfiles import StaticFiles
 from monitoring import picture
 from monitoring.audit import Compared, certified
 from monitoring.acting import Policy
+from monitoring.budget import Budget
 from monitoring.incidents import Incidents
 from monitoring.metrics import Exporter
 from monitoring.probes import Prober, Target
@@ -79,8 +80,12 @@ class Options:
     """Address to listen on. There is no login: whoever reaches it may read everything and acknowledge alarms."""
     port: int = 9464
     """TCP port to listen on; 0 takes a free one."""
-    arl: float = 2.6e9
-    """Monitored samples to a false alarm, on average, at least, per model. 2.6e9 is one a month at 1,000 samples/s."""
+    arl: float | str = 2.6e9
+    """To a false alarm, on average, at least, per model: so many monitored samples, such as 2.6e9, or a time, such as month, week, 30d or
+    12h, which is counted at test_rate."""
+    test_rate: float | None = None
+    """Fresh samples a second of each version that are tested at most, so that what `arl` says in samples holds in time, too; more are
+    shown in the gauges and counted. Default: all are tested; 1,000 where `arl` is a time."""
     calibrated: bool = False
     """Lower each version's threshold to where simulated runs of its generator put it (some minutes after it came under watch): earlier
     alarms, and about one false one in `arl` samples, measured in place of guaranteed."""
@@ -101,8 +106,7 @@ class Options:
     """Samples that may wait for the Monitors; what comes beyond is dropped and counted."""
 
     def __post_init__(self) -> None:
-        if not 1 < self.arl < math.inf:
-            raise ValueError(f"arl is {self.arl}; it must be a finite number of samples above 1")
+        rate = self.budget.rate
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; it must lie in 0 to 65535")
         if self.inbox < 1:
@@ -111,10 +115,18 @@ class Options:
             raise ValueError(f"cool_down is {self.cool_down}; it must be a finite number of seconds, 0 or more")
         if self.probe_rate < 0:
             raise ValueError(f"probe_rate is {self.probe_rate}; it must be 0 or more samples a second")
+        if rate is not None and self.probe_rate > rate:
+            raise ValueError(f"probe_rate is {self.probe_rate}, and no more than {rate:g} samples a second are tested; lower it or raise test_rate")
+        if rate is not None and self.merge_into is not None:
+            raise ValueError(f"arl is {self.arl} at {rate:g} samples a second, and with merge_into those of several monitors add up; state arl in samples, and no test_rate")
         if self.merge_into is not None and urlsplit(self.merge_into).scheme not in ("http", "https"):
             raise ValueError(f"merge_into is {self.merge_into!r}; it must be an http:// or https:// URL")
         if urlsplit(self.serving_url).scheme not in ("http", "https"):
             raise ValueError(f"serving_url is {self.serving_url!r}; it must be an http:// or https:// URL")
+
+    @property
+    def budget(self) -> Budget:
+        return Budget.stated(self.arl, self.test_rate)
 
 
 @dataclass(frozen=True)
@@ -185,7 +197,8 @@ class Service:
         self.incidents = Incidents(home / "incidents.db")
         registry = Registry(options.registry or home / "registry")
         policy = Policy(registry, options.cool_down, always=options.act)
-        self.watch = Watch(registry, self.incidents, arl=options.arl, states=States(home / "monitor"), policy=policy, calibrated=options.calibrated)
+        budget, states = options.budget, States(home / "monitor")
+        self.watch = Watch(registry, self.incidents, arl=budget.samples, test_rate=budget.rate, states=states, policy=policy, calibrated=options.calibrated)
         self.inbox = Inbox(options.inbox)
         self.prober = Prober(options.serving_url, options.probe_rate, self._targets, self._bundles, self._audited)
         self.reruns = Reruns(lambda bundle: certified(bundle, registry), self.inbox.put)

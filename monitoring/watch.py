@@ -9,6 +9,7 @@ thread may read a View, which nobody alters once it is published.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from bisect import bisect_right
@@ -24,6 +25,7 @@ from numpy import ndarray
 
 from monitoring import acting, picture
 from monitoring.audit import Compared
+from monitoring.budget import Allowance, Budget
 from monitoring.calibration import Calibration, Healthy
 from monitoring.comparison import Comparison
 from monitoring.incidents import Incidents
@@ -39,6 +41,7 @@ SIMULATED = 1024  # healthy samples a second that a version is calibrated with, 
 STALE_AFTER = 10.0  # seconds without a fresh sample, or without a heartbeat
 HISTORY = 3600  # seconds that the page can look back, one point each
 RATE_WINDOW = 2.0  # seconds over which the rate of fresh samples is taken
+PACE_STEP, PACE_STEPS = 60.0, 60  # seconds between the counts, and how many of them, over which the rate of tested samples is taken: an hour
 CHUNK = 4096  # samples a Monitor eats at once, so that no single record holds up the rest
 RETIRED = 8  # versions no alias names any more whose Monitor is kept, for a rollback
 REPLICAS = 256  # silent replicas whose counters are kept apart, in case they speak again
@@ -111,6 +114,8 @@ class Watched:
     newest: deque[ndarray] = field(default_factory=deque)  # newest served samples, a few arrays, newest last
     since: float = 0.0  # when an alias first named it, Unix seconds
     drawn: deque[tuple[float, int]] = field(default_factory=deque)  # (at, samples) that clients drew with the server's seeds
+    pace: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=PACE_STEPS))  # (at, samples tested until then)
+    allowance: Allowance = field(default_factory=Allowance)
     saved: int = 0  # samples that the state on the disk knows of, looked at or rejected
     acknowledged_at: float = 0.0  # when its alarm was last acknowledged; what shards say from before counts no more
     calibration: tuple[Healthy, Calibration] | None = None  # while it runs
@@ -133,6 +138,20 @@ class Watched:
         while self.drawn and self.drawn[0][0] < at - RATE_WINDOW:
             self.drawn.popleft()
         return sum(count for _, count in self.drawn) / RATE_WINDOW
+
+    def begin(self, at: float) -> None:
+        """An alias names it from now on."""
+        self.since = at
+        self.pace.clear()
+        self.tested_rate(at)
+
+    def tested_rate(self, at: float) -> float | None:
+        """Samples a second that were tested over the last hour, or since there is a count; None where that was only now."""
+        tested = self.judged.tested
+        if not self.pace or not self.pace[-1][0] <= at < self.pace[-1][0] + PACE_STEP:
+            self.pace.append((at, tested))
+        begin, before = self.pace[0]
+        return (tested - before) / (at - begin) if at > begin else None
 
     def is_stale(self, at: float) -> bool:
         """No fresh sample lately."""
@@ -177,6 +196,7 @@ class Live:
     last_fresh_at: float | None
     stale: bool  # no fresh sample lately
     fresh_rate: float  # samples a second that clients drew with the server's seeds
+    tested_rate: float | None  # samples a second that were tested over the last hour
     snapshot: dict[str, Any]
     gauges: Mapping[str, Mapping[str, Gauge]]  # population -> name -> gauge
     comparison: dict[str, Any] | None  # with production, of a candidate
@@ -213,6 +233,11 @@ class Shown:
     picture: tuple[ndarray, ...]
 
     @property
+    def tested_rate(self) -> float | None:
+        """Samples a second that were tested over the last hour, of the version of which it was most; None where nobody knows yet."""
+        return max((live.tested_rate for live in self.live if live.tested_rate is not None), default=None)
+
+    @property
     def cards(self) -> dict[str, Card]:
         return {alias: bundle.card for alias, bundle in self.bundles.items()}
 
@@ -226,10 +251,11 @@ class View:
     """All that the monitor has to say at one moment."""
 
     at: float
-    arl: float
+    budget: Budget
     models: Mapping[str, Shown]
     observed: Mapping[tuple[str, str], int]  # (model, origin) -> samples
     rejected: Mapping[tuple[str, str], int]  # (model, reason) -> samples
+    untested: Mapping[str, int]  # model -> fresh samples beyond what is tested a second
     alarms: Mapping[tuple[str, str], int]  # (model, verdict) -> alarms raised
     load_failures: Mapping[str, int]  # model -> bundles that could not be loaded
     restores: Mapping[tuple[str, str], int]  # (model, one of RESTORES) -> versions that came under watch
@@ -250,8 +276,8 @@ class View:
         )
         return {
             "now": self.at,
-            "arl": self.arl,
-            "models": {name: self._model(shown, since) for name, shown in self.models.items()},
+            "budget": {"samples": self.budget.samples, "seconds": self.budget.seconds, "test_rate": self.budget.rate},
+            "models": {name: self._model(name, shown, since) for name, shown in self.models.items()},
             "tap": {
                 "replicas": self.replicas,
                 "last_heartbeat_at": self.heard_at,
@@ -262,7 +288,12 @@ class View:
             "errors": list(self.errors),
         }
 
-    def _model(self, shown: Shown, since: float) -> dict[str, Any]:
+    def seconds(self, shown: Shown) -> float | None:
+        """The least mean time to a false alarm of a model at the rate of the last hour, that of the version tested most; None: not known."""
+        rate = shown.tested_rate
+        return self.budget.samples / rate if rate else None
+
+    def _model(self, name: str, shown: Shown, since: float) -> dict[str, Any]:
         card = shown.cards[shown.alias]
         rows = shown.rows[bisect_right(shown.rows, since, key=lambda row: row[0]) :]
         history: dict[str, Any] = {name: [row[i] for row in rows] for i, name in enumerate(COLUMNS)}
@@ -277,6 +308,9 @@ class View:
             "last_fresh_at": shown.last_fresh_at,
             "loaded_at": shown.loaded_at,
             "budget_share": shown.share,
+            "tested_rate": shown.tested_rate,
+            "false_alarm_seconds": self.seconds(shown),
+            "untested": self.untested[name],
             "shards": shown.live[0].shards,
             "sample_shape": list(card.sample_shape),
             "card": {"created": card.created, "injected_from": card.injected_from, "fault": card.fault, "forced": card.forced},
@@ -291,6 +325,7 @@ class Watch:
     """The registry's aliased versions, each under its Monitor.
 
     `arl`: samples to a false alarm, on average, for all versions of a model together; each alias gets its SHARES of it.
+    `test_rate`: samples a second of each version that are tested at most, None for all: the rest is looked at and is no evidence.
     `states`: where Monitors outlive the process, None for nowhere. An alarm is written there before it is recorded, and an
     acknowledgement after: whenever the process dies, a latched alarm is either there or was acknowledged.
     `policy`: what an alarm may change by itself, None for nothing. `calibrated`: each version's threshold is lowered once enough runs
@@ -303,12 +338,14 @@ class Watch:
         incidents: Incidents,
         *,
         arl: float,
+        test_rate: float | None = None,
         states: States | None = None,
         policy: acting.Policy | None = None,
         calibrated: bool = False,
     ) -> None:
         self.calibrated = calibrated
-        self.registry, self.incidents, self.arl, self.states, self.policy = registry, incidents, arl, states, policy
+        self.registry, self.incidents, self.states, self.policy = registry, incidents, states, policy
+        self.budget = Budget(arl, test_rate)
         self.replicas = Replicas()
         self.changed = True  # something happened that a reader should see before the second is over
         self._models: dict[str, Model] = {}
@@ -317,6 +354,7 @@ class Watch:
         self._unreadable: dict[str, str] = {}
         self._observed: Counter[tuple[str, str]] = Counter()
         self._rejected: Counter[tuple[str, str]] = Counter()
+        self._untested: Counter[str] = Counter()
         self._alarms: Counter[tuple[str, str]] = Counter()
         self._load_failures: Counter[str] = Counter()
         self._restores: Counter[tuple[str, str]] = Counter()
@@ -373,7 +411,7 @@ class Watch:
         before = set(model.aliases.values())
         model.aliases, model.history = settled, history
         for version in set(settled.values()) - before:
-            self._watched[name, version].since = at
+            self._watched[name, version].begin(at)
         self._pair(name, model)
         self.incidents.keep(name, {*settled.values(), *wanted.values()}, at=at)
         aliased = {(n, v) for n, m in self._models.items() for v in m.aliases.values()}
@@ -451,7 +489,7 @@ class Watch:
         return True
 
     def _monitor(self, bundle: Bundle, share: float) -> Monitor:
-        monitor, ours = Monitor(bundle, arl=self.arl, share=share), bundle.card
+        monitor, ours = Monitor(bundle, arl=self.budget.samples, share=share), bundle.card
         for version in self.registry.versions(ours.model):
             other = self.registry.card(ours.model, version)
             same, judged = (ours.files[name] == other.files[name] for name in ("model.onnx", "reference.npz"))
@@ -516,16 +554,21 @@ class Watch:
 
         It replaces that shard's last one, so it may be sent again and again, and the verdict is that of the sum from then on.
         Returns when the version's alarm was last acknowledged: a state from before that is not taken, and its sender must
-        acknowledge, too. Raises KeyError where the version is not live, ValueError where the state is of another bundle or budget.
+        acknowledge, too. Raises KeyError where the version is not live, ValueError where the state is of another bundle or budget,
+        or where there is a test_rate, which the sum of several would exceed.
         """
         if (name, version) not in self.live():
             raise KeyError(f"{name} {version}")
+        if self.budget.rate is not None:
+            raise ValueError("this monitor tests so many samples a second and no more, and shards would add theirs; state its --arl in samples")
         watched = self._watched[name, version]
         if state.get("acknowledged_at") != watched.acknowledged_at:
             return watched.acknowledged_at
         if watched.scratch is None:
             watched.scratch = self._monitor(watched.bundle, watched.share)
         watched.scratch.restore(state)
+        if shard not in watched.shards:
+            watched.pace.clear()  # its samples of before would all count as of now
         watched.shards[shard] = state
         watched.shards.move_to_end(shard)
         for key in _TIMES:
@@ -608,6 +651,7 @@ class Watch:
                         setattr(watched, name, min(then, at))
                 watched.since = min(watched.since, at)
                 watched.drawn.clear()
+                watched.pace.clear()
             for model in self._models.values():
                 model.rows = deque((row for row in model.rows if row[0] < at), maxlen=HISTORY)
                 model.written = min(model.written, at)
@@ -638,14 +682,16 @@ class Watch:
         for (name, version, fresh, (*_, unlabelled)), group in groups.items():
             samples = np.concatenate([record.samples for record in group])
             classes = None if unlabelled else np.concatenate([np.broadcast_to(np.asarray(r.label, np.int64), len(r.samples)) for r in group])
-            fed = self._fed(name, version, group) if fresh else None
-            for start in range(0, len(samples), CHUNK):
-                part = slice(start, start + CHUNK)
-                noted = None
-                if fed is not None:
-                    rows = slice(*np.searchsorted(fed.rows, (start, start + CHUNK)))
+            tested = self._watched[name, version].allowance.take(len(samples), self.budget.rate, at) if fresh else 0
+            if fresh:
+                self._untested[name] += len(samples) - tested
+            fed = self._fed(name, version, group) if tested else None
+            for start, stop in itertools.pairwise((*range(0, tested, CHUNK), *range(tested, len(samples), CHUNK), len(samples))):
+                part, noted = slice(start, stop), None
+                if fed is not None and start < tested:
+                    rows = slice(*np.searchsorted(fed.rows, (start, stop)))
                     noted = Fed(fed.rows[rows] - start, fed.z[rows])
-                self._update(name, version, samples[part], fresh, at, None if classes is None else classes[part], noted)
+                self._update(name, version, samples[part], start < tested, at, None if classes is None else classes[part], noted)
 
     def _fed(self, name: str, version: str, group: list[Record]) -> Fed | None:
         """The latents of records that are joined. Those that the model does not take are counted where they are run again."""
@@ -760,10 +806,11 @@ class Watch:
         errors += [words for noticed, words in self._notices if at - noticed < NOTICE]
         return View(
             at=at,
-            arl=self.arl,
+            budget=self.budget,
             models={name: self._shown(name, model, at, point) for name, model in sorted(self._models.items()) if model.shown},
             observed=dict(self._observed),
             rejected=dict(self._rejected),
+            untested={name: self._untested[name] for name in self._models},
             alarms=dict(self._alarms),
             load_failures={**dict.fromkeys(self._models, 0), **self._load_failures},
             restores={(name, outcome): self._restores[name, outcome] for name in self._models for outcome in RESTORES},
@@ -822,6 +869,7 @@ class Watch:
             last_fresh_at=watched.last_fresh_at,
             stale=watched.is_stale(at),
             fresh_rate=watched.fresh_rate(at),
+            tested_rate=watched.tested_rate(at),
             shards=len(watched.shards),
             snapshot=watched.judged.snapshot(),
             gauges={population: watched.judged.gauges(population) for population in POPULATIONS},

@@ -75,6 +75,18 @@ const rerun = ({ checked, mismatched, latents, latents_wrong: wrong }) => [
   checked && `${mismatched ? `${count(mismatched)} of ${count(checked)}` : `none of ${count(checked)}`} served samples came out different on the certified generator`,
   latents && `${wrong ? `${count(wrong)} of ${count(latents)}` : `none of ${count(latents)}`} latents were not those of their seed`,
 ].filter(Boolean).join("; ");
+const pace = rate => rate < 99.5 ? number(rate) : count(rate);
+const howLong = seconds => { // in the largest unit of which there are two or more
+  const [name, size] = [["years", 31536000], ["months", 2592000], ["days", 86400], ["hours", 3600], ["minutes", 60]].find(([, size]) => seconds >= 2 * size) ?? ["seconds", 1];
+  const n = seconds / size;
+  return `${n < 9.95 ? +n.toFixed(1) : big.format(Math.round(n))} ${name}`;
+};
+const falseAlarms = ({ tested_rate: rate, false_alarm_seconds: seconds, untested, snapshot: { arl, slack } }) => [
+  slack == null ? `at most one in ${big.format(arl)} fresh samples, on average` : `about one in ${big.format(arl)} fresh samples, as simulated runs of this version show`,
+  state.budget.seconds != null && `that is in ${howLong(state.budget.seconds)}, as at most ${pace(state.budget.test_rate)} a second are tested`,
+  seconds != null && `at the last hour's ${pace(rate)} a second, in ${howLong(seconds)}`,
+  untested > 0 && `${count(untested)} were beyond what is tested`,
+].filter(Boolean).join("; ");
 const budget = ({ version, budget_share: share, other_versions: others, snapshot: { budget: { families } } }) =>
   [`${percent(share)} for ${version}`, ...others.map(other => `${percent(other.budget_share)} for ${other.version}`)].join(", ")
   + `; of that ${Object.entries(families).map(([name, { null: hypothesis, weight }]) => `${percent(weight)} ${name}${hypothesis === "B" ? " (null B)" : ""}`).join(", ")}`;
@@ -178,7 +190,7 @@ function drawEmpty() {
 }
 
 function drawVerdict(model) {
-  const { verdict, monitored, detectable, arl, slack } = model.snapshot, kind = tone(model), banner = $("#verdict");
+  const { verdict, monitored, detectable } = model.snapshot, kind = tone(model), banner = $("#verdict");
   banner.className = kind;
   banner.dataset.verdict = verdict.id;
   banner.dataset.stale = model.stale;
@@ -202,7 +214,7 @@ function drawVerdict(model) {
     ["Replay audit", [replayed(model.snapshot.replay)]],
     ["Run again", [rerun(model.snapshot.rerun)]],
     ["Rejected", [Object.entries(model.snapshot.rejected).filter(([, n]) => n).map(([reason, n]) => `${count(n)} samples: ${reason}`).join(", ")]],
-    ["False alarms", [slack == null ? `at most one in ${big.format(arl)} fresh samples, on average` : `about one in ${big.format(arl)} fresh samples, as simulated runs of this version show`]],
+    ["False alarms", [falseAlarms(model)]],
     ["Budget", [budget(model)]],
     ["Modes", [covered(model.snapshot.coverage)]],
     ...model.other_versions.flatMap(other => [[other.alias, [`${other.version}: ${title(other.verdict.id, other.verdict.modes)}, ${count(other.monitored)} samples`]],

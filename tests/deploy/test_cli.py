@@ -17,7 +17,7 @@ import onnx
 import pytest
 
 from deploy.cli import COMMANDS, _LABEL, _await_action
-from deploy.stack import Ports, Run, Settings, StackError
+from deploy.stack import Ports, Run, Settings, StackError, begin
 from monitoring.acting import ACTED
 from monitoring.incidents import Incidents
 from tests.deploy.conftest import process, wait_for
@@ -75,6 +75,14 @@ def test_a_generator_from_elsewhere_is_certified_and_published(tmp_path: Path) -
     before = Registry(tmp_path / "registry").open("cloud", "v1").certificate.count
     done = ganwatch(tmp_path, "certify", "v1", "--more", "3000", "--json")
     assert json.loads(done.stdout)["version"] == "v2" and json.loads(done.stdout)["samples"] == before + 3000, done.stderr
+
+
+def test_a_budget_that_is_none_is_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GANWATCH_HOME", str(tmp_path))
+    for settings, words in ((Settings(arl="moth"), "--arl is 'moth'; expected a number of samples"), (Settings(arl="month", test_rate=-1.0), "--test_rate is -1.0")):
+        with pytest.raises(StackError, match=words):
+            begin(settings, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

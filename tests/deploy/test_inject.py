@@ -173,6 +173,8 @@ def test_a_table_is_the_same_stream(registry: Registry, tmp_path: Path, kind: st
     np.save(tmp_path / "stream.npy", stream)
     pq.write_table(table(kind, stream), tmp_path / "stream.parquet")
     assert replay(broken.path, tmp_path / "stream.parquet", 1e4) == replay(broken.path, tmp_path / "stream.npy", 1e4)
+    timed = replay(broken.path, tmp_path / "stream.npy", "2h", test_rate=1.0)
+    assert timed == replay(broken.path, tmp_path / "stream.npy", 7200.0) | {"arl_seconds": 7200.0}
 
 
 @pytest.mark.parametrize(
@@ -225,4 +227,6 @@ def test_replay_refuses_what_is_not_a_stream(registry: Registry, tmp_path: Path,
     with pytest.raises(StackError, match=words):
         replay(registry.path("grid"), path, 1e4)
     with pytest.raises(StackError, match="--arl is 0"):
-        replay(registry.path("grid"), path, 0)
+        replay(registry.path("grid"), path, 0.0)
+    with pytest.raises(StackError, match="--arl is 'moth'; expected a number of samples"):
+        replay(registry.path("grid"), path, "moth")

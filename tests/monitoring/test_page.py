@@ -115,6 +115,8 @@ def test_what_a_person_sees_from_no_model_to_an_alarm_and_back(
     monitored.serve(healthy, 4000)
     words = see(page, "healthy").inner_text()
     assert "Healthy" in words and "4,000 fresh samples" in words and "v1" in words
+    page.locator("#verdict .facts dd", has_text=re.compile(r"at most one in 2.6 billion fresh samples, on average; at the last hour's [\d,.]+ a second, in \d+")).wait_for()
+    assert page.evaluate("[90, 7200, 2592000, 6e7, 2.6e12].map(howLong)") == ["90 seconds", "2 hours", "30 days", "23 months", "82.4 thousand years"]
     page.wait_for_function("document.querySelector('#samples img').naturalWidth > 0")
     assert page.locator("#modes .bars g").count() == 11
     assert page.locator("#divergence canvas").count() == page.locator("#evidence canvas").count() == 1

@@ -329,11 +329,27 @@ def test_a_senseless_flag_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("arl", 1.0), ("arl", float("inf")), ("port", 65536), ("inbox", 0), ("probe_rate", -1), ("serving_url", "nonsense")],
+    [("arl", 1.0), ("arl", float("inf")), ("arl", "moth"), ("test_rate", 0.0), ("port", 65536), ("inbox", 0), ("probe_rate", -1), ("serving_url", "nonsense")],
 )
 def test_senseless_options_are_refused(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name} is '?{value}"):
         Options(**{name: value})
+
+
+def test_options_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(ValueError, match="probe_rate is 50, and no more than 20 samples a second are tested"):
+        Options(arl="month", test_rate=20.0)
+    with pytest.raises(ValueError, match="state arl in samples"):
+        Options(arl="month", merge_into="http://127.0.0.1:9464")
+    assert Options(arl="month").budget.samples == 2.592e9
+
+
+def test_a_budget_in_time_is_kept_and_said_both_ways(world: World, run: Callable[..., Running]) -> None:
+    service = run(arl="week", test_rate=1e-3)
+    service.post(world.heartbeat(count=500))
+    state = service.until(lambda s: "grid" in s["models"] and s["models"]["grid"]["untested"] == 500)
+    assert state["budget"] == {"samples": pytest.approx(604.8), "seconds": 604_800.0, "test_rate": 1e-3}
+    assert monitored(state) == 0 and state["models"]["grid"]["snapshot"]["served"] == 500
 
 
 def test_a_page_of_another_site_is_refused_by_its_name(world: World, run: Callable[..., Running]) -> None:
