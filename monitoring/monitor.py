@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from numpy import ndarray
 
+from monitoring.asymptotic import READINGS, Real, Spread, frechet_interval, moments_spread
 from monitoring.audit import Compared
 from monitoring.calibration import SAMPLES, Calibration
 from monitoring.coverage import mode_coverage, mode_status
@@ -28,7 +29,7 @@ from monitoring.divergences import DIVERGENCES, INTERVALS, ShareSet, smoothed, t
 from monitoring.edetectors import FAMILIES, NULLS, EDetector
 from monitoring.features import Eye, Seen
 from monitoring.latents import LatentDetector
-from monitoring.points import POINT_GAUGES, Cloud, Embedding
+from monitoring.points import LEAST, POINT_GAUGES, Cloud, Embedding
 from monitoring.sketches import BLOCK, NEWEST, Blocks, Decayed, Newest, Sketch
 from training.bundle import Bundle
 from training.moments import frechet
@@ -62,7 +63,8 @@ noise of a full block does not. Alarms do not depend on them."""
 @dataclass(frozen=True)
 class Gauge:
     """An estimate from n samples. exact: [low, high] holds at every sample of a block at once, with probability >= 1 -
-    GAUGE_DELTA; pointwise: at any one moment, for many samples; none: nobody has derived an interval, low and high are NaN.
+    GAUGE_DELTA; asymptotic: so it does for many samples; pointwise: at any one moment, for many samples; none: nobody has derived
+    an interval, or there are too few points for one, low and high are NaN.
     floor: what as many samples of the real data itself would read, about; NaN where nobody knows."""
 
     value: float
@@ -103,12 +105,13 @@ class Monitor:
         cells, features = len(bundle.card.modes) + 1, len(reference.feature_mean)
         rng = np.random.default_rng(0)  # which of the real points: the same ones in every process
         real, self._spare = rng.permutation(reference.held_out_points)[:REAL_POINTS], rng.permutation(reference.train_points)[:BLOCK]
-        self._cloud, self._embedding = Cloud(real), Embedding(real)
+        self._cloud, self._embedding, self._real_points = Cloud(real), Embedding(real), Real(real)
         self._blocks = {population: Blocks(cells, features, self._embedding.size) for population in ("fresh", "served")}
         self._recent, self._newest = Decayed(cells, features), Newest(features)
         self._gauges: dict[str, tuple[int, dict[str, Gauge]]] = {}  # as last read, and at how many samples
         self._floors: dict[int, dict[str, float]] = {}
         self._point_gauges: tuple[int, dict[str, Gauge]] = (0, {})  # and at how many monitored samples they were read
+        self._spread: Spread | None = None  # of the newest points, as of then
         self._real = reference.cell_share
         if not (self._real > 0).all():  # a cell without real data has some share all the same
             self._real = smoothed(np.rint(self._real * reference.count).astype(np.int64))
@@ -414,11 +417,16 @@ class Monitor:
         reference = self.bundle.reference
         distance, clipped = frechet(reference.feature_mean, reference.feature_cov, sketch.mean, sketch.covariance)
         self.frechet_clipped += clipped
-        found["frechet"] = Gauge(distance, math.nan, math.nan, n, "none", floors["frechet"])
+        points = {} if population == "served" else self._points()  # and with them the spread
+        low, high, ci = math.nan, math.nan, "none"
+        if self._spread is not None and population != "served":
+            error = self._spread.reach(n, delta=GAUGE_DELTA) if isinstance(sketch, Sketch) else self._spread.reach_now(sketch.effective, delta=GAUGE_DELTA)
+            (low, high), ci = frechet_interval(distance, error), "asymptotic" if isinstance(sketch, Sketch) else "pointwise"
+        found["frechet"] = Gauge(distance, low, high, n, ci, floors["frechet"])
         if isinstance(sketch, Sketch) and population == "fresh":
             mmd = self._embedding.mmd(sketch.embedded_sum, n, delta=GAUGE_DELTA)
             found["mmd"] = Gauge(*mmd, n, "exact" if self._embedding.count else "none", floors["mmd"])
-            found |= self._points()
+            found |= points
         return found
 
     def _points(self) -> dict[str, Gauge]:
@@ -427,8 +435,13 @@ class Monitor:
         read, found = self._point_gauges
         if not read <= self.monitored < min(2 * read, read + BLOCK):
             points = self._newest.points
-            floors = self._floor(len(points))
-            found = {name: Gauge(v, math.nan, math.nan, len(points), "none", floors[name]) for name, v in self._cloud.gauges(points).items()}
+            floors, values, bounds = self._floor(len(points)), self._cloud.gauges(points), {}
+            if math.isfinite(values["kid"]):
+                for name, interval in (("kid", self._real_points.kid_interval), ("sliced_wasserstein", self._real_points.sliced_wasserstein_interval)):
+                    bounds[name] = (*interval(values[name], points, delta=GAUGE_DELTA / READINGS), len(points), "asymptotic")
+            none = (math.nan, math.nan, len(points), "none")
+            found = {name: Gauge(value, *bounds.get(name, none), floors[name]) for name, value in values.items()}
+            self._spread = moments_spread(points) if len(points) >= LEAST else None
             self._point_gauges = (self.monitored, found)
         return found
 

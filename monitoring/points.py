@@ -25,18 +25,28 @@ def squared_distances(a: Float[ndarray, "n p"], b: Float[ndarray, "m p"]) -> Flo
     return np.maximum((a**2).sum(1)[:, None] - 2 * a @ b.T + (b**2).sum(1), 0)
 
 
+def kernel(x: Float[ndarray, "n p"], y: Float[ndarray, "m p"]) -> Float64[ndarray, "n m"]:
+    """(x.y / p + 1)^3."""
+    return (x.astype(np.float64) @ y.astype(np.float64).T / x.shape[1] + 1) ** 3
+
+
 def kernel_distance(a: Float[ndarray, "n p"], b: Float[ndarray, "m p"]) -> float:
-    """KID: the unbiased squared MMD of the kernel (x.y / p + 1)^3, which may be negative.
+    """KID: the unbiased squared MMD of `kernel`, which may be negative.
 
     Source: Binkowski, Sutherland, Arbel and Gretton, Demystifying MMD GANs (ICLR 2018).
     """
 
     def mean(x: ndarray, y: ndarray, *, same: bool) -> float:
-        kernel = (x @ y.T / x.shape[1] + 1) ** 3
-        return float((kernel.sum() - np.trace(kernel)) / (len(x) * (len(x) - 1)) if same else kernel.mean())
+        gram = kernel(x, y)
+        return float((gram.sum() - np.trace(gram)) / (len(x) * (len(x) - 1)) if same else gram.mean())
 
-    a, b = a.astype(np.float64), b.astype(np.float64)
     return mean(a, a, same=True) + mean(b, b, same=True) - 2 * mean(a, b, same=False)
+
+
+def directions(size: int) -> Float64[ndarray, "l p"]:
+    """DIRECTIONS unit vectors of that size, the same in every process."""
+    found = np.random.default_rng(0).standard_normal((DIRECTIONS, size))
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
 
 
 def sliced_wasserstein(a: Float[ndarray, "n p"], b: Float[ndarray, "m p"]) -> float:
@@ -44,10 +54,8 @@ def sliced_wasserstein(a: Float[ndarray, "n p"], b: Float[ndarray, "m p"]) -> fl
 
     Source: Bonneel, Rabin, Peyre and Pfister, Sliced and Radon Wasserstein Barycenters of Measures (JMIV 2015).
     """
-    directions = np.random.default_rng(0).standard_normal((DIRECTIONS, a.shape[1]))
-    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    total = 0.0
-    for x, y in zip(np.sort(directions @ a.T), np.sort(directions @ b.T), strict=True):
+    along, total = directions(a.shape[1]), 0.0
+    for x, y in zip(np.sort(along @ a.T), np.sort(along @ b.T), strict=True):
         ends = np.sort(np.concatenate([x, y]))
         gap = np.searchsorted(x, ends[:-1], side="right") / len(x) - np.searchsorted(y, ends[:-1], side="right") / len(y)
         total += float(np.abs(gap) @ np.diff(ends))
@@ -153,13 +161,15 @@ class Embedding:
         return math.sqrt(max(0.0, square)), max(0.0, plain - error), min(plain + error, 2.0)
 
 
-def reach(n: int, delta: float) -> float:
+def reach(n: int, delta: float, *, trace: float = 1.0, largest: float = 1.0) -> float:
     """How far the mean of n independent unit vectors is from its expectation, at most, at every n at once, but for `delta`.
 
     For n >= 2^k: expectation of the distance at 2^k, at most 2^-k/2, plus McDiarmid's margin; the distance is a reverse
     submartingale, so that the bound at 2^k holds from there on. The k share delta as 6 / (pi (k + 1))^2.
     Source: Manole and Ramdas, Martingale Methods for Sequential Estimation of Convex Functionals (IEEE Trans. Inf. Theory 2023).
+
+    trace, largest: of the vectors' covariance where they are not bounded; the bound then holds for large n (`asymptotic.py`).
     """
     k = n.bit_length() - 1
     share = delta * 6 / (math.pi * (k + 1)) ** 2
-    return (1 + math.sqrt(2 * math.log(1 / share))) / math.sqrt(2**k)
+    return (math.sqrt(trace) + math.sqrt(2 * largest * math.log(1 / share))) / math.sqrt(2**k)

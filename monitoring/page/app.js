@@ -49,7 +49,7 @@ const INTERVALS = {
   exact: "The interval is exact: it holds in finite samples, at every moment of its block at once.",
   asymptotic: "The interval holds at every moment at once, for large numbers of samples.",
   pointwise: "The interval holds at any one moment, not at all of them at once.",
-  none: "Nobody has derived an interval for this figure.",
+  none: "Nobody has derived an interval for this figure, or too few samples have come for one.",
 };
 const SPANS = { "5 min": 300, "15 min": 900, "1 h": 3600 };
 const HISTORY = 3600;

@@ -12,7 +12,7 @@ modes: delay of ours when one of K equal modes drops, at its own threshold 1e4, 
     where the null is known exactly.
 cost: microseconds a sample and thread.
 nulls: alarms of ours at A = 1e9 in ten million samples without a change, and what memory grew meanwhile.
-intervals: how often an `exact` interval misses the truth at any sample of a block, each looked at.
+intervals: how often an `exact` interval misses the truth at any sample of a block, each looked at; the same of `asymptotic` ones.
 
 Ours has one configuration in all rows: strict, whole default mixture, certificate of N_cert samples; rivals have the reference
 that they are published with, 1,000 samples. That is what each can use, and it favours ours; those that can use more are shown
@@ -49,15 +49,20 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from rivals import CERTIFIED, RIVALS, mewma  # noqa: E402
+from gaussians import distances, draw, kid  # noqa: E402
 from scenarios import SPACES, Space, certify, served, streams  # noqa: E402
 
 from monitoring import kernel  # noqa: E402
+from monitoring.asymptotic import READINGS, Real, frechet_interval, moments_spread  # noqa: E402
 from monitoring.calibration import Calibration  # noqa: E402
 from monitoring.coverage import RHO, mode_coverage  # noqa: E402
 from monitoring.divergences import DIVERGENCES, INTERVALS, ShareSet  # noqa: E402
 from monitoring.edetectors import EDetector, Modes  # noqa: E402
 from monitoring.monitor import GAUGE_DELTA, PRIOR_SAMPLES  # noqa: E402
+from monitoring.points import directions, kernel_distance, sliced_wasserstein  # noqa: E402
+from monitoring.sketches import NEWEST  # noqa: E402
 from training.bundle import Certificate, Reference, clopper_pearson  # noqa: E402
+from training.moments import frechet  # noqa: E402
 
 certified = cache(certify)
 WARM, QUIET = 300, 100
@@ -384,6 +389,49 @@ def intervals(runs: int, block: int = 2000, modes: int = 10) -> list[dict]:
     return [{"interval": name, "missed": hits / runs, "low_99": low[name], "delta": GAUGE_DELTA, "runs": runs} for name, hits in missed.items()]
 
 
+def asymptotic_intervals(runs: int, width: int = 8, block: int = 4096) -> list[dict]:
+    """In how many runs an `asymptotic` interval missed the truth at any look within its block, and how wide it was at the end.
+
+    Normal features, of which every distance is known: served as real, and served with another mean and scale; and features with
+    Student's tails, 6 degrees of freedom, of which the Frechet distance is. That is looked at after every 64th sample, the real
+    moments being given; the others whenever the monitor reads them, from the newest 512 points, against 1,024 real ones that each
+    run draws anew. most: a width beyond which an interval would say nothing.
+    """
+    turn = np.linalg.qr(np.random.default_rng(3).standard_normal((width, width)))[0]
+    real = (np.zeros(width), (turn * np.geomspace(3, 0.1, width)) @ turn.T)
+    rows = []
+    moved = (real[0] + 0.4, 1.3 * real[1])
+    for name, law, freedom in (("served = real", real, None), ("moved and wider", moved, None), ("moved, heavy tails", moved, 6)):
+        true = distances(real, law, directions(width))
+        true = true if freedom is None else {"frechet": true["frechet"]}
+        missed, widths = dict.fromkeys(true, 0), dict.fromkeys(true, 0.0)
+        for run in range(runs):
+            rng, wrong = np.random.default_rng((run, 17)), set()
+            x, points = draw(rng, block, law, freedom), Real(draw(rng, 1024, real))
+            stated: dict[str, tuple[float, float]] = {}
+            for n in range(64, block + 1, 64):
+                if n & (n - 1) == 0:
+                    newest = x[max(0, n - NEWEST) : n]
+                    spread = moments_spread(newest)
+                    for gauge, estimate, interval in (
+                        ("kid", kernel_distance, points.kid_interval), ("sliced_wasserstein", sliced_wasserstein, points.sliced_wasserstein_interval)
+                    ):  # fmt: skip
+                        if gauge in true:
+                            stated[gauge] = interval(estimate(newest, points.points), newest, delta=GAUGE_DELTA / READINGS)
+                mean, covariance = x[:n].mean(axis=0, dtype=np.float64), np.cov(x[:n].T.astype(np.float64), bias=True)
+                stated["frechet"] = frechet_interval(frechet(*real, mean, covariance)[0], spread.reach(n, delta=GAUGE_DELTA))
+                wrong |= {gauge for gauge, (low, high) in stated.items() if not low <= true[gauge] <= high}
+            for gauge, (low, high) in stated.items():
+                missed[gauge] += gauge in wrong
+                widths[gauge] += (high - low) / runs
+        scale = {"frechet": float(np.trace(real[1])), "kid": kid(real, (real[0] + 1, real[1])), "sliced_wasserstein": 1.0}
+        for gauge, hits in missed.items():
+            low = float(clopper_pearson(hits, runs, 0.02)[0])
+            row = {"interval": f"{gauge}, {name}", "true": true[gauge], "width": widths[gauge], "most": scale[gauge]}
+            rows.append(row | {"missed": hits / runs, "low_99": low, "delta": GAUGE_DELTA, "runs": runs})
+    return rows
+
+
 def table(rows: list[dict]) -> str:
     lines = []
     for space in dict.fromkeys(r["space"] for r in rows):
@@ -493,6 +541,10 @@ def main() -> None:
     if "intervals" in wanted:
         for row in report["intervals"] if "intervals" in report else keep("intervals", intervals(20 if chosen.quick else 500)):
             print(f"interval, {row['interval']}: missed in {row['missed']:.1%} of {row['runs']} runs (at least {row['low_99']:.2%}); allowed {row['delta']:.0%}")
+        runs = 20 if chosen.quick else 500
+        for row in report["asymptotic"] if "asymptotic" in report else keep("asymptotic", asymptotic_intervals(runs)):
+            says = f"{row['true']:.3f}, mean width {row['width']:.3f}"
+            print(f"asymptotic interval, {row['interval']} ({says}): missed in {row['missed']:.1%} of {row['runs']} runs (at least {row['low_99']:.2%}); meant {row['delta']:.0%}")
     print(f"written: {kept}" + (", delays.svg" if "delays" in wanted else ""))
 
 

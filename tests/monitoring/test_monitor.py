@@ -132,6 +132,7 @@ def test_only_fresh_samples_are_evidence(make_bundle, draw):
     assert monitor.verdict.id == "warming_up" and monitor.monitored == 0 and monitor.served == 10_000
     assert set(monitor.evidence().values()) == {-math.inf}
     assert monitor.gauges("fresh")["tv"].n == 0 and monitor.gauges("served")["mode_coverage"].value == pytest.approx(0.1)
+    assert monitor.gauges("served")["frechet"].ci == "none"
     assert monitor.gauges("served")["tv"].ci == "none" and math.isnan(monitor.gauges("served")["tv"].low)
 
 
@@ -179,9 +180,10 @@ def test_gauges_tell_lost_modes_from_fakes(make_bundle, draw):
     for found in gauges.values():
         assert tuple(found) == ALL_GAUGES
         for name, gauge in found.items():
-            exact = name in (*DIVERGENCES, "mode_coverage", "off_manifold", "mmd")
-            assert gauge.n == (NEWEST if name in POINT_GAUGES else 4096) and gauge.ci == ("exact" if exact else "none")
-            assert not exact or gauge.low <= gauge.value <= gauge.high
+            exact, asymptotic = name in (*DIVERGENCES, "mode_coverage", "off_manifold", "mmd"), name in ("frechet", "kid", "sliced_wasserstein")
+            assert gauge.n == (NEWEST if name in POINT_GAUGES else 4096)
+            assert gauge.ci == ("exact" if exact else "asymptotic" if asymptotic else "none") and math.isnan(gauge.low) == (gauge.ci == "none")
+            assert gauge.ci == "none" or gauge.low <= max(gauge.value, 0) <= gauge.high
     assert lost["coverage"].value < healthy["coverage"].value - 0.1 < healthy["coverage"].floor
     assert lost["recall"].value < healthy["recall"].value and fakes["precision"].value < healthy["precision"].value
     assert 3 * healthy["mmd"].value < lost["mmd"].value < lost["mmd"].high < 1
@@ -195,7 +197,8 @@ def test_what_is_recent_forgets(make_bundle, draw):
     healthy, lossy = make_bundle(), make_bundle(lost=(3, 8))
     monitor = watch(healthy, np.concatenate([draw(lossy, 3000), draw(healthy, 1000)]))
     recent, fresh = monitor.gauges("recent"), monitor.gauges("fresh")
-    assert tuple(recent) == GAUGES and recent["js"].ci == "pointwise" and recent["frechet"].ci == "none"
+    assert tuple(recent) == GAUGES and recent["js"].ci == recent["frechet"].ci == "pointwise"
+    assert recent["frechet"].low <= recent["frechet"].value <= recent["frechet"].high
     assert recent["js"].value < 0.6 * fresh["js"].value and recent["js"].low <= recent["js"].value <= recent["js"].high
     assert 1000 < recent["js"].n < 2 / math.log(2) * HALF_LIFE + 1
 
