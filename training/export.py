@@ -397,7 +397,7 @@ def complete_bundle(
 
     `check` raises where the exported graphs are not to be certified.
     """
-    example = {"x": torch.from_numpy(np.ascontiguousarray(dataset.samples[:64]))}
+    example = {"x": torch.from_numpy(np.array(dataset.samples[:64]))}
     export_onnx(sight.eye, directory / "features.onnx", example, ("features", "scores", "mode", "probability"), tolerance=1e-3)
     source = Source(session(directory / "model.onnx"), session(directory / "features.onnx"), latent, class_shares)
     check(source)

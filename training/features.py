@@ -190,7 +190,8 @@ def fit_eye(dataset: Dataset, *, seed: int, remember: bool = True) -> Sight:
         eye.projection = _principal(eye.classifier, torch.from_numpy(train), min(FEATURES, MOST_FEATURES // lens.parts))
     eye.eval().requires_grad_(False)
     scores = SCORES if dataset.labels is not None else SCORES[:2]
-    held_out = [eye(torch.from_numpy(part)) for part in np.array_split(dataset.samples[dataset.trained :], len(dataset.samples) // 10_000 + 1)]
+    parts = np.array_split(np.arange(dataset.trained, len(dataset.samples)), len(dataset.samples) // 10_000 + 1)
+    held_out = [eye(torch.from_numpy(dataset.samples[part])) for part in parts]  # copies: a file in memory is not torch's to write
     if remember:
         some = np.random.default_rng(seed).permutation(rows)[:REMEMBERED]
         eye.remembered = torch.cat([eye(torch.from_numpy(dataset.samples[part]))[0] for part in np.array_split(some, 8)])

@@ -49,7 +49,7 @@ def build(dataset: Dataset, name: str, source: str, root: Path, *, seed: int = 0
     directory = root / name / f"v{number}"
     directory.mkdir(parents=True)
     sight = fit_eye(dataset, seed=seed)
-    example = {"x": torch.from_numpy(np.ascontiguousarray(dataset.samples[:64]))}
+    example = {"x": torch.from_numpy(np.array(dataset.samples[:64]))}
     export_onnx(sight.eye, directory / "features.onnx", example, ("features", "scores", "mode", "probability"), tolerance=1e-3)
     reference = describe_reals(dataset, session(directory / "features.onnx"), keep_points=True)
     write_arrays(directory / "reference.npz", reference)
