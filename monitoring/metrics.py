@@ -47,6 +47,7 @@ TRAINING = {  # figure of a training run -> end of its series' name, what it is
     "pull": ("sample_pull", "Mean size of the derivative of the generator's loss by a sample"),
     "tail_index": ("tail_index", "Hill's tail index of those; below 2 there is no variance"),
     "signal_to_noise": ("signal_to_noise_ratio", "Squared mean of those over its variance"),
+    "precision": ("precision_ratio", "Samples that lie among held-out data, each of which reaches to its fifth neighbour"),
     "dimension": ("sample_dimensions", "Intrinsic dimension of the generator's samples"),
     "data_dimension": ("data_dimensions", "Intrinsic dimension of the data"),
 }

@@ -29,6 +29,7 @@ ROWS = 512  # reals and fakes of one look
 PATIENCE = 3  # looks in a row before an alarm is raised
 LATENTS = 2**40  # added to the seed: the latents of a look are not those of training
 COVERED = 0.25  # of a mode's real share
+NEIGHBOUR = 5  # a sample lies among the data where it is nearer to one of them than this neighbour of theirs is
 
 
 # Figures ----------------------------------------------------------------------------------------------------------------------
@@ -69,6 +70,18 @@ def pairs_told_apart(real: Float[ndarray, "n"], fake: Float[ndarray, "m"]) -> fl
     ordered = np.sort(fake)
     below, up_to = (np.searchsorted(ordered, real, side=side) for side in ("left", "right"))
     return float((below + up_to).mean() / (2 * len(fake)))
+
+
+class Manifold:
+    """Balls around real data, each as far as its NEIGHBOUR-th neighbour: what lies in one is like real (Kynkaanniemi et al. 2019)."""
+
+    def __init__(self, real: Float32[Tensor, "n d"]) -> None:
+        self.real = real
+        self.radius = torch.cdist(real, real).kthvalue(min(NEIGHBOUR + 1, len(real)), dim=1).values
+
+    def precision(self, x: Float32[Tensor, "m d"]) -> float:
+        """The share of samples that lie in one."""
+        return float((torch.cdist(x, self.real) < self.radius).any(dim=1).float().mean())
 
 
 def kl(p: Float64[ndarray, "k"], q: Float64[ndarray, "k"]) -> float:
@@ -118,6 +131,7 @@ class Look:
     signal_to_noise  of the mean pull
     mode_coverage    share of the data's modes that have at least a quarter of their real share
     forward_kl, reverse_kl   between the real and the generated shares of the modes, in nats
+    precision        share of the fakes that lie among the held-out data; real_precision, what the training samples reach
     dimension        intrinsic dimension of the fakes
     """
 
@@ -132,7 +146,8 @@ class Look:
         self.train, self.held_out = (torch.from_numpy(dataset.normalised(r)) for r in rows)
         labels = [torch.from_numpy(dataset.labels[r]) if conditional else None for r in rows]
         self.train_labels, self.labels = labels
-        self.cells = Cells(dataset)
+        self.cells, self.manifold = Cells(dataset), Manifold(self.held_out)
+        self.real_precision = self.manifold.precision(self.train)
         self.data_dimension = two_nn(self.held_out.numpy())
 
     def __call__(self, generator: nn.Module, critic: nn.Module) -> dict[str, float]:
@@ -167,6 +182,8 @@ class Look:
             "signal_to_noise": signal_to_noise(pull),
             "overfitting": pairs_told_apart(train, fake) - accuracy,
             **self.cells.figures(x),
+            "precision": self.manifold.precision(fakes.detach().cpu()),
+            "real_precision": self.real_precision,
             "dimension": two_nn(x),
             "data_dimension": self.data_dimension,
             "latent_dimension": float(self.latent.dim),
@@ -212,6 +229,14 @@ ALARMS: dict[str, Alarm] = {
         advice="--penalty r1r2 keeps all modes in every recipe; --packing 4 or --unroll 5 where the penalty must be off",
         fatal=True,
         after=0.1,
+    ),
+    "off_manifold": Alarm(
+        fires=lambda f: f["precision"] < 0.5 * f["real_precision"],
+        meaning="{precision:.0%} of the samples lie among the data, of real ones {real_precision:.0%}: what is made hits the modes "
+        "by chance, or lies between them",
+        advice="--penalty r1r2 with the recipe's --gamma; more --steps, so that rates have time to fall; --packing 1",
+        fatal=True,
+        after=0.6,
     ),
     "unstable_gradient": Alarm(  # theorem 2.6
         fires=lambda f: f["tail_index"] <= 1,

@@ -16,11 +16,13 @@ from training.diagnostics import (
     Cells,
     Diagnosis,
     Look,
+    Manifold,
     hill,
     pairs_told_apart,
     signal_to_noise,
     two_nn,
 )
+from training.evaluation import prdc
 from training.gate import QualityRefused, publish
 from training.objectives import OBJECTIVES
 from training.registry import Registry
@@ -28,13 +30,14 @@ from training.train import TrainingStopped, adversarial_training
 
 HEALTHY = {
     "divergence": 0.05, "saturation": 0.07, "accuracy": 0.7, "overfitting": 0.02, "weight": 0.5, "gradient_norm": 0.2, "pull": 0.1, "tail_index": 6.0,
-    "signal_to_noise": 30.0, "mode_coverage": 1.0, "forward_kl": 0.01, "reverse_kl": 0.01, "dimension": 2.0, "data_dimension": 2.1,
+    "signal_to_noise": 30.0, "mode_coverage": 1.0, "forward_kl": 0.01, "reverse_kl": 0.01, "precision": 0.9, "real_precision": 0.95, "dimension": 2.0, "data_dimension": 2.1,
     "latent_dimension": 12.0,
 }  # fmt: skip
 FAILING = {
     "vanishing_gradient": {"accuracy": 1.0, "saturation": 0.99, "weight": 1e-4},
     "perfect_critic": {"accuracy": 0.999, "saturation": 0.98, "weight": 1.0},
     "mode_dropping": {"mode_coverage": 0.625},
+    "off_manifold": {"precision": 0.3},
     "unstable_gradient": {"tail_index": 0.9},
     "heavy_tailed_gradient": {"tail_index": 1.5},
     "critic_overfits": {"overfitting": 0.3},
@@ -77,6 +80,17 @@ def test_signal_to_noise_of_a_known_step():
     rng = np.random.default_rng(0)
     noisy = rng.normal(size=(400, 3)) + np.array([1.0, 0, 0])
     assert signal_to_noise(noisy) == pytest.approx(400 / 3, rel=0.3)
+
+
+def test_precision_is_that_of_prdc_and_sees_what_modes_do_not():
+    ring = DATASETS["ring"]()
+    real, other = (torch.from_numpy(ring.normalised(slice(i, i + 512))) for i in (0, 512))
+    wide = other + torch.randn(other.shape, generator=torch.Generator().manual_seed(0)) / 10  # still nearest to its own mode
+    manifold, cells = Manifold(real), Cells(ring)
+    for fake, low, high in ((other, 0.9, 1.0), (wide, 0.0, 0.2)):
+        assert manifold.precision(fake) == prdc(real.numpy(), fake.numpy())["precision"]
+        assert low <= manifold.precision(fake) <= high and cells.figures(fake.numpy())["mode_coverage"] == 1
+    assert Manifold(real[:2]).precision(real[:1]) == 1  # two images are all the data there are
 
 
 def test_cells_know_which_modes_are_there():
@@ -193,11 +207,11 @@ def test_an_alarm_needs_patience_speaks_in_words_and_falls(name):
     diagnosis = Diagnosis()
     for look in range(PATIENCE):
         assert diagnosis.words == {}
-        diagnosis.update(HEALTHY | FAILING[name], progress=0.5)
+        diagnosis.update(HEALTHY | FAILING[name], progress=0.7)
     assert name in diagnosis.words and diagnosis.words.keys() <= {name, "perfect_critic"}
     assert "{" not in diagnosis.words[name] and ALARMS[name].advice in diagnosis.words[name]
     assert bool(diagnosis.failing) == ALARMS[name].fatal
-    diagnosis.update(HEALTHY, progress=0.6)
+    diagnosis.update(HEALTHY, progress=0.8)
     assert diagnosis.words == {} and diagnosis.failing == []
 
 
