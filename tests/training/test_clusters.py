@@ -61,5 +61,5 @@ def test_far_clusters_are_counted_whatever_their_number_place_scale_and_order(co
 
 def test_signs_are_for_clusters_and_without_them_there_is_one_normal_more_than_coordinates():
     assert latent_law(PLANE, 25, dim=2) == SignGaussian(PLANE.signs, PLANE.normals, PLANE.scale)
-    assert latent_law(PLANE, 1, dim=2) == SignGaussian(0, 3, PLANE.scale)
-    assert latent_law(PLANE, 1, dim=100) == SignGaussian(0, PLANE.signs + PLANE.normals, PLANE.scale)
+    assert latent_law(PLANE, 1, dim=2) == SignGaussian(0, 3)
+    assert latent_law(PLANE, 1, dim=100) == SignGaussian(0, PLANE.signs + PLANE.normals)
