@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,17 +68,18 @@ class Smooth(nn.Module):
 class Critic(nn.Module):
     """x [n, d] and, where there are classes, y [n] -> logit [n].
 
-    The first layer sees lift(x) = [x, sin(xB), cos(xB), one-hot y] with a fixed B, N(0, frequency^2) in each of `fourier`
-    columns: low frequencies alone cannot tell narrow modes apart (Tancik et al., Fourier features, 2020).
+    The first layer sees lift(x) = [x, sin(xB), cos(xB), one-hot y] with a fixed B of `fourier` columns, which are N(0, f^2)
+    with each f of `frequency` in turn: low ones alone cannot tell narrow modes apart (Tancik et al., Fourier features, 2020).
     `push_forward` and `pull_back` apply the Jacobian of lift at x and its transpose.
     """
 
     frequencies: Tensor
 
-    def __init__(self, dim: int, *, width: int, classes: int, fourier: int = 0, frequency: float = 6.0) -> None:
+    def __init__(self, dim: int, *, width: int, classes: int, fourier: int = 0, frequency: Sequence[float] = (6.0,)) -> None:
         super().__init__()
         self.dim, self.classes = dim, classes
-        self.register_buffer("frequencies", frequency * even_normals(fourier, dim).T.contiguous())
+        band = torch.tensor(frequency)[torch.arange(fourier) % len(frequency)]
+        self.register_buffer("frequencies", (band[:, None] * even_normals(fourier, dim)).T.contiguous())
         self.hidden = _hidden(dim + 2 * fourier + classes, width)
         self.head = Judge(width)
 
@@ -309,7 +310,7 @@ def _perceptron(latent: int, shape: tuple[int, ...], **how: int) -> Generator:
     return Generator(latent, math.prod(shape), smooth=Smooth(shape) if fine else None, **how)
 
 
-def _perceptron_critic(shape: tuple[int, ...], *, packing: int, frequency: float, **how: int) -> Critic:
+def _perceptron_critic(shape: tuple[int, ...], *, packing: int, frequency: Sequence[float], **how: int) -> Critic:
     return Critic(packing * math.prod(shape), frequency=frequency, **how)
 
 

@@ -16,7 +16,7 @@ class Recipe:
     normals: int  # latent coordinates of N(0, scale^2); of both, see latent_law
     scale: float
     width: int  # of the hidden layers of both networks; of convolutional ones: channels at the coarsest size
-    fourier: int  # random directions in the critic's input, 0 = none; how finely it sees by them, see frequency
+    fourier: int  # directions in the critic's input, 0 = none; how finely it sees by them, see frequency
     learning_rate: tuple[float, float]  # first and last step
     gamma: tuple[float, float]  # weight of R1 + R2, first and last step
     noise: float  # standard deviation added to the critic's inputs, real and fake; 0 = none
@@ -29,8 +29,8 @@ class Recipe:
 
 # Each pattern of signs makes a small blob, as wide as the generator happens to be steep there. Sixteen narrow normals, in place of
 # two wide ones, make these alike: modes lose their tails and keep their width. All of them together are as wide as one sign.
-PLANE = Recipe(5000, 10, 16, 0.25, 128, 32, (4e-3, 1.2e-5), (1.0, 1e-4), 0.0)
-CONTINUOUS = replace(PLANE, doublings=2)
+PLANE = Recipe(7000, 10, 16, 0.25, 128, 64, (4e-3, 1.2e-5), (3.0, 1e-4), 0.0)
+CONTINUOUS = replace(PLANE, steps=5000, fourier=32, gamma=(1.0, 1e-4), doublings=2)
 IMAGES = Recipe(8000, 48, 16, 0.5, 256, 0, (2e-3, 2e-5), (1.0, 0.1), 0.02, hold=0.5)
 # Images of 28 x 28 lie further apart than digits: a stronger penalty. At the rate of digits tanh is saturated within a thousand
 # steps and learns no more: strokes keep their holes, and after 2,500 steps class KL was .036, beginning with 6e-4 .010.
@@ -66,9 +66,10 @@ def latent_law(recipe: Recipe, clusters: int, dim: int) -> SignGaussian:
     return SignGaussian(0, min(recipe.signs + recipe.normals, dim + 1), 1.0)
 
 
-def frequency(clusters: int) -> float:
-    """Standard deviation of the critic's random frequencies, in radians by a standard deviation of the data.
+def frequency(clusters: int) -> tuple[float, ...]:
+    """Standard deviations of the critic's frequencies, in radians by a standard deviation of the data.
 
-    High ones tell narrow clusters apart; where there is one cluster they are noise around what is smooth.
+    High ones tell narrow clusters apart, and the highest what is within one: without them the critic remembers where clusters
+    are and cannot see that they have become too narrow. Where there is one cluster they are noise around what is smooth.
     """
-    return 6.0 if clusters > 1 else 2.0
+    return (24.0, 6.0) if clusters > 1 else (2.0,)

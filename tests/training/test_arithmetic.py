@@ -21,7 +21,7 @@ needs_bf16 = pytest.mark.skipif(not has_bf16(CPU), reason="this CPU has no bf16"
 @pytest.fixture(scope="module")
 def critic():
     torch.manual_seed(0)
-    return FAMILIES["dcgan"].critic((8, 8, 1), width=16, classes=0, packing=1, fourier=0, frequency=6.0)
+    return FAMILIES["dcgan"].critic((8, 8, 1), width=16, classes=0, packing=1, fourier=0, frequency=(6.0,))
 
 
 def test_the_cpu_has_bf16_where_the_kernel_says_so():

@@ -18,7 +18,7 @@ def images(shape):
 
 def test_lift_has_the_jacobian_it_claims():
     torch.manual_seed(0)
-    critic = Critic(3, width=8, classes=4, fourier=5, frequency=2.0).double()
+    critic = Critic(3, width=8, classes=4, fourier=5, frequency=(2.0,)).double()
     x, tangent = torch.randn(2, 6, 3, dtype=torch.float64)
     y = torch.arange(6) % 4
     cotangent = torch.randn(6, 3 + 10 + 4, dtype=torch.float64)
@@ -56,7 +56,7 @@ def test_only_images_that_are_fine_enough_are_smoothed():
 def test_a_family_maps_rows_to_rows_each_by_itself(name, shape, classes):
     torch.manual_seed(0)
     generator = FAMILIES[name].generator(5, shape, width=16, classes=classes, bounded=True)
-    critic = FAMILIES[name].critic(shape, width=16, classes=classes, packing=1 if classes else 2, fourier=0, frequency=6.0)
+    critic = FAMILIES[name].critic(shape, width=16, classes=classes, packing=1 if classes else 2, fourier=0, frequency=(6.0,))
     y = torch.arange(4) % classes if classes else None
     x = generator(torch.randn(4, 5), y)
     assert generator.classes == classes and x.shape == (4, math.prod(shape)) and x.abs().max() <= 1
@@ -72,12 +72,12 @@ def test_a_family_maps_rows_to_rows_each_by_itself(name, shape, classes):
 def test_scales_stay_sane_at_the_start(name):
     torch.manual_seed(0)
     x = FAMILIES[name].generator(64, (28, 28, 1), width=64, classes=0, bounded=False)(torch.randn(64, 64))
-    logit = FAMILIES[name].critic((28, 28, 1), width=64, classes=0, packing=1, fourier=0, frequency=6.0)(torch.randn(64, 784))
+    logit = FAMILIES[name].critic((28, 28, 1), width=64, classes=0, packing=1, fourier=0, frequency=(6.0,))(torch.randn(64, 784))
     assert 0.1 < x.std() < 5 and 0.05 < logit.std() < 5
 
 
 def test_packed_images_are_channels():
-    critic = FAMILIES["resnet"].critic((8, 8, 3), width=8, classes=0, packing=2, fourier=0, frequency=6.0)
+    critic = FAMILIES["resnet"].critic((8, 8, 3), width=8, classes=0, packing=2, fourier=0, frequency=(6.0,))
     x = torch.arange(2 * 2 * 8 * 8 * 3.0).reshape(2, -1)
     seen = critic.look(x)
     assert seen.shape == (2, 6, 8, 8)
@@ -123,5 +123,5 @@ def test_networks_of_a_users_own_are_found_by_import_path(monkeypatch, tmp_path)
 
 def test_vectors_have_a_critic_of_packed_rows():
     dataset = DATASETS["ring"]()
-    critic = FAMILIES["perceptron"].critic(dataset.shape, width=8, classes=0, packing=4, fourier=3, frequency=6.0)
+    critic = FAMILIES["perceptron"].critic(dataset.shape, width=8, classes=0, packing=4, fourier=3, frequency=(6.0,))
     assert critic(torch.zeros(5, 8)).shape == (5,)

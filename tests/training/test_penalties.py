@@ -46,7 +46,7 @@ def draw(n, d):
 @pytest.mark.parametrize(("classes", "fourier"), [(0, 0), (0, 8), (4, 8)])
 def test_closed_form_equals_double_differentiation(objective, penalty, classes, fourier):
     torch.manual_seed(1)
-    critic = Critic(5, width=24, classes=classes, fourier=fourier, frequency=2.0).double()
+    critic = Critic(5, width=24, classes=classes, fourier=fourier, frequency=(2.0,)).double()
     compare(critic, *draw(16, 5), objective, penalty, classes)
 
 
@@ -74,7 +74,7 @@ def compare(critic, real, fake, objective, penalty, classes):
 @pytest.mark.parametrize(("name", "classes"), [("perceptron", 0), ("dcgan", 4), ("resnet", 0)])
 def test_one_function_of_the_weights_gives_the_same_gradients(objective, penalty, name, classes):
     torch.manual_seed(1)
-    critic = FAMILIES[name].critic((8, 8, 1), width=16, classes=classes, packing=1, fourier=0, frequency=6.0).double()
+    critic = FAMILIES[name].critic((8, 8, 1), width=16, classes=classes, packing=1, fourier=0, frequency=(6.0,)).double()
     real, fake = draw(6, 64)
     between = penalty.points_between(real, fake, torch.Generator().manual_seed(4))
     y = torch.randint(classes, (6,)) if classes else None
@@ -168,7 +168,7 @@ def test_clipping_bounds_every_weight():
 @pytest.mark.parametrize(("name", "shape"), [("perceptron", (3,)), ("dcgan", (8, 8, 1))])
 def test_spectral_norm_makes_each_layer_a_contraction(name, shape):
     torch.manual_seed(0)
-    critic = FAMILIES[name].critic(shape, width=16, classes=0, packing=1, fourier=0, frequency=6.0)
+    critic = FAMILIES[name].critic(shape, width=16, classes=0, packing=1, fourier=0, frequency=(6.0,))
     assert gradients_for(critic) is closed_form
     normalise_spectrally(critic)
     assert gradients_for(critic) is autograd
@@ -182,7 +182,7 @@ def test_spectral_norm_makes_each_layer_a_contraction(name, shape):
 
 def test_any_critic_trains_by_double_differentiation():
     torch.manual_seed(0)
-    critic = FAMILIES["resnet"].critic((8, 8, 1), width=16, classes=0, packing=1, fourier=0, frequency=6.0)
+    critic = FAMILIES["resnet"].critic((8, 8, 1), width=16, classes=0, packing=1, fourier=0, frequency=(6.0,))
     real, fake = torch.randn(2, 6, 64)
     seen = gradients_for(critic)(critic, OBJECTIVES["hinge"], PENALTIES["r1r2"], real, fake, real[:0], None, 1.0)
     assert seen.penalty > 0 and seen.by_fake.shape == fake.shape
