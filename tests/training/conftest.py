@@ -34,7 +34,7 @@ def train_bundle(config: Config, directory: Path, *, samples: int) -> Path:
 @pytest.fixture(scope="session")
 def ring(tmp_path_factory):
     """A bundle of a generator that has half learned the ring: all modes, good enough to publish."""
-    return train_bundle(Config(dataset="ring", steps=3000), tmp_path_factory.mktemp("ring"), samples=100_000)
+    return train_bundle(Config(dataset="ring", steps=4000), tmp_path_factory.mktemp("ring"), samples=100_000)
 
 
 @pytest.fixture(scope="session")
