@@ -165,7 +165,10 @@ def test_the_values_are_those_of_the_monitor(watch: Watch) -> None:
         scraped("ganwatch_divergence_high", population="fresh", estimator="forward_kl")
         == shown.gauges["fresh"]["forward_kl"].high
     )
-    assert math.isnan(scraped("ganwatch_divergence_low", population="fresh", estimator="frechet"))
+    assert math.isnan(scraped("ganwatch_divergence_low", population="served", estimator="frechet"))
+    low, high = (scraped(f"ganwatch_divergence_{end}", population="fresh", estimator="frechet") for end in ("low", "high"))
+    assert low <= shown.gauges["fresh"]["frechet"].value <= high and shown.gauges["fresh"]["frechet"].ci == "asymptotic"
+    assert math.isnan(scraped("ganwatch_arl_target_seconds")) and scraped("ganwatch_samples_untested_total") == 0
     assert (
         js.value
         > scraped("ganwatch_divergence_threshold", estimator="js")
