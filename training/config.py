@@ -65,7 +65,7 @@ class Config:
     conditional: bool = False
     """Train G(z, y) and D(x, y) on the labels, so that requests may name a class."""
     steps: int | None = None
-    """Updates of the critic; by default those of the recipe (5,000 for ring, 7,500 for grid, 8,000 for digits)."""
+    """Updates of the critic; by default those of the recipe (6,000 for ring, 7,500 for grid, 8,000 for digits)."""
     objective: Literal[
         "relativistic", "minimax", "non_saturating", "least_squares", "least_squares_pearson", "wasserstein", "hinge",
         "f_kl", "f_reverse_kl", "f_pearson", "f_neyman", "f_hellinger", "f_js", "f_total_variation",

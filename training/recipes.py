@@ -40,7 +40,7 @@ FINE_IMAGES = replace(IMAGES, steps=20_000, width=512, gamma=(10.0, 1.0), learni
 STACKED_MNIST = Recipe(20_000, 0, 64, 1.0, 512, 0, (2e-4, 5e-5), (1.0, 0.1), 0.0, batch=512, network="resnet")
 RECIPES = {
     # eight modes far apart need no gentler start, and get one from fewer steps
-    "ring": replace(PLANE, steps=5000, gamma=(1.0, 1e-4)),
+    "ring": replace(PLANE, steps=6000, gamma=(1.0, 1e-4)),
     "grid": PLANE,
     "grid100": replace(PLANE, signs=13),
     "mixture1200": Recipe(5000, 10, 16, 1.0, 512, 0, (2e-3, 2e-5), (1.0, 0.1), 0.0),
