@@ -97,7 +97,6 @@ class Monitor:
         if not 0 < share <= 1:
             raise ValueError(f"share is {share}; it must lie in (0, 1], and those of all live versions must sum to 1 at most")
         self.bundle, self.arl, self.share = bundle, arl, share
-        self.slack: float | None = None  # by which the threshold lies below the guaranteed one; None: it does not
         certificate, reference = bundle.certificate, bundle.reference
         self._eye = Eye(bundle)
         self._detector = EDetector(certificate, reference, bundle.card.modes, threshold=arl / share, scores=bundle.card.scores)
@@ -135,6 +134,7 @@ class Monitor:
         self.alarmed_at: float | None = None
         self.passed_as: str | None = None  # a version of the same generator that was good enough by another reference
         self.verdict = VERDICTS["warming_up"]
+        self.calibrate(None)
 
     @property
     def tested(self) -> int:
@@ -359,9 +359,10 @@ class Monitor:
 
     def calibrate(self, slack: float | None) -> None:
         """Hold the evidence against arl / share / slack from now on: measured (`calibration.py`) in place of guaranteed. None: guaranteed."""
-        self.slack = slack
+        self.slack: float | None = slack  # by which the threshold lies below the guaranteed one; None: it does not
         self._detector.threshold = self.arl / self.share / (slack or 1.0)
         self._latents.threshold = self.arl / self.share  # no samples were simulated through it
+        self._delays = delay_of_loss(self.bundle.certificate, np.ones(1), threshold=self._detector.threshold)[0]  # samples until the loss of each mode is seen, about
 
     def calibration(self, samples: int = SAMPLES) -> Calibration:
         """What finds the slack of this monitor, with bets of its own."""
@@ -477,17 +478,13 @@ class Monitor:
             served, low, high = shares.centre, shares.low, shares.high
             certain = "covered" if shares.high[-1] >= self._real[-1] else "uncertain"
             status = [*mode_status(mode_coverage(self._real, shares)), certain]
-        blind = [*(self._delays() > UNWATCHED), False]
+        blind = [*(self._delays > UNWATCHED), False]
         status = ["alarmed" if name in self.verdict.modes else "unwatched" if b else s for name, b, s in zip(names, blind, status, strict=True)]
         if self.verdict.id == "off_manifold":
             status[-1] = "alarmed"
         columns = zip(names, self.bundle.reference.cell_share, self._certified, served, low, high, status, strict=True)
         keys = ("name", "reference", "certified", "served", "low", "high", "status")
         return [dict(zip(keys, (row[0], *map(float, row[1:6]), row[6]), strict=True)) for row in columns]
-
-    def _delays(self) -> ndarray:
-        """Samples until the loss of each mode is seen, about."""
-        return delay_of_loss(self.bundle.certificate, np.ones(1), threshold=self._detector.threshold)[0]
 
     def coverage(self) -> dict[str, int]:
         """How many modes the real data have, and of how many the fresh samples of this block show or prove what. Unwatched modes
@@ -498,7 +495,7 @@ class Monitor:
             coverage = mode_coverage(self._real, ShareSet.observed(sketch.cells, priors=self._priors, delta=GAUGE_DELTA))
             counts = (round(coverage.value * found["real"]), int(coverage.surely_covered.sum()), int(coverage.surely_dropped.sum()))
             found |= dict(zip(("covered", "certainly_covered", "certainly_dropped"), counts, strict=True))
-        return found | {"unwatched": int((self._delays() > UNWATCHED).sum())}
+        return found | {"unwatched": int((self._delays > UNWATCHED).sum())}
 
     def snapshot(self) -> dict[str, Any]:
         """Everything there is to show of this version, JSON-able; what is not finite is None."""

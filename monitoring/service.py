@@ -43,6 +43,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+from threadpoolctl import threadpool_limits
 
 from monitoring import picture
 from monitoring.audit import Compared, certified
@@ -628,7 +629,9 @@ def serve(options: Options) -> None:
 def main() -> None:
     logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
     try:
-        serve(tyro.cli(Options, description=Options.__doc__))
+        options = tyro.cli(Options, description=Options.__doc__)
+        with threadpool_limits(1):  # a matrix at a time gains little from cores, and replicas want them
+            serve(options)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -68,7 +68,7 @@ class Pool:
         if not hungry:
             return None
         _, sampler = min(hungry, key=lambda pair: pair[0])
-        if self.bytes + _BLOCK * sampler.sample_bytes > self.limit_bytes:
+        if self.bytes + _bytes(sampler) > self.limit_bytes:
             return None
         stock = self._stocks[sampler]
         stock.drawing = True
@@ -91,9 +91,14 @@ class Pool:
     @property
     def bytes(self) -> int:
         # A block that is partly used is held whole.
-        return sum(len(stock.blocks) * _BLOCK * sampler.sample_bytes for sampler, stock in self._stocks.items())
+        return sum(len(stock.blocks) * _bytes(sampler) for sampler, stock in self._stocks.items())
 
     def left(self, sampler: Sampler) -> int:
         """Rows held of `sampler`."""
         stock = self._stocks.get(sampler)
         return stock.left if stock else 0
+
+
+def _bytes(sampler: Sampler) -> int:
+    """Of a block, with the latents that its rows were made of."""
+    return _BLOCK * (sampler.sample_bytes + 4 * sampler.card.latent.dim)

@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 from numpy import ndarray
 
-SCHEMA = 2
+SCHEMA = 3
 Origin = Literal["server_seed", "client_seed", "client_z", "probe"]
 ORIGINS: tuple[Origin, ...] = get_args(Origin)
+
+
+def is_independent(origin: Origin, truncation: float) -> bool:
+    """Whether rows of such an answer are independent draws of the model."""
+    return origin in ("server_seed", "probe") and truncation == 1.0
 
 
 @dataclass(frozen=True)
@@ -39,18 +45,12 @@ class Record:
     @property
     def is_independent(self) -> bool:
         """Whether these are independent draws of the model, of its own law or of the classes asked for: what an alarm may eat."""
-        return self.origin in ("server_seed", "probe") and self.truncation == 1.0
+        return is_independent(self.origin, self.truncation)
 
     @property
     def is_fresh(self) -> bool:
         """Whether these are independent draws of the model's own law, classes included."""
         return self.is_independent and self.label is None
-
-    def head(self, count: int) -> Record:
-        """The first `count` rows, copied: a view would keep the whole batch alive."""
-        label = self.label[:count] if isinstance(self.label, tuple) else self.label
-        fed = tuple(row for row in self.fed if row < count)
-        return replace(self, samples=self.samples[:count].copy(), label=label, fed=fed, z=self.z[: len(fed)] if self.z is not None and fed else None)
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,20 @@ class Heartbeat:
     counters: dict[str, float]  # e.g. requests_total{status="200",model="digits"} -> 12
 
     def encode(self) -> bytes:
-        """npz: a JSON header and one or two arrays per record. No pickle."""
-        header = {"schema": SCHEMA, "replica": self.replica, "at": self.at, "counters": self.counters}
-        header["records"] = [{k: v for k, v in r.__dict__.items() if k not in ("samples", "z")} for r in self.records]
+        """npz: a JSON header, and the samples and latents of all records of one shape joined, for an array costs more than a
+        record. No pickle."""
+        header = {"schema": SCHEMA, "replica": self.replica, "at": self.at, "counters": self.counters, "records": []}
+        joined: dict[str, list[ndarray]] = {}
+        for record in self.records:
+            fields = {k: v for k, v in record.__dict__.items() if k not in ("samples", "z")}
+            for name, rows in (("samples", record.samples), ("z", record.z)):
+                if rows is not None:
+                    array = f"{rows.dtype.str[1:]}{list(rows.shape[1:])}"
+                    joined.setdefault(array, []).append(rows)
+                    fields[name] = array, len(rows)
+            header["records"].append(fields)
         buffer = io.BytesIO()
-        arrays = {f"r{i}": r.samples for i, r in enumerate(self.records)} | {f"z{i}": r.z for i, r in enumerate(self.records) if r.z is not None}
+        arrays = {name: np.concatenate(rows) for name, rows in joined.items()}
         np.savez(buffer, allow_pickle=False, header=np.frombuffer(json.dumps(header).encode(), np.uint8), **arrays)
         return buffer.getvalue()
 
@@ -79,10 +88,19 @@ class Heartbeat:
                 header = json.loads(data["header"].tobytes())
                 if header["schema"] != SCHEMA:
                     raise ValueError(f"schema is {header['schema']!r}, this monitor reads {SCHEMA}")
+                arrays, taken = {name: data[name] for name in data.files if name != "header"}, Counter[str]()
                 for r in header["records"]:
+                    for name in ("samples", "z"):
+                        if name in r:
+                            array, count = r[name]
+                            start = taken[array]
+                            taken[array] += count
+                            r[name] = arrays[array][start : start + count]
+                            if count < 0 or len(r[name]) != count:
+                                raise ValueError(f"{array} has {len(arrays[array])} rows, {start} to {start + count} are asked for")
                     r["label"] = tuple(r["label"]) if isinstance(r.get("label"), list) else r.get("label")
                     r["fed"] = tuple(r["fed"])
-                records = tuple(Record(**r, samples=data[f"r{i}"], z=data[f"z{i}"] if r["fed"] else None) for i, r in enumerate(header["records"]))
+                records = tuple(Record(**r) for r in header["records"])
                 return Heartbeat(header["replica"], header["at"], records, header["counters"])
         except Exception as error:  # numpy, zipfile and json each raise their own for a broken body
             raise ValueError(f"not a heartbeat: {type(error).__name__}: {error}") from error

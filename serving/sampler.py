@@ -5,7 +5,6 @@ Knows nothing of requests, batches or aliases; needs numpy, numba and onnxruntim
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from training.bundle import Bundle, BundleError, Card, sample_classes
 _RANDOM_OPS = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial")
 _TENSOR = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
 _BATCH_S, _BATCH_ROWS = 20e-3, 4096  # of a run on a CPU: more rows at a time gain nothing and make others wait
-NOTED = 100  # rows, on average, of which one's latents are noted down
+NOTED = 4096  # rows of a window whose latents are kept until it is answered
 BUCKETS = (1, 8, 32, 64, 128, 256)  # rows of a run where its shape matters; all are run once before a sampler is ready
 
 
@@ -31,7 +30,7 @@ BUCKETS = (1, 8, 32, 64, 128, 256)  # rows of a run where its shape matters; all
 class Window:
     """Rows offset .. offset + count of `seed`; or given latents, of which the seed draws the classes alone.
 
-    fed: row of the seed -> its latents as the model got them, for some rows of what has run. Parts share it.
+    fed: (row of the seed, latents from there on as they lay in memory when the model ran), of what has run. Parts share it.
     """
 
     seed: int
@@ -40,7 +39,7 @@ class Window:
     label: int | tuple[int, ...] | None = None  # index of a class, or of one for each row; None: drawn from the class law
     truncation: float = 1.0
     z: Float32[ndarray, "count d"] | None = None
-    fed: dict[int, Float32[ndarray, "d"]] = field(default_factory=dict, compare=False, repr=False)
+    fed: list[tuple[int, Float32[ndarray, "_ d"]]] = field(default_factory=list, compare=False, repr=False)
 
     def part(self, start: int, count: int) -> Window:
         label = self.label[start : start + count] if isinstance(self.label, tuple) else self.label
@@ -73,7 +72,6 @@ class Sampler:
     ) -> None:
         check_device(device)
         self.card, self._latents = bundle.card, Latents(bundle.card.latent)
-        self._until_noted = 0  # rows to run before the next one whose latents are noted
         self.sample_bytes = int(np.prod(self.card.sample_shape)) * np.dtype(self.card.sample_dtype).itemsize
         model = bundle.model_path.read_bytes()
         # The op type is the only text under field 4 (tag 0x22) of an ONNX node: its bytes show, also in subgraphs and functions.
@@ -102,22 +100,12 @@ class Sampler:
             z = np.concatenate([window.latents(card) for window in windows])
         else:
             z = self._latents.sample_windows([(window.seed, window.offset, window.count, window.truncation) for window in windows])
-        self._note(windows, z)
-        return self.run(z, np.concatenate([window.classes(card) for window in windows]) if card.classes else None)
-
-    def _note(self, windows: Sequence[Window], z: Float32[ndarray, "n d"]) -> None:
-        """Write some rows of `z`, which ones is left to chance, into the windows that they belong to."""
-        left = self._until_noted - len(z)
-        if left >= 0:
-            self._until_noted = left
-            return
-        at, start = max(0, self._until_noted), 0  # two lanes may read it at once: then each notes a row
+        start = 0
         for window in windows:
-            while at - start < window.count:
-                window.fed[window.offset + at - start] = z[at].copy()
-                at += random.randrange(1, 2 * NOTED)
+            if not window.fed or sum(len(rows) for _, rows in window.fed) < NOTED:
+                window.fed.append((window.offset, z[start : start + window.count]))
             start += window.count
-        self._until_noted = at - start
+        return self.run(z, np.concatenate([window.classes(card) for window in windows]) if card.classes else None)
 
     def _timed(self, rows: int) -> float:
         started = time.perf_counter()

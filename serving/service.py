@@ -21,15 +21,16 @@ from serving.errors import NotFound, Overloaded, Unavailable
 from serving.logs import AccessLog, Entry
 from serving.models import ModelTable
 from serving.pool import Pool
-from serving.records import Origin, Record
+from serving.records import Origin, Record, is_independent
 from serving.request import SampleRequest, one_of
 from serving.sampler import Sampler, Window
 from serving.tap import Tap
 from serving.tracing import Tracer
 from training.registry import RegistryError
 
-_SHADOW_ROWS = 64  # of each answer, shown to the shadow
+_SHADOW_ROWS = 64  # of an answer that the monitor is shown, for the shadow to draw too
 _SHADOW_QUEUE = 64  # answers that wait for the shadow; what does not fit is dropped and counted
+RERUN = 0.01  # of the rows that the monitor is shown come with their latents
 _BUSY_S = 0.05  # between two attempts of a stream to be admitted
 _GRACE_S = 15.0  # for those who wait when a replica stops
 
@@ -122,14 +123,14 @@ class Service:
     ) -> tuple[Window, ndarray]:
         """The window that answers `request` and its samples, in served form. `wait` awaits the batcher's future."""
         if request.anywhere and (found := self.pool.take(sampler, request.window.count)):
-            window, samples = found
             if self.pool.has_room(sampler):
                 self.batcher.wake()
-        else:
-            window = request.window
-            patience = self.timeout if timeout is None else min(timeout, self.timeout)
-            samples = await wait(self.batcher.submit(sampler, window, patience))
+            self._tell(sampler, origin, *found)
+            return found
+        window, patience = request.window, self.timeout if timeout is None else min(timeout, self.timeout)
+        samples = await wait(self.batcher.submit(sampler, window, patience))
         self._tell(sampler, origin, window, samples)
+        window.fed.clear()  # a view of a whole batch, which a client that reads slowly would hold
         return window, samples
 
     async def stream(self, sampler: Sampler, request: SampleRequest, rows: int, *, wait: Wait = _simply) -> AsyncIterator[ndarray]:
@@ -148,6 +149,7 @@ class Service:
                 if part is not None:
                     drawing = await self._admitted(sampler, part)
                 self._tell(sampler, request.origin, done, samples)
+                done.fed.clear()
                 yield samples
         finally:
             drawing.cancel()
@@ -160,17 +162,18 @@ class Service:
                 await asyncio.sleep(_BUSY_S)
 
     def _tell(self, sampler: Sampler, origin: Origin, window: Window, samples: ndarray) -> None:
-        card = sampler.card
-        if self.tap.url is not None:
-            self.tap.offer(_record(sampler, origin, window, samples))
+        card, fresh = sampler.card, window.label is None and is_independent(origin, window.truncation)
+        shown = self.tap.wanted(card.model, window.count, fresh=fresh)
+        if shown:
+            self.tap.offer(_record(sampler, origin, window.part(0, shown), samples[:shown].copy()))
         self.tap.counters[f'samples_total{{model="{card.model}",version="{card.version}"}}'] += window.count
         model = self.table.models.get(card.model)
         shadow = model and model.serving.get("shadow")
-        if not shadow or model.serving.get("production") is not sampler or not _alike(shadow, sampler):
+        if not shadow or not shown or model.serving.get("production") is not sampler or not _alike(shadow, sampler):
             return
         if window.z is not None and shadow.card.latent != card.latent:
             return
-        part = _alone(window.part(0, min(window.count, _SHADOW_ROWS)))
+        part = _alone(window.part(0, min(shown, _SHADOW_ROWS)))  # the monitor compares what it is shown of both
 
         def compare(rows: ndarray | None) -> None:
             if rows is not None:
@@ -223,12 +226,13 @@ def _alike(one: Sampler, other: Sampler) -> bool:
 
 def _alone(part: Window) -> Window:
     """`part` with notes of its own, as another sampler runs it or while another part still runs."""
-    return replace(part, fed={})
+    return replace(part, fed=[])
 
 
 def _record(sampler: Sampler, origin: Origin, window: Window, samples: ndarray) -> Record:
-    card, fed, z = sampler.card, (), None
-    if window.fed:
-        fed = tuple(sorted(row - window.offset for row in window.fed if 0 <= row - window.offset < window.count))
-        z = np.stack([window.fed[window.offset + row] for row in fed]) if fed else None
-    return Record(card.model, card.version, origin, window.seed, window.offset, samples, time.time(), window.label, window.truncation, fed, z)
+    card, latents = sampler.card, {}
+    for row in range(window.count):
+        if random.random() < RERUN:
+            latents |= {row: z[window.offset + row - start] for start, z in window.fed if 0 <= window.offset + row - start < len(z)}
+    z = np.stack([*latents.values()]) if latents else None
+    return Record(card.model, card.version, origin, window.seed, window.offset, samples, time.time(), window.label, window.truncation, tuple(latents), z)

@@ -18,12 +18,13 @@ from serving.records import Heartbeat, Record
 _TICK_S = 0.25  # between two looks at the ring
 _SILENCE_S = 1.0  # the longest time without a heartbeat
 _TIMEOUT_S = 2.0
+_RESERVE_S = 0.05  # seconds of the budget that lie ready before anything is shown: else answers come in crumbs of a row or two
 _RING_S = 4.0  # seconds of the budget that are held while the monitor does not answer
 
 
 class Tap:
     """`url`: of the monitor, None to send nothing. `rate`: samples/s shown to it, as much for fresh samples as for the others,
-    so that no flood of clients' seeds hides the samples that an alarm may eat. `gauges`: what else a heartbeat says."""
+    so that no flood of clients' seeds hides the samples that an alarm may eat; a shadow's come on top. `gauges`: what else a heartbeat says."""
 
     def __init__(self, url: str | None, rate: float = 2000.0, gauges: Callable[[], dict[str, int | float]] = dict) -> None:
         self.url, self.rate, self.gauges = url, rate, gauges
@@ -36,19 +37,20 @@ class Tap:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def offer(self, record: Record) -> None:
-        """Keep the first rows of `record` that the budget allows; the oldest records make room."""
+    def wanted(self, model: str, count: int, *, fresh: bool) -> int:
+        """How many rows, the first ones, of an answer with `count` rows the monitor is shown; the rest is counted as skipped."""
         if self.url is None:
-            return
-        count = self._budgets[record.is_fresh].take(len(record.samples))
-        if count < len(record.samples):
-            self.counters[f'tap_skipped_samples_total{{model="{record.model}"}}'] += len(record.samples) - count
-        if not count:
-            return
-        record = record.head(count)
+            return 0
+        shown = self._budgets[fresh].take(count)
+        if shown < count:
+            self.counters[f'tap_skipped_samples_total{{model="{model}"}}'] += count - shown
+        return shown
+
+    def offer(self, record: Record) -> None:
+        """Keep what was `wanted`, no view of more; the oldest records make room."""
         with self._lock:
             self._ring.append(record)
-            self._held += count
+            self._held += len(record.samples)
             while self._held > _RING_S * 2 * self.rate and len(self._ring) > 1:
                 oldest = self._ring.popleft()
                 self._held -= len(oldest.samples)
@@ -94,7 +96,7 @@ class Tap:
 
 
 class _Budget:
-    """A token bucket that holds one second."""
+    """A token bucket that holds one second. It gives nothing, to small answers neither, until it can give to a large one."""
 
     def __init__(self, rate: float) -> None:
         self._rate = self._tokens = rate
@@ -104,6 +106,8 @@ class _Budget:
         now = time.monotonic()
         self._tokens = min(self._rate, self._tokens + (now - self._at) * self._rate)
         self._at = now
+        if self._tokens < _RESERVE_S * self._rate:
+            return 0
         count = min(wanted, int(self._tokens))
         self._tokens -= count
         return count

@@ -40,11 +40,13 @@ sys.path[:0] = [str(ROOT)]
 from deploy.inject import InjectError, inject  # noqa: E402
 from monitoring.audit import Compared, Comparer, Golden, drawn_classes  # noqa: E402
 from monitoring.monitor import Fed, Monitor  # noqa: E402
-from serving.sampler import NOTED, Sampler, Window  # noqa: E402
+from serving.sampler import Sampler, Window  # noqa: E402
+from serving.service import RERUN  # noqa: E402
 from training.bundle import Bundle  # noqa: E402
 from training.registry import Registry  # noqa: E402
 
 ARL, WARM, SETTLED, BATCH, ROUND = 1e6, 500, 1000, 64, 500
+EVERY = round(1 / RERUN)
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Stage:
             monitor.update(part, fresh=True, at=0.0)
         asked, at, due = self.asked(monitor, run), 0, np.inf
         for part in batches(draw(bundle, 2 * run + 1, self.scenario.budget)):
-            rows = np.arange(-at % NOTED, len(part), NOTED)
+            rows = np.arange(-at % EVERY, len(part), EVERY)
             windows = [{"seed": 2 * run + 1, "offset": at + int(row), "count": 1} for row in rows]
             z = np.concatenate([bundle.card.latents(**window) for window in windows] or [np.empty((0, bundle.card.latent.dim), np.float32)])
             monitor.update(self.squeezed(part, monitor), fresh=True, at=0.0, fed=Fed(rows, z))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -51,20 +53,15 @@ def test_what_is_no_heartbeat_is_refused(body: bytes) -> None:
         Heartbeat.decode(body)
 
 
-def test_the_head_of_a_record_is_a_copy_with_the_classes_of_its_rows() -> None:
-    rows = np.arange(6, dtype=np.float32).reshape(3, 2)
-    record = Record("m", "v1", "client_seed", 1, 5, rows, 0.0, label=(2, 0, 1))
-    head = record.head(2)
-    assert (head.label, head.offset, head.samples.tolist()) == ((2, 0), 5, rows[:2].tolist())
-    assert head.samples.base is None
-    assert Record("m", "v1", "client_seed", 1, 5, rows, 0.0, label=2).head(1).label == 2
-
-
-def test_the_head_of_a_record_keeps_the_latents_of_its_rows() -> None:
-    rows, z = np.zeros((5, 2), np.float32), np.arange(6, dtype=np.float32).reshape(2, 3)
-    record = Record("m", "v1", "server_seed", 1, 5, rows, 0.0, fed=(1, 4), z=z)
-    for count, fed, kept in ((5, (1, 4), z), (4, (1,), z[:1]), (2, (1,), z[:1])):
-        head = record.head(count)
-        assert head.fed == fed and head.z.tolist() == kept.tolist()
-    none = record.head(1)
-    assert (none.fed, none.z) == ((), None)
+def test_what_is_asked_of_a_heartbeat_beyond_its_rows_is_refused() -> None:
+    record = Record("m", "v1", "client_seed", 1, 5, np.zeros((3, 2), np.float32), 0.0)
+    with np.load(io.BytesIO(Heartbeat("r", 0.0, (record, record), {}).encode())) as data:
+        arrays = dict(data)
+    assert len(arrays) == 2  # the header, and the rows of both
+    for count in (-1, 4, 2.5, "3", None):
+        header = json.loads(arrays["header"].tobytes())
+        header["records"][1]["samples"][1] = count
+        body = io.BytesIO()
+        np.savez(body, **arrays | {"header": np.frombuffer(json.dumps(header).encode(), np.uint8)})
+        with pytest.raises(ValueError, match="heartbeat"):
+            Heartbeat.decode(body.getvalue())

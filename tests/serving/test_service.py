@@ -71,14 +71,14 @@ def test_the_pool_gives_each_row_once_and_is_what_the_seed_says(samplers, counts
 
 
 def test_the_pool_is_bounded_in_bytes_and_gives_up_on_a_sampler_that_fails(samplers):
-    pool = Pool(1 << 20, limit_bytes=256 * 64 * 3)  # three blocks of 8x8 bytes
+    pool = Pool(1 << 20, limit_bytes=256 * 128 * 3)  # three blocks of 8x8 bytes and 16 latents
     pool.keep([samplers["digits"]])
     for _ in range(3):
         spare = pool.want()
         assert pool.want() is None  # one block at a time
         spare.done(samplers["digits"].sample([spare.window]))
     assert pool.want() is None
-    assert pool.bytes == 256 * 64 * 3
+    assert pool.bytes == 256 * 128 * 3
     pool.keep([samplers["ring"]])
     assert pool.bytes == 0
     pool.want().done(None)
@@ -207,7 +207,7 @@ def test_a_shadow_that_cannot_keep_up_is_dropped_and_counted(registry, samplers)
     registry.set_alias("digits", "shadow", "v2", reason="test")
 
     async def scene():
-        async with running(registry) as app:
+        async with running(registry, tap_url="http://127.0.0.1:9") as app:
             production = app.service.table.models["digits"].serving["production"]
             samples = production.sample([Window(1, 0, 2)])
             for _ in range(100):
@@ -221,9 +221,9 @@ def test_records_carry_the_latents_that_the_model_was_fed(registry, monkeypatch)
     """From batches, the pool, pieces of a stream, the shadow and from clients: of the very rows that the record holds."""
     publish(registry, "digits", shift=3.0, promote=False)
     registry.set_alias("digits", "shadow", "v2", reason="test")
-    monkeypatch.setattr("serving.sampler.NOTED", 1)  # every row
+    monkeypatch.setattr("serving.service.RERUN", 1.0)  # every row
     z = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
-    bodies = ({"n": 3}, {"n": 5}, {"n": 100, "seed": 7, "offset": 9}, {"n": 40, "truncation": 0.5}, {"n": 7000, "seed": 1}, {"z": z.tolist()})
+    bodies = ({"n": 3}, {"n": 5}, {"n": 100, "seed": 7, "offset": 9}, {"n": 40, "truncation": 0.5}, {"z": z.tolist()}, {"n": 7000, "seed": 1})
 
     async def scene():
         async with started(registry, pool=Pool(256), tap_url="http://127.0.0.1:9") as (app, client):

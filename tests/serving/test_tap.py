@@ -5,6 +5,7 @@ import queue
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -54,6 +55,12 @@ def monitor(status: int = 204):
         server.server_close()
 
 
+def show(tap: Tap, whole: Record) -> None:
+    """What a service does: the first rows of an answer, as many as are wanted."""
+    if count := tap.wanted(whole.model, len(whole.samples), fresh=whole.is_fresh):
+        tap.offer(replace(whole, samples=whole.samples[:count].copy()))
+
+
 def record(count: int, origin="server_seed", **fields) -> Record:
     samples = np.arange(count * 4, dtype=np.float32).reshape(count, 4)
     return Record("ring", "v1", origin, 7, 0, samples, time.time(), **fields)
@@ -64,7 +71,7 @@ def test_records_and_counters_arrive_within_a_second_and_silence_is_told_too():
         tap = Tap(url, gauges=lambda: {"queued_samples": 3})
         tap.counters['requests_total{model="ring",status="200"}'] += 2
         tap.start()
-        tap.offer(record(10))
+        show(tap, record(10))
         beat = beats.get(timeout=5)
         np.testing.assert_array_equal(beat.records[0].samples, record(10).samples)
         assert beat.counters == {'requests_total{model="ring",status="200"}': 2.0, "queued_samples": 3.0}
@@ -72,7 +79,7 @@ def test_records_and_counters_arrive_within_a_second_and_silence_is_told_too():
         assert silent.records == ()
         assert silent.replica == beat.replica
         assert silent.at - beat.at < 1.9
-        tap.offer(record(1))
+        show(tap, record(1))
         tap.close()
         rest = [beats.get_nowait() for _ in range(beats.qsize())]
         assert sum(len(beat.records) for beat in rest) == 1  # what was left is sent
@@ -80,9 +87,9 @@ def test_records_and_counters_arrive_within_a_second_and_silence_is_told_too():
 
 def test_the_budget_takes_the_first_rows_and_fresh_samples_have_their_own():
     tap = Tap("http://127.0.0.1:9", rate=50.0)
-    tap.offer(record(40, origin="client_seed"))
-    tap.offer(record(40, origin="server_seed", truncation=0.5))  # not fresh either
-    tap.offer(record(100, origin="probe"))
+    show(tap, record(40, origin="client_seed"))
+    show(tap, record(40, origin="server_seed", truncation=0.5))  # not fresh either
+    show(tap, record(100, origin="probe"))
     lengths = {(r.origin, len(r.samples)) for r in tap._ring}
     assert lengths == {("client_seed", 40), ("server_seed", 10), ("probe", 50)}
     assert tap.counters['tap_skipped_samples_total{model="ring"}'] == 80
@@ -91,10 +98,24 @@ def test_the_budget_takes_the_first_rows_and_fresh_samples_have_their_own():
     assert probe.samples.base is None
 
 
+def test_small_answers_leave_room_for_large_ones():
+    tap = Tap("http://127.0.0.1:9", rate=100.0)
+    budget = tap._budgets[True]
+    now, step = budget._at, 1 / 400  # four times the budget
+    shown = {1: 0, 64: 0}
+    with pytest.MonkeyPatch.context() as patch:
+        for i in range(40_000):
+            patch.setattr("serving.tap.time.monotonic", lambda at=now + i * step: at)
+            count = 64 if i % 40 == 0 else 1
+            shown[count] += tap.wanted("ring", count, fresh=True)
+    assert sum(shown.values()) == pytest.approx(100 + 100 * 100, rel=0.01)  # all of the budget, and what it began with
+    assert shown[64] > 1000  # of 64,000: once in twenty for each answer, as often as small ones, and five rows then
+
+
 def test_without_a_monitor_nothing_is_kept():
     tap = Tap(None)
     tap.start()
-    tap.offer(record(10))
+    show(tap, record(10))
     tap.close()
     assert not tap._ring
 
@@ -104,7 +125,7 @@ def test_a_monitor_that_is_absent_or_refuses_costs_counted_drops():
         for target in (url, "http://127.0.0.1:9"):
             tap = Tap(target)
             tap.start()
-            tap.offer(record(10))
+            show(tap, record(10))
             tap.close()
             assert tap.counters['tap_dropped_samples_total{model="ring"}'] == 10
         assert beats.qsize() == 1
@@ -116,11 +137,11 @@ def test_a_slow_monitor_bounds_memory_and_blocks_nobody(monkeypatch):
         tap = Tap(url, rate=100.0)
         tap._budgets[True]._rate = tap._budgets[True]._tokens = 1e9
         tap.start()
-        tap.offer(record(1))
+        show(tap, record(1))
         beats.get(timeout=5)  # one heartbeat is now in flight, and stays there
         started = time.perf_counter()
         for _ in range(1000):
-            tap.offer(record(10))
+            show(tap, record(10))
         assert time.perf_counter() - started < 1
         assert tap._held <= 800  # 4 s of both budgets
         assert tap.counters['tap_dropped_samples_total{model="ring"}'] == 10_000 - tap._held
