@@ -27,7 +27,9 @@ MOST_INPUTS = 1024  # numbers of an image that are looked at: larger ones are se
 MOST_FITTED = 20_000  # samples to fit on
 SCORES = ("manifold_distance", "radius", "ambiguity")
 TINY = 1e-6  # distance that is none
-REMEMBERED = 4096  # training samples, at most, whose copies are looked for, and held-out ones beside them
+REMEMBERED = 4096  # training samples, at most, whose features are kept, and held-out ones beside them
+PLACES, TABLES = 1_048_573, 5  # of the filter that knows exact copies; a prime number
+COPIED = PLACES // 16  # training samples in it, at most: of others, 16^-5 are taken for one, far fewer than the deepest tail holds
 
 
 class Lens(nn.Module):
@@ -59,13 +61,41 @@ class Lens(nn.Module):
         return x.unflatten(0, (-1, self.parts))
 
 
+class Copies(nn.Module):
+    """Whether images [n, ...] of bytes are among some, to the last bit: always, where they are; else with probability (m / PLACES)^TABLES.
+
+    A Bloom filter (Comm. ACM 1970). The places of an image are random linear forms of its bytes modulo a prime, which differ for
+    two images but with probability 1 / PLACES each (Carter and Wegman, J. Comput. Syst. Sci. 1979).
+    """
+
+    weights: Tensor
+    tables: Tensor
+    starts: Tensor
+
+    def __init__(self, samples: ndarray, rows: Int64[ndarray, "m"], seed: int) -> None:
+        super().__init__()
+        weights = np.random.default_rng(seed).integers(PLACES, size=(samples[0].size, TABLES))
+        self.register_buffer("weights", torch.from_numpy(weights.astype(np.float64)))  # sums below 2^53 are exact
+        self.register_buffer("starts", torch.arange(TABLES) * PLACES)
+        self.register_buffer("tables", torch.zeros(TABLES * PLACES, dtype=torch.uint8))
+        for part in np.array_split(rows, len(rows) // 1000 + 1):
+            self.tables[self.places(torch.from_numpy(samples[part]))] = 1
+
+    def places(self, x: Tensor) -> Tensor:
+        return (x.flatten(1).to(torch.float64) @ self.weights).to(torch.int64) % PLACES + self.starts
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tables[self.places(x)].to(torch.float32).amin(dim=1, keepdim=True) > 0
+
+
 class Eye(nn.Module):
     """Served samples [n, ...] -> features [n, p], scores [n, s], mode [n] (-1: off the manifold), probability [n, K].
 
     manifold_distance: Mahalanobis distance to the nearest cell; cells are k-means centres that share one covariance.
     radius: Mahalanobis distance to the mean of all data.
     ambiguity, only where data are labelled: 1 - the largest probability; blends of two classes are near the manifold, not here.
-    nearest_train, unless nothing is `remembered`: distance of the features to the nearest of some training samples; 0 is a copy.
+    nearest_train, unless nothing is `remembered`: distance of the features to the nearest of some training samples; 0 is a copy,
+    of these or, to the last bit, of any that `copies` knows.
     nearer_train, the same: a / (a + b) for a the distance to the nearest of the first of these, b to that of as many held-out
     samples. It is below 1/2 as often as not where the split is nothing to the generator (after Meehan et al., AISTATS 2020).
     Modes are the cells themselves, or, where data are labelled, the classes of an ensemble of classifiers. Of stacked images
@@ -85,6 +115,7 @@ class Eye(nn.Module):
         super().__init__()
         self.lens = lens
         self.classifier: Ensemble | None = None
+        self.copies: Copies | None = None
         for name, value in {
             "within": within,  # [q, q]: x @ within has unit covariance around each cell
             "cells": cells @ within,
@@ -98,7 +129,7 @@ class Eye(nn.Module):
             self.register_buffer(name, torch.as_tensor(np.asarray(value), dtype=torch.float32))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x = self.lens(x)
+        served, x = x, self.lens(x)
         inner, outer = x @ self.within, x @ self.overall - self.offset
         # The expanded square only ranks the cells: it loses too many digits to be the distance itself.
         rank = (self.cells.square().sum(dim=1) - 2 * inner @ self.cells.T).argmin(dim=1)
@@ -123,6 +154,8 @@ class Eye(nn.Module):
         if len(self.remembered):
             sets = self.remembered, self.remembered[: len(self.held_out)], self.held_out
             nearest, train, held_out = (_distance(features, points) for points in sets)
+            if self.copies is not None:
+                nearest = torch.where(self.copies(served), 0.0, nearest)
             scores = torch.cat([scores, nearest, (train + TINY) / (train + held_out + 2 * TINY)], dim=1)
         mode = torch.where(distance > self.threshold, -1, probability.argmax(dim=1))
         return features, scores, mode, probability
@@ -197,6 +230,9 @@ def fit_eye(dataset: Dataset, *, seed: int, remember: bool = True) -> Sight:
         eye.remembered = torch.cat([eye(torch.from_numpy(dataset.samples[part]))[0] for part in np.array_split(some, 8)])
         eye.held_out = torch.cat([features for features, *_ in held_out])[: len(some)]
         scores = (*scores, NEAREST_TRAIN, NEARER_TRAIN)
+        if dataset.samples.dtype == np.uint8 and dataset.trained > len(some):
+            known = np.sort(np.random.default_rng(seed).permutation(dataset.trained)[:COPIED])
+            eye.copies = Copies(dataset.samples, known, seed)
     distance = np.concatenate([scores[:, 0].numpy() for _, scores, _, _ in held_out])
     eye.threshold.fill_(float(np.quantile(distance, MANIFOLD_QUANTILE)))
     if dataset.labels is None:

@@ -4,7 +4,8 @@ import torch
 
 from training.bundle import NEARER_TRAIN, NEAREST_TRAIN
 from training.data import DATASETS, Dataset
-from training.features import fit_eye
+from training.export import export_onnx, session
+from training.features import COPIED, Copies, fit_eye
 
 pytestmark = pytest.mark.slow
 
@@ -63,6 +64,29 @@ def test_training_and_held_out_samples_are_told_apart_and_others_are_near_either
     one_way = eye(noise)[1][:, scores[NEARER_TRAIN]]
     eye.remembered, eye.held_out = eye.held_out.clone(), eye.remembered[:size].clone()
     torch.testing.assert_close(eye(noise)[1][:, scores[NEARER_TRAIN]], 1 - one_way)  # hence a fair coin over all splits
+
+
+def test_exact_copies_are_known_of_more_than_is_remembered(monkeypatch, tmp_path):
+    monkeypatch.setattr("training.features.REMEMBERED", 100)
+    dataset = DATASETS["digits"]()
+    sight = fit_eye(dataset, seed=0)
+    export_onnx(sight.eye, tmp_path / "features.onnx", {"x": torch.from_numpy(dataset.samples[:64])}, ("features", "scores", "mode", "probability"), tolerance=1e-3)
+    eye, column = session(tmp_path / "features.onnx"), sight.scores.index(NEAREST_TRAIN)
+    near = dataset.samples[: dataset.trained].copy()
+    near[:, 3, 3] ^= 1
+    seen = [eye.run(["scores"], {"x": x})[0][:, column] for x in (dataset.samples[: dataset.trained], dataset.samples[dataset.trained :], near)]
+    assert (seen[0] == 0).all()
+    assert all((others > 0).mean() > 0.99 for others in seen[1:])  # some digits are alike
+    assert fit_eye(dataset, seed=0, remember=False).eye.copies is None
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 1), (3, 3, 3)])
+def test_a_full_filter_knows_all_that_is_in_it_and_takes_hardly_anything_else_for_it(shape):
+    rng = np.random.default_rng(0)
+    known, others = rng.integers(256, size=(2, COPIED, *shape), dtype=np.uint8)
+    copies = Copies(known, np.arange(COPIED), seed=1)
+    assert bool(copies(torch.from_numpy(known)).all())
+    assert int(copies(torch.from_numpy(others)).sum()) <= 2  # one in 16^5 on average
 
 
 def test_nothing_is_remembered_where_that_is_not_wanted():
