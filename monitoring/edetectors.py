@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -225,13 +226,60 @@ class Duplicates:
         self.weights = np.full(len(theta), KINDS["duplicates"][1] / max(1, len(theta)))
 
 
-class EDetector:
-    """The whole mixture. It eats independent samples of one model version, alarms at a total evidence of `threshold` and latches.
+class Latching(ABC):
+    """Part of a mixture of bets that alarms at a total evidence of `threshold` and latches; what it remembers lies in `_state`.
 
     groups: names of the parties to the evidence; evidence [g]: sum of w R of each, now; crossed: index of the sample at which
     the total reached the threshold, None before; named [g]: the groups that have reached the threshold on their own since, or,
     while at the crossing none had, the one with most evidence. `named` grows and never shrinks.
     """
+
+    groups: tuple[str, ...]
+    threshold: float
+    crossed: int | None = None
+    _state: dict[str, ndarray]
+    _blank: dict[str, Any]  # `state` before the first sample
+
+    @property
+    @abstractmethod
+    def evidence(self) -> Float64[ndarray, "g"]: ...
+
+    @property
+    def named(self) -> Bool[ndarray, "g"]:
+        return self._state["named"]
+
+    def restart(self) -> None:
+        """Forget all evidence and the alarm, and whatever bets foretell from the past."""
+        self.restore(self._blank)
+
+    def state(self) -> dict[str, Any]:
+        """All that the past has left here, as arrays and JSON values: what `restore` takes."""
+        return {name: value.copy() for name, value in self._state.items()} | {"crossed": self.crossed}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where the detector whose `state` this is stood; it must have had the same bets, which `layout` tells."""
+        self._state = {name: np.array(state[name], value.dtype) for name, value in self._state.items()}
+        self.crossed = state["crossed"]
+
+    def latch(self, crossed: int | None, named: Bool[ndarray, "g"]) -> None:
+        """Take over an alarm that was raised elsewhere over the same bets."""
+        if crossed is not None:
+            self.crossed = crossed if self.crossed is None else min(self.crossed, crossed)
+            self._state["named"] |= named
+
+    def joined(self, other: Latching, *, index: int) -> None:
+        """The evidence of `other` is part of this one's now: so is its alarm, and the sum may raise one, with sample `index`."""
+        self.latch(other.crossed, other.named)
+        evidence = self.evidence
+        if self.crossed is None and evidence.sum() >= self.threshold:
+            self.crossed = index
+            self._state["named"][evidence.argmax()] = True
+        if self.crossed is not None:
+            self._state["named"] |= evidence >= self.threshold
+
+
+class EDetector(Latching):
+    """The whole mixture, but for the latents. It eats independent samples of one model version."""
 
     def __init__(
         self, certificate: Certificate, reference: Reference, modes: tuple[str, ...], *, threshold: float, scores: tuple[str, ...] = ()
@@ -270,14 +318,9 @@ class EDetector:
             "block_marks": np.zeros(2, np.int64),  # its samples so far; whether one repeats another
             "named": np.zeros(len(self.groups), bool),
         }
-        self.crossed: int | None = None
         self._blank = self.state()
         nothing = np.empty((0, len(tails.edges))), np.empty((0, len(moments.centre))), np.empty(0, np.int64), np.empty((0, 1))
         self.update(*nothing, index=0)  # compiles now, if no process ever did, and not while a sample waits
-
-    @property
-    def named(self) -> Bool[ndarray, "g"]:
-        return self._state["named"]
 
     @property
     def layout(self) -> str:
@@ -292,10 +335,6 @@ class EDetector:
         weights, group, _, _, mode_weights, drops = self._bets[11:17]
         kernel.grouped(found, state["r"], weights, group, state["sums"], state["r_modes"], mode_weights, drops)
         return found
-
-    def restart(self) -> None:
-        """Forget all evidence and the alarm. Blocks of duplicates start anew."""
-        self.restore(self._blank)
 
     def update(
         self,
@@ -329,21 +368,6 @@ class EDetector:
         evidence = self.evidence
         return {family: float(evidence[self._families == family].sum()) for family in FAMILIES}
 
-    def state(self) -> dict[str, Any]:
-        """All that the past has left here, as arrays and JSON values: what `restore` takes."""
-        return {name: value.copy() for name, value in self._state.items()} | {"crossed": self.crossed}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where the detector whose `state` this is stood; it must have had the same bets, which `layout` tells."""
-        self._state = {name: np.array(state[name], value.dtype) for name, value in self._state.items()}
-        self.crossed = state["crossed"]
-
-    def latch(self, crossed: int | None, named: Bool[ndarray, "g"]) -> None:
-        """Take over an alarm that was raised elsewhere over the same bets."""
-        if crossed is not None:
-            self.crossed = crossed if self.crossed is None else min(self.crossed, crossed)
-            self._state["named"] |= named
-
     def merge(self, other: EDetector, *, index: int) -> None:
         """Take over the evidence of a detector with the same bets that ate other samples of the same version.
 
@@ -356,13 +380,7 @@ class EDetector:
             self._state[name] = np.minimum(self._state[name] + other._state[name], kernel.CAP)
         self._state["block_joined"] = np.minimum(self._state["block_joined"] + other._duplicates, kernel.CAP)
         self._state["sums"] += other._state["sums"]
-        self.latch(other.crossed, other.named)
-        evidence = self.evidence
-        if self.crossed is None and evidence.sum() >= self.threshold:
-            self.crossed = index
-            self._state["named"][evidence.argmax()] = True
-        if self.crossed is not None:
-            self._state["named"] |= evidence >= self.threshold
+        self.joined(other, index=index)
 
     @property
     def _duplicates(self) -> Float64[ndarray, "b"]:

@@ -24,10 +24,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Float32, Float64, Int64
 from numpy import ndarray
 
-from monitoring.edetectors import KINDS
+from monitoring.edetectors import KINDS, Latching
 from monitoring.kernel import CAP, compiled, grow
 from training.bundle import SignGaussian
 
@@ -151,12 +151,9 @@ def eat(rows, index, threshold, weights, ends, r, named, crossed, seen, payoffs,
     return crossed, seen
 
 
-class LatentDetector:
-    """The family `latents` of the mixture, over rows of latents that were fed for independent draws of the law.
-
-    groups: names of the parties to the evidence; the rest as of EDetector, against the same threshold: where this family alone
-    reaches it, the mixture does.
-    """
+class LatentDetector(Latching):
+    """The family `latents` of the mixture, over rows of latents that were fed for independent draws of the law, against the same
+    threshold: where this family alone reaches it, the mixture does."""
 
     def __init__(self, law: SignGaussian, *, threshold: float) -> None:
         self.law, self.threshold = law, threshold
@@ -194,14 +191,9 @@ class LatentDetector:
             "past": np.zeros((PAST, law.dim), np.float32),
             "named": np.zeros(len(GROUPS), bool),
         }
-        self.crossed: int | None = None
         self.seen = 0
         self._blank = self.state()
         self.update(np.empty((0, law.dim), np.float32), np.empty(0, np.int64))  # compiles now, not while a sample waits
-
-    @property
-    def named(self) -> Bool[ndarray, "g"]:
-        return self._state["named"]
 
     @property
     def evidence(self) -> Float64[ndarray, "g"]:
@@ -224,31 +216,14 @@ class LatentDetector:
         )  # fmt: skip
         self.crossed = None if crossed < 0 else int(crossed)
 
-    def restart(self) -> None:
-        """Forget all evidence and the alarm."""
-        self.restore(self._blank)
-
     def state(self) -> dict[str, Any]:
-        """As of EDetector."""
-        return {name: value.copy() for name, value in self._state.items()} | {"crossed": self.crossed, "seen": self.seen}
+        return super().state() | {"seen": self.seen}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self._state = {name: np.array(state[name], value.dtype) for name, value in self._state.items()}
-        self.crossed, self.seen = state["crossed"], state["seen"]
-
-    def latch(self, crossed: int | None, named: Bool[ndarray, "g"]) -> None:
-        """Take over an alarm that was raised elsewhere over the same bets."""
-        if crossed is not None:
-            self.crossed = crossed if self.crossed is None else min(self.crossed, crossed)
-            self._state["named"] |= named
+        super().restore(state)
+        self.seen = state["seen"]
 
     def merge(self, other: LatentDetector, *, index: int) -> None:
         """As of EDetector: R adds up. What is foretold from the past, and the rows that were seen, stay this detector's own."""
         self._state["r"] = np.minimum(self._state["r"] + other._state["r"], CAP)
-        self.latch(other.crossed, other.named)
-        evidence = self.evidence
-        if self.crossed is None and evidence.sum() >= self.threshold:
-            self.crossed = index
-            self._state["named"][evidence.argmax()] = True
-        if self.crossed is not None:
-            self._state["named"] |= evidence >= self.threshold
+        self.joined(other, index=index)

@@ -23,7 +23,6 @@ class Recipe:
     batch: int = 128  # over all workers, at first
     doublings: int = 0  # of the batch, in equal parts of the run: less noise in the end, where the rates are low
     hold: float = 0.0  # share of the run that keeps the first learning rate
-    half_life: float = 0.05  # of the served weights' running mean, as a share of the run so far
     network: str = "perceptron"  # one of networks.FAMILIES
 
 

@@ -80,6 +80,7 @@ from training.views import InstanceNoise, augment, pack
 # The loop of one worker -------------------------------------------------------------------------------------------------------
 
 
+HALF_LIFE = 0.05  # of the served weights' running mean, as a share of the run so far
 SAID = ("critic_loss", "generator_loss", "penalty", "divergence", "accuracy", "mode_coverage")  # on the terminal
 
 
@@ -219,7 +220,7 @@ def adversarial_training(
             noise.update(progress, objective.estimate(float(losses[0])) / objective.largest)
 
         # The served weights are a running mean whose half-life is a share of the run so far (Karras et al. 2024).
-        keep = 0.5 ** (1 / max(1.0, recipe.half_life * step))
+        keep = 0.5 ** (1 / max(1.0, HALF_LIFE * step))
         with torch.no_grad():
             for mean, now in zip(average.parameters(), generator.parameters(), strict=True):
                 mean.lerp_(now, 1 - keep)
