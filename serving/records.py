@@ -95,7 +95,7 @@ class Heartbeat:
                             array, count = r[name]
                             start = taken[array]
                             taken[array] += count
-                            r[name] = arrays[array][start : start + count]
+                            r[name] = arrays[array][start : start + count].copy()  # a view would keep those of all records
                             if count < 0 or len(r[name]) != count:
                                 raise ValueError(f"{array} has {len(arrays[array])} rows, {start} to {start + count} are asked for")
                     r["label"] = tuple(r["label"]) if isinstance(r.get("label"), list) else r.get("label")

@@ -22,7 +22,7 @@ from training.bundle import Bundle, BundleError, Card, sample_classes
 _RANDOM_OPS = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial")
 _TENSOR = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}
 _BATCH_S, _BATCH_ROWS = 20e-3, 4096  # of a run on a CPU: more rows at a time gain nothing and make others wait
-NOTED = 4096  # rows of a window whose latents are kept until it is answered
+NOTED = 4096  # latents that a window keeps until it is answered, in rows, those of others in its batches among them
 BUCKETS = (1, 8, 32, 64, 128, 256)  # rows of a run where its shape matters; all are run once before a sampler is ready
 
 
@@ -102,7 +102,7 @@ class Sampler:
             z = self._latents.sample_windows([(window.seed, window.offset, window.count, window.truncation) for window in windows])
         start = 0
         for window in windows:
-            if not window.fed or sum(len(rows) for _, rows in window.fed) < NOTED:
+            if len(window.fed) * len(z) < NOTED:  # a view of a batch keeps all of it
                 window.fed.append((window.offset, z[start : start + window.count]))
             start += window.count
         return self.run(z, np.concatenate([window.classes(card) for window in windows]) if card.classes else None)

@@ -165,7 +165,7 @@ class Service:
         card, fresh = sampler.card, window.label is None and is_independent(origin, window.truncation)
         shown = self.tap.wanted(card.model, window.count, fresh=fresh)
         if shown:
-            self.tap.offer(_record(sampler, origin, window.part(0, shown), samples[:shown].copy()))
+            self.tap.offer(_record(sampler, origin, window.part(0, shown), samples))
         self.tap.counters[f'samples_total{{model="{card.model}",version="{card.version}"}}'] += window.count
         model = self.table.models.get(card.model)
         shadow = model and model.serving.get("shadow")
@@ -230,9 +230,10 @@ def _alone(part: Window) -> Window:
 
 
 def _record(sampler: Sampler, origin: Origin, window: Window, samples: ndarray) -> Record:
-    card, latents = sampler.card, {}
+    """Of the rows of `window`, the first of `samples`, copied: a view would keep the whole batch."""
+    card, rows, latents = sampler.card, samples[: window.count].copy(), {}
     for row in range(window.count):
         if random.random() < RERUN:
             latents |= {row: z[window.offset + row - start] for start, z in window.fed if 0 <= window.offset + row - start < len(z)}
     z = np.stack([*latents.values()]) if latents else None
-    return Record(card.model, card.version, origin, window.seed, window.offset, samples, time.time(), window.label, window.truncation, tuple(latents), z)
+    return Record(card.model, card.version, origin, window.seed, window.offset, rows, time.time(), window.label, window.truncation, tuple(latents), z)

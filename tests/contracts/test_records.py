@@ -65,3 +65,9 @@ def test_what_is_asked_of_a_heartbeat_beyond_its_rows_is_refused() -> None:
         np.savez(body, **arrays | {"header": np.frombuffer(json.dumps(header).encode(), np.uint8)})
         with pytest.raises(ValueError, match="heartbeat"):
             Heartbeat.decode(body.getvalue())
+
+
+def test_what_is_kept_of_a_heartbeat_keeps_nothing_else() -> None:
+    records = tuple(Record("m", "v1", "client_seed", 1, 0, np.zeros((n, 2), np.float32), 0.0) for n in (1, 1000))
+    one, _ = Heartbeat.decode(Heartbeat("r", 0.0, records, {}).encode()).records
+    assert one.samples.base is None

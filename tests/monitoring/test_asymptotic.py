@@ -49,6 +49,13 @@ def test_features_that_never_vary_have_no_part_in_it():
     assert moments_spread(np.full((200, 2), 7, np.float32)) == (0, 0)
 
 
+@pytest.mark.parametrize(("n", "rank", "scale"), [(2, 2, 1.0), (3, 1, 1.0), (3, 2, 1e9), (64, 1, 1e-9), (300, 5, 1.0), (300, 300, 1.0)])
+def test_the_largest_eigenvalue_is_the_last_of_all(n, rank, scale):
+    x = scale * np.random.default_rng(n + rank).standard_normal((n, rank))
+    centred = x - x.mean(axis=0)
+    assert Spread.of(x @ x.T).largest == pytest.approx(np.linalg.eigvalsh(centred @ centred.T)[-1] / (n - 1), rel=1e-9)
+
+
 def test_a_mean_stays_within_reach():
     """Of 400 streams the mean of 3-vectors is looked at 100 times each; at one moment its bound is at most twice what would do."""
     rng, spread, delta = np.random.default_rng(4), Spread(1.75, 1.0), 0.05

@@ -312,4 +312,4 @@ def test_a_sampler_notes_what_it_feeds(registry: Registry, make_bundle: Callable
     huge = Window(seed=7, offset=0, count=20_000)
     for start in range(0, huge.count, 3000):
         sampler.sample([huge.part(start, min(3000, huge.count - start))])
-    assert [first for first, _ in huge.fed] == [0, 3000]  # no more than can be shown
+    assert [first for first, _ in huge.fed] == [0, 3000]  # no more are kept

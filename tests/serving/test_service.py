@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.pool import Pool
+from serving.request import SampleRequest
 from serving.sampler import Sampler, Window
 from tests.serving.conftest import connect, publish, running
 from training.registry import RegistryError
@@ -215,6 +216,36 @@ def test_a_shadow_that_cannot_keep_up_is_dropped_and_counted(registry, samplers)
             return app.service.tap.counters['shadow_dropped_samples_total{model="digits"}'], len(app.service._shadows)
 
     assert asyncio.run(scene()) == (72, 64)
+
+
+def test_a_shadow_draws_what_the_monitor_is_shown(registry):
+    publish(registry, "digits", promote=False)
+    registry.set_alias("digits", "shadow", "v2", reason="test")
+
+    async def scene():
+        async with running(registry, tap_url="http://127.0.0.1:9") as app:
+            service = app.service
+            production = service.table.models["digits"].serving["production"]
+            window = Window(1, 0, 100)
+            samples = production.sample([window])
+            for tokens in (1000, 0):
+                service.tap._budgets[False]._tokens = tokens
+                service._tell(production, "client_seed", window, samples)
+            return [(spare.window.offset, spare.window.count) for spare in service._shadows], shown(app)
+
+    shadows, records = asyncio.run(scene())
+    assert shadows == [(0, 64)]
+    assert [len(record.samples) for record in records] == [100] and records[0].samples.base is None
+
+
+def test_what_is_answered_keeps_no_latents(registry):
+    async def scene():
+        async with started(registry, tap_url="http://127.0.0.1:9") as (app, _):
+            sampler = app.service.table.models["digits"].serving["production"]
+            window, rows = await app.service.draw(sampler, SampleRequest(Window(1, 0, 100), "client_seed"), origin="client_seed")
+            return window.fed, len(rows)
+
+    assert asyncio.run(scene()) == ([], 100)
 
 
 def test_records_carry_the_latents_that_the_model_was_fed(registry, monkeypatch):
