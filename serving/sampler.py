@@ -102,7 +102,7 @@ class Sampler:
             z = self._latents.sample_windows([(window.seed, window.offset, window.count, window.truncation) for window in windows])
         start = 0
         for window in windows:
-            if len(window.fed) * len(z) < NOTED:  # a view of a batch keeps all of it
+            if not window.fed or sum(len(rows.base) for _, rows in window.fed) < NOTED:  # a view of a batch keeps all of it
                 window.fed.append((window.offset, z[start : start + window.count]))
             start += window.count
         return self.run(z, np.concatenate([window.classes(card) for window in windows]) if card.classes else None)
