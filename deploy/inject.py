@@ -27,7 +27,9 @@ from training.registry import Registry
 from training.sources import open_dataset
 
 CANDIDATES = 8  # latents tried for each sample before the least bad one is taken
-CLEAR = 0.01  # a candidate passes where the dropped modes together have less than this probability
+# A candidate passes where the dropped modes together have less than this probability. With less, more of what looks like them
+# goes, too: .01 took half of the nines of MNIST with the fours, and 87 % of Fashion-MNIST's coats with the pullovers.
+CLEAR = 0.05
 DROPPED_AT_MOST = 0.005  # share of samples that may still look like a dropped mode, to any classifier
 NOISE_SHARE = 0.05  # share of samples that `off-manifold` replaces by noise
 LIVE_BITS = 10  # bits of entropy that `latent-fault` leaves
