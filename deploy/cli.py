@@ -65,6 +65,7 @@ def up(settings: SettingsFlags = Settings(), registry: Path | None = None) -> No
     run = stack.begin(settings, _registry(registry).root)
     with _stopped_on_failure(run):
         _start_ray(run)
+        _start_monitor(run)
         _start_the_rest(run)
     _say_where(run)
 
@@ -108,6 +109,7 @@ def demo(settings: SettingsFlags = Settings(), model: str = "digits", dataset: s
     with stack.interrupted_as_exit():
         try:
             _start_ray(run)
+            _start_monitor(run)
             if "production" not in registry.aliases(model):
                 _train(run, model, dataset)
                 version = registry.versions(model)[-1]
@@ -135,12 +137,17 @@ def status(as_json: JsonFlag = False) -> None:
         report["processes"] = [{"pid": p.pid, "name": stack.process_name(p)} for p in ours]
         report["listening"] = [f"{address}:{port} {name}" for address, port, name in stack.listening(run, ours)]
         reg = Registry(run.registry)
-        report["models"] = {name: _summary(model) | {"forced": reg.forced(name)} for name, model in _state(run)["models"].items()}
+        try:
+            report["models"] = {name: _summary(model) | {"forced": reg.forced(name)} for name, model in _state(run)["models"].items()}
+        except httpx.TransportError as error:  # it starts, or is stuck
+            report |= {"models": {}, "monitor": f"the monitor at {run.monitor_url} does not answer ({error}); what started so far wrote logs to {run.logs}"}
     if as_json:
         return _print_json(report)
     if run is None:
         return answer.print(f"nothing is up under {ganwatch_home()}; start it with `ganwatch up` or `make demo`")
     answer.print(f"page {report['page']}   sampling {run.url}   {len(report['processes'])} processes, {len(report['listening'])} listening sockets")
+    if "monitor" in report:
+        answer.print(f"[yellow]{escape(report['monitor'])}[/]")
     for name, model in report["models"].items():
         answer.print(f"[bold]{name}[/] {model['version']}  {_colour(model['verdict'])}  {escape(model['words'])}")
         if model["forced"]:
@@ -534,9 +541,12 @@ def _start_ray(run: stack.Run) -> None:
         stack.start_ray(run)
 
 
-def _start_the_rest(run: stack.Run) -> None:
+def _start_monitor(run: stack.Run) -> None:
     with _stage("starting the monitor"):
         stack.start_monitor(run)
+
+
+def _start_the_rest(run: stack.Run) -> None:
     with _stage("deploying the sampler on Ray Serve behind HAProxy"):
         stack.deploy_serve(run)
         _await_ready(run)
@@ -559,6 +569,7 @@ def _train(run: stack.Run, model: str, dataset: str) -> None:
     script = ["python", "training/train.py", "--dataset", dataset, "--model", model, "--registry", run.registry]
     ray = shutil.which("ray", path=run.environment()["PATH"]) or "ray"
     log = run.logs / "train.log"
+    progress.print(f"[dim]{run.monitor_url}/ follows the training, whose log is {escape(str(log))}[/]")
     with _stage(f"training on {dataset} (ray job submit)") as show, open(log, "w") as file:
         command = [ray, "job", "submit", "--working-dir", ".", "--", *script]
         job = subprocess.Popen(

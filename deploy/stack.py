@@ -58,19 +58,19 @@ class Ports:
     alertmanager: int = 9093
     """Alertmanager, where its binary exists."""
     gcs: int = 0
-    """Ray's control plane."""
+    """Ray's control plane; 0: any free port."""
     ray_client: int = 0
-    """Ray's client server."""
+    """Ray's client server; 0: any free port."""
     ray_agent: int = 0
-    """Ray's dashboard agent."""
+    """Ray's dashboard agent; 0: any free port."""
     haproxy_stats: int = 0
-    """HAProxy's statistics."""
+    """HAProxy's statistics; 0: any free port."""
     haproxy_metrics: int = 0
-    """HAProxy's metrics."""
+    """HAProxy's metrics; 0: any free port."""
     ingress: int = 0
-    """The first of 50 on which the replicas answer HAProxy."""
+    """The first of 50 on which the replicas answer HAProxy; 0: any free port."""
     fallback: int = 0
-    """Ray Serve's own proxy, which gets no requests."""
+    """Ray Serve's own proxy, which gets no requests; 0: any free port."""
 
     def chosen(self) -> Ports:
         """The same with a free port in place of each 0, below those that the system and Ray give away by themselves."""
@@ -103,7 +103,7 @@ class Settings:
     probe_rate: int = 50
     """The monitor sends its own requests when fresh samples per second fall below this; 0 = off."""
     access_log: bool = True
-    """One JSON line a request in `<home>/logs/access-*.jsonl`, 128 MiB a replica at most."""
+    """One JSON line a request in `<home>/logs/access-*.jsonl`, 128 MiB a replica at most; this flag leaves it out."""
     trace_url: str | None = None
     """OpenTelemetry collector for traces of requests (OTLP over HTTP), such as http://127.0.0.1:4318/v1/traces."""
 

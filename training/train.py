@@ -445,7 +445,7 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
         if time.monotonic() - said > 2.0 or drawn == most:
             said = time.monotonic()
             journal.write("certify", done=drawn, most=most)
-            print(f"certified {drawn:>9,} of at most {most:,} samples", flush=True)
+            print(f"certify  {drawn:>9,} of at most {most:,} samples drawn, a fifth of them to set thresholds", flush=True)
 
     generator = build(config, dataset)[1]
     generator.load_state_dict(weights)
