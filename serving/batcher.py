@@ -2,8 +2,9 @@
 
 A batch is sealed only when the device is free, so it holds whatever has come in the meantime and nothing ever waits for a
 timer. A request that is larger than a batch is cut; those that fit into a turn or a batch pass it, n = 1 passes n = 65536, and
-it has its turn among them. Where nobody waits the device takes spare work, one batch at a time. Knows nothing of HTTP; runs the
-sampler in threads of its own, but for batches that take less time than to wake a thread does.
+it has its turn among them, but all lanes save one are kept for them while they come. Where nobody waits the device takes spare
+work, one batch at a time. Knows nothing of HTTP; runs the sampler in threads of its own, but for batches that take less time
+than to wake a thread does.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from serving.tracing import Trace, current
 
 _STALLED_S = 60.0  # a batch that takes longer will not come back
 _INLINE_S = 500e-6  # a batch that takes less runs in the event loop: two threads that pass the GIL to and fro take longer
+_KEPT_S = 1.0  # after a request that fits into a batch, all lanes but one are kept for such requests
 _WINDOW_S = 2e-6  # what a window costs besides its rows
 
 logger = logging.getLogger(__name__)
@@ -108,6 +110,7 @@ class Batcher:
         self._rate = 0.0  # samples/s while the device works, smoothed
         self._queues: tuple[deque[_Job], ...] = (deque(), deque(), deque())  # those of a turn at most, of a batch at most, larger ones
         self._places = itertools.count()
+        self._small_at = -math.inf  # time.monotonic() of the last request that fits into a batch
         self._open: dict[_Job, None] = {}  # those that somebody waits for, oldest first
         self._alarm: asyncio.TimerHandle | None = None  # goes off at the earliest deadline, or before
         self._deadline = math.inf
@@ -138,7 +141,9 @@ class Batcher:
         self.start()
         loop = asyncio.get_running_loop()
         job = _Job(sampler, window, loop.create_future(), time.monotonic(), next(self._places), current.get())
-        self._queues[(window.count > self.turn) + (window.count > max(self.turn, min(self.batch, sampler.batch)))].append(job)
+        large = window.count > max(self.turn, min(self.batch, sampler.batch))
+        self._queues[(window.count > self.turn) + large].append(job)
+        self._small_at = self._small_at if large else job.since
         self._open[job] = None
         self.queued += window.count
         self.queued_bytes += size
@@ -221,8 +226,10 @@ class Batcher:
 
     async def _run(self, lane: int) -> None:
         while True:
-            if pieces := self._seal():
+            if pieces := self._seal(lane):
                 await self._serve(lane, pieces)
+                if self._queues[-1]:
+                    self._wake.set()  # other lanes may be free for it by now
             elif spare := self.spare():
                 await self._serve_spare(lane, spare)
             else:
@@ -283,22 +290,25 @@ class Batcher:
         for job in list(self._open):
             job.fail(Unavailable("this replica stops answering", expected="a retry, which another replica answers"))
 
-    def _seal(self) -> list[_Piece]:
+    def _seal(self, lane: int) -> list[_Piece]:
         """The next batch, all of one sampler; requests that nobody waits for are forgotten.
 
-        Whoever has waited longest for a turn gets it. The rest of the room goes to what can be answered soonest.
+        Whoever has waited longest for a turn gets it. The rest of the room goes to what can be answered soonest. A lane that is kept
+        for small requests takes none of a large one, so that they need not wait for its batches nor be in them.
         """
         for queue in self._queues:
             while queue and queue[0].is_over:
                 queue.popleft()
-        heads = [queue[0] for queue in self._queues if queue]
+        kept = lane > 0 and time.monotonic() - self._small_at < _KEPT_S
+        queues = self._queues[:-1] if kept else self._queues
+        heads = [queue[0] for queue in queues if queue]
         if not heads:
             return []
         first = min(heads, key=lambda job: job.place)
         room = min(self.batch, first.sampler.batch)
         taken = {first: min(self.turn, first.left, room)}
         room -= taken[first]
-        for queue in self._queues:
+        for queue in queues:
             others: list[_Job] = []
             while queue and room:
                 job = queue.popleft()

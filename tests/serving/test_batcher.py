@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -312,6 +313,26 @@ def test_two_lanes_keep_two_batches_on_the_device(samplers):
             np.testing.assert_array_equal(await work, samplers["digits"].sample([Window(0, 0, 10)]))
 
     asyncio.run(scene())
+
+
+def test_all_lanes_but_one_are_kept_for_small_requests_while_they_come(samplers, monkeypatch):
+    async def scene():
+        async with closing(Batcher(batch=64, turn=16, lanes=2)) as batcher:
+            sampler, now = samplers["digits"], time.monotonic()
+            monkeypatch.setattr("serving.batcher.time.monotonic", lambda: now)
+            large = batcher.submit(sampler, Window(1, 0, 1000))
+            sealed = [batcher._seal(1)]
+            small = [batcher.submit(sampler, Window(seed, 0, 20)) for seed in (2, 3)]
+            sealed += [batcher._seal(1), batcher._seal(1), batcher._seal(0)]
+            now += 0.9
+            sealed.append(batcher._seal(1))
+            now += 0.2
+            sealed.append(batcher._seal(1))
+            for answer in (large, *small):
+                answer.cancel()
+            return [[(piece.window.seed, piece.count) for piece in pieces] for pieces in sealed]
+
+    assert asyncio.run(scene()) == [[(1, 64)], [(2, 20), (3, 20)], [], [(1, 64)], [], [(1, 64)]]
 
 
 def test_spare_work_is_done_only_while_nobody_waits_and_its_failure_harms_nobody(samplers):
