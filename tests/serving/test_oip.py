@@ -252,7 +252,7 @@ def test_a_grpc_deadline_drops_what_waits(registry, samplers):
 
     async def scene():
         async with calling(registry) as (app, channel):
-            app.service.batcher._seal = lambda: []  # the device never becomes free
+            app.service.batcher._seal = lambda lane: []  # the device never becomes free
             message = pb.ModelInferRequest(
                 model_name="clothes",
                 inputs=[pb.ModelInferRequest.InferInputTensor(name="z", datatype="FP32", shape=z.shape)],
