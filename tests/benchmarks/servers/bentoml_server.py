@@ -13,6 +13,6 @@ class Sample:
         self.generator = Generator(os.environ["MODEL"])
 
     @bentoml.api(batchable=True, max_batch_size=64, max_latency_ms=1000, route="/sample")
-    def draw(self, counts: list[int]) -> list[list[list[float]]]:
+    def draw(self, counts: list[int]) -> list[list]:
         """A batchable API of BentoML joins its requests' lists and splits its answer's list: bytes it cannot split."""
         return [part.tolist() for part in np.split(self.generator.draw(sum(counts)), np.cumsum(counts)[:-1])]
