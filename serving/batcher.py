@@ -143,7 +143,8 @@ class Batcher:
         job = _Job(sampler, window, loop.create_future(), time.monotonic(), next(self._places), current.get())
         large = window.count > max(self.turn, min(self.batch, sampler.batch))
         self._queues[(window.count > self.turn) + large].append(job)
-        self._small_at = self._small_at if large else job.since
+        if not large:
+            self._small_at = job.since
         self._open[job] = None
         self.queued += window.count
         self.queued_bytes += size

@@ -26,6 +26,11 @@ def is_independent(origin: Origin, truncation: float) -> bool:
     return origin in ("server_seed", "probe") and truncation == 1.0
 
 
+def is_fresh(origin: Origin, truncation: float, label: int | tuple | None) -> bool:
+    """Whether they are of its own law besides, classes included."""
+    return is_independent(origin, truncation) and label is None
+
+
 @dataclass(frozen=True)
 class Record:
     """Rows offset .. offset + len(samples) of `seed`, as they were answered at `at` (Unix seconds)."""
@@ -50,7 +55,7 @@ class Record:
     @property
     def is_fresh(self) -> bool:
         """Whether these are independent draws of the model's own law, classes included."""
-        return self.is_independent and self.label is None
+        return is_fresh(self.origin, self.truncation, self.label)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from serving.errors import NotFound, Overloaded, Unavailable
 from serving.logs import AccessLog, Entry
 from serving.models import ModelTable
 from serving.pool import Pool
-from serving.records import Origin, Record, is_independent
+from serving.records import Origin, Record, is_fresh
 from serving.request import SampleRequest, one_of
 from serving.sampler import Sampler, Window
 from serving.tap import Tap
@@ -162,8 +162,8 @@ class Service:
                 await asyncio.sleep(_BUSY_S)
 
     def _tell(self, sampler: Sampler, origin: Origin, window: Window, samples: ndarray) -> None:
-        card, fresh = sampler.card, window.label is None and is_independent(origin, window.truncation)
-        shown = self.tap.wanted(card.model, window.count, fresh=fresh)
+        card = sampler.card
+        shown = self.tap.wanted(card.model, window.count, fresh=is_fresh(origin, window.truncation, window.label))
         if shown:
             self.tap.offer(_record(sampler, origin, window.part(0, shown), samples))
         self.tap.counters[f'samples_total{{model="{card.model}",version="{card.version}"}}'] += window.count

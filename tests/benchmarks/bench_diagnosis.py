@@ -110,9 +110,13 @@ class Stage:
         cells = Monitor(self.healthy).look(np.concatenate(list(draw(bundle, 10**6, 10_000)))).cells
         return np.bincount(cells, minlength=len(self.names) + 1)[:-1] / len(cells)
 
+    @cached_property
+    def healthy_shares(self) -> ndarray:
+        return self.shares(self.healthy)
+
     def lost(self, bundle: Bundle) -> set[str]:
         """The modes that have lost a fifth or more: with a mode goes what looks like it, and who names that as well is right."""
-        gone = self.shares(bundle) < 0.8 * self.shares(self.healthy)
+        gone = self.shares(bundle) < 0.8 * self.healthy_shares
         return {name for name, less in zip(self.names, gone, strict=True) if less}
 
     def squeezed(self, samples: ndarray, monitor: Monitor) -> ndarray:
