@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -333,25 +334,36 @@ def train_worker(job: dict[str, Any]) -> None:
 
 
 def start_ray(config: Config) -> bool:
-    """Join the cluster of a Ray job or of RAY_ADDRESS, else start one on this machine. Returns whether to use GPUs."""
+    """Join the cluster of a Ray job or of RAY_ADDRESS, else start one on this machine. Returns whether to use GPUs.
+
+    Raises ConnectionError where there is no Ray then, InputError where it has fewer processors than are asked for.
+    """
     # Ray Train's helper actors look for a Ray of this machine, and give up where there are several, unless told which.
-    if "RAY_ADDRESS" in os.environ:
-        env = {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]} | ({} if JOB in os.environ else {"PYTHONPATH": str(ROOT)})
-        ray.init(runtime_env={"env_vars": env}, logging_level="error")
+    address = os.environ.get("RAY_ADDRESS")
+    if address is not None:
+        where = f"the Ray cluster at RAY_ADDRESS, {address}, cannot be joined"
+        env = {"RAY_ADDRESS": address} | ({} if JOB in os.environ else {"PYTHONPATH": str(ROOT)})
+        how: dict[str, Any] = {"runtime_env": {"env_vars": env}}
     else:
+        where = "Ray cannot be started on this machine"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         os.environ["RAY_GCS_SERVER_PORT"] = port
-        ray.init(
-            "local",
-            num_cpus=max(os.cpu_count() or 1, config.workers),
-            include_dashboard=False,
-            runtime_env={"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}", "PYTHONPATH": str(ROOT)}},
-            logging_level="error",
-            logging_config=ray.LoggingConfig(log_level="ERROR"),  # Ray Train would miss the dashboard twice a second
-            _node_ip_address="127.0.0.1",
-        )
+        how = {
+            "address": "local",
+            "num_cpus": max(os.cpu_count() or 1, config.workers),
+            "include_dashboard": False,
+            "runtime_env": {"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}", "PYTHONPATH": str(ROOT)}},
+            "logging_config": ray.LoggingConfig(log_level="ERROR"),  # Ray Train would miss the dashboard twice a second
+            "_node_ip_address": "127.0.0.1",
+        }
+    try:
+        if address and (gcs := re.fullmatch(r"([^/]+):(\d+)", address)):  # Ray itself tries for a quarter of an hour
+            socket.create_connection((gcs[1], int(gcs[2])), timeout=10).close()
+        ray.init(logging_level="error", **how)
+    except Exception as error:  # Ray raises bare Exceptions where a process of its own does not come up in time
+        raise ConnectionError(f"{where} ({(str(error).strip() or repr(error)).splitlines()[0]})") from error
     have = ray.cluster_resources()
     gpus, cpus = have.get("GPU", 0), have.get("CPU", 0)
     if config.device == "cuda" and gpus < config.workers:

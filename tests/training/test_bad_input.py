@@ -16,8 +16,8 @@ pytestmark = pytest.mark.slow
 
 
 def train(home, *flags, **environment):
-    env = {**os.environ, "GANWATCH_HOME": str(home), "OMP_NUM_THREADS": "1", **environment}
-    env.pop("RAY_ADDRESS", None)
+    ours = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    env = {**ours, "GANWATCH_HOME": str(home), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run([sys.executable, "training/train.py", *map(str, flags)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
 
 
@@ -42,6 +42,12 @@ def refused(done, status):
 def test_wishes_that_cannot_be_granted(tmp_path, flags, words):
     assert words in refused(train(tmp_path, *flags.split()), status=2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cluster_that_is_not_there(tmp_path):
+    words = refused(train(tmp_path, "--dataset", "ring", RAY_ADDRESS="127.0.0.1:1"), status=1)
+    assert "the Ray cluster at RAY_ADDRESS, 127.0.0.1:1, cannot be joined ([Errno 111] Connection refused)" in words
+    assert "go on with: python training/train.py --resume" in words
 
 
 PIXELS = np.random.default_rng(0).integers(256, size=(120, 6, 6), dtype=np.uint8)
