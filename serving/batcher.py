@@ -23,6 +23,7 @@ import numpy as np
 from numpy import ndarray
 
 from serving.errors import DeadlineExceeded, Overloaded, Unavailable
+from serving.openapi import MAX_BYTES, MAX_SAMPLES
 from serving.sampler import Sampler, Window
 from serving.tracing import Trace, current
 
@@ -101,7 +102,7 @@ class Batcher:
     `spare`: what to do while nobody waits; asked again after each batch and each `wake`."""
 
     def __init__(
-        self, *, batch: int = 4096, turn: int = 32, limit: int = 4 * 65536, limit_bytes: int = 1 << 30, lanes: int = 1
+        self, *, batch: int = 4096, turn: int = 32, limit: int = 4 * MAX_SAMPLES, limit_bytes: int = MAX_BYTES, lanes: int = 1
     ) -> None:
         self.batch, self.turn, self.limit, self.limit_bytes, self.lanes = batch, turn, limit, limit_bytes, lanes
         self.spare: Callable[[], Spare | None] = lambda: None
@@ -247,7 +248,7 @@ class Batcher:
             return rows
 
         try:
-            if sampler.pace * sum(window.count for window in windows) + _WINDOW_S * len(windows) <= _INLINE_S:
+            if sampler.seconds(sum(window.count for window in windows)) + _WINDOW_S * len(windows) <= _INLINE_S:
                 rows = run()
                 await asyncio.sleep(0)  # whoever came meanwhile is in the next batch
             else:

@@ -109,7 +109,7 @@ class _Patience:
             if self._attempt > self._retries or outcome.status_code not in _PATIENCE:
                 raise ServingError.parse(outcome.status_code, outcome.content)
             asked = outcome.headers.get("Retry-After", "")
-            return min(float(asked) if asked.isdigit() else wait, _LONGEST_WAIT_S)
+            return min(float(asked) if asked.isdecimal() else wait, _LONGEST_WAIT_S)
         if self._attempt > self._retries or not isinstance(outcome, _BROKEN):
             words = f"no answer from {self._url}: {outcome}; is the server up (`ganwatch status`)?"
             raise ConnectionError(words) from outcome
@@ -136,7 +136,8 @@ class Client:
         return _join(list(self.pages(model, n, **law)))
 
     def pages(self, model: str, n: int, *, size: int = _PAGE, **law: Any) -> Iterator[Samples]:
-        """The samples of `sample` in pages of `size`; the next page is fetched while this one is used."""
+        """The samples of `sample` in pages of `size`, of which one must not exceed a gigabyte; the next page is fetched while
+        this one is used."""
         ask, first = _Ask(model, _rows(n, law), **law), None
         with ThreadPoolExecutor(1, thread_name_prefix="pages") as ahead:
             waiting = None

@@ -26,6 +26,7 @@ from training.registry import Registry
 
 # Admission is the batcher's, counted in samples; Ray's own limit, counted in requests, must not be met before it.
 _MAX_ONGOING_REQUESTS = 100_000
+DRAIN_S = 30.0  # for answers under way when a replica stops; a stream that takes longer breaks off, to be resumed by offset
 REPLICA_CPUS = 0.5  # logical ones that Ray sets aside for each replica
 
 
@@ -96,6 +97,7 @@ def build(
         health_check_timeout_s=20,
         max_surge_percent=0 if num_gpus else 100,  # new replicas answer before old ones go, but a GPU is not there twice
         graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=DRAIN_S,
         logging_config={"enable_access_log": False},  # ours is off the hot path
         ray_actor_options={"num_cpus": REPLICA_CPUS, "num_gpus": num_gpus},
     )(Replica)

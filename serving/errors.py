@@ -96,9 +96,17 @@ class SamplingFailed(ServingError):
 
 
 class Unavailable(ServingError):
-    """A version that the registry holds but this replica refuses or has not loaded."""
+    """A version that the registry holds but this replica refuses or has not loaded. Who asks again may reach another replica."""
 
     status, code = 503, "unavailable"
+
+    def __init__(self, message: str, **about: Any) -> None:
+        super().__init__(message, **about)
+        self.headers = {"Retry-After": "1"} | self.headers
+
+
+class RolledBack(Unavailable):
+    """The version has been rolled back since it was found: its samples are for those alone who name it."""
 
 
 class DeadlineExceeded(ServingError):

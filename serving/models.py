@@ -22,6 +22,8 @@ _POLL_S = 0.25
 _RETRY_S = 5.0  # between two attempts at a version that was refused
 _LIVE_SESSIONS = 8  # kept for versions that no alias names, or no longer
 
+_Key = tuple[str, str, int, int]  # model, version, stamp of its card
+
 logger = logging.getLogger(__name__)
 
 
@@ -35,6 +37,7 @@ class Model:
     )  # alias -> what answers: the version before, where the wanted one was refused
     errors: Mapping[str, str] = field(default_factory=dict)  # alias -> why its version is not served
     share: float = 0.0  # of the requests that name neither seed nor version: what the canary answers
+    withdrawn: frozenset[str] = frozenset()  # versions that were rolled back: whoever does not name them must not get them
     stamp: tuple[int, ...] = ()  # of aliases.json when it was read
     attempted: float = 0.0  # time.monotonic() of that
 
@@ -64,31 +67,43 @@ class ModelTable:
         self.models: Mapping[str, Model] = {}
         self.changed: Callable[[], None] = lambda: None  # called after each swap, by the thread that made it
         self.load_failures: Counter[str] = Counter()  # model -> versions refused, each attempt counted
-        self._recent: OrderedDict[tuple[str, str, int, int], Sampler] = OrderedDict()
-        self._lock = threading.Lock()
+        self._recent: OrderedDict[_Key, Sampler] = OrderedDict()
+        self._loading: dict[_Key, threading.Lock] = {}
+        self._lock = threading.Lock()  # of the two above; never held while a model loads
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def refresh(self) -> None:
         """Load what the aliases name now and were not known to name; publish the new snapshot when all of it is warm.
 
-        Raises FileNotFoundError where the registry has gone: whatever serves goes on serving.
+        By one thread at a time. Raises FileNotFoundError where the registry has gone: whatever serves goes on serving.
         """
         if self.models and not self.registry.root.is_dir():
             raise FileNotFoundError(f"no directory {self.registry.root}")
-        with self._lock:
-            models = {name: self._refreshed(name, self.models.get(name, Model())) for name in self.registry.models()}
+        models = {name: self._refreshed(name, self.models.get(name, Model())) for name in self.registry.models()}
         if models != self.models:
             self.models = models
             self.changed()
+        self._forget()
 
-    def version(self, model: str, reference: str) -> Sampler:
-        """A version that no alias may name, loaded when first asked for. Blocks.
-
-        Raises RegistryError where there is none, and whatever is wrong with its bundle.
-        """
+    def loaded(self, model: str, version: str) -> Sampler | None:
+        """That version, which no alias may name, if it is there already."""
+        try:
+            key = self._key(model, version)
+        except FileNotFoundError:
+            return None
         with self._lock:
-            return self._load(model, self.registry.resolve(model, reference))
+            return self._recent.get(key)
+
+    def load(self, model: str, version: str) -> Sampler:
+        """That version, which no alias may name. Blocks while it loads, and nobody else.
+
+        Raises FileNotFoundError where there is none, and whatever is wrong with its bundle.
+        """
+        try:
+            return self._load(model, version)
+        finally:
+            self._forget()
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._follow, name="registry", daemon=True)
@@ -112,7 +127,7 @@ class ModelTable:
             return before
         now = time.monotonic()
         try:
-            aliases, share = self.registry.aliases(name), self.registry.canary_share(name)
+            aliases, share, withdrawn = self.registry.aliases(name), self.registry.canary_share(name), self.registry.withdrawn(name)
         except RegistryError as error:
             return replace(before, errors={"aliases.json": str(error)}, stamp=stamp, attempted=now)
         serving, errors = {}, {}
@@ -124,24 +139,38 @@ class ModelTable:
                 logger.warning("%s of model %s is not served: %s", alias, name, errors[alias])
                 if alias in before.serving:
                     serving[alias] = before.serving[alias]
-        return Model(aliases, serving, errors, share, stamp, now)
+        return Model(aliases, serving, errors, share, withdrawn, stamp, now)
 
     def _load(self, model: str, version: str) -> Sampler:
-        path = self.registry.root / model / version
         try:
-            card = (path / "card.json").stat()
-            # The stamp tells a version that was deleted and published again under the same name.
-            key = (model, version, card.st_mtime_ns, card.st_ino)
-            if key not in self._recent:
-                cache = self.tensorrt and Path(self.tensorrt) / model / version
-                self._recent[key] = Sampler(self.registry.open(model, version), self.device, self.threads, self.deterministic, cache or None)
+            key = self._key(model, version)
+            with self._lock:
+                alone = self._loading.setdefault(key, threading.Lock())
+            with alone:  # whoever wants the same version waits for it
+                sampler = self._recent.get(key)
+                if sampler is None:
+                    cache = self.tensorrt and Path(self.tensorrt) / model / version
+                    sampler = Sampler(self.registry.open(model, version), self.device, self.threads, self.deterministic, cache or None)
+                with self._lock:
+                    self._recent[key] = sampler
+                    self._recent.move_to_end(key)
+                    self._loading.pop(key, None)
         except Exception:
             self.load_failures[model] += 1
             raise
-        self._recent.move_to_end(key)
-        while len(self._recent) > _LIVE_SESSIONS:
-            self._recent.popitem(last=False)
-        return self._recent[key]
+        return sampler
+
+    def _key(self, model: str, version: str) -> _Key:
+        """The stamp tells a version that was deleted and published again under the same name."""
+        card = (self.registry.root / model / version / "card.json").stat()
+        return model, version, card.st_mtime_ns, card.st_ino
+
+    def _forget(self) -> None:
+        """All but the newest of the versions that no alias names."""
+        named = {id(sampler) for model in self.models.values() for sampler in model.serving.values()}
+        with self._lock:
+            for key in [key for key, sampler in self._recent.items() if id(sampler) not in named][:-_LIVE_SESSIONS]:
+                del self._recent[key]
 
     def _stamp(self, name: str) -> tuple[int, ...]:
         try:

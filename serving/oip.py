@@ -120,7 +120,7 @@ def decode(body: bytes, header_length: str | None, card: Card) -> Inference:
     """A REST request: JSON, followed by the tensors that it announces as binary. Raises BadRequest or InvalidValue."""
     head = len(body)
     if header_length is not None:
-        if not header_length.isdigit() or int(header_length) > len(body):
+        if not (header_length.isascii() and header_length.isdigit()) or int(header_length) > len(body):
             expected = f"the bytes of the JSON part, {len(body)} at most"
             raise BadRequest(f"{HEADER_LENGTH} is {header_length!r}", field=HEADER_LENGTH, value=header_length, expected=expected)
         head = int(header_length)

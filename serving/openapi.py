@@ -6,6 +6,7 @@ answered with samples; whatever it forbids is refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -17,11 +18,18 @@ if TYPE_CHECKING:
     from training.bundle import Card
 
 MAX_SAMPLES = 65536  # of one answer
+MAX_BYTES = 1 << 30  # of one answer, as the model gives it; see most_samples
 MAX_STREAM = 2**40  # of one stream
 MAX_OFFSET = 2**63 - MAX_STREAM  # of the first row: no request reaches past the last row of a seed
 MAX_LATENT = 1e6  # magnitude of a coordinate of a latent that a client gives
 _SEED_MAX = 2**63 - 1
 _SPELLED_OUT = 4  # rows up to which the tensors of the Open Inference Protocol are
+
+
+def most_samples(card: Card) -> int:
+    """How many samples one answer holds at most."""
+    return max(1, min(MAX_SAMPLES, MAX_BYTES // (math.prod(card.sample_shape) * (1 if card.sample_dtype == "uint8" else 4))))
+
 
 _ERROR_WORDS = {
     "400": "The body is empty, not JSON, not an object, or has a key twice.",
@@ -43,7 +51,7 @@ def _errors(*statuses: str) -> dict[str, Any]:
         status: {
             "description": _ERROR_WORDS[status],
             "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
-            **({"headers": {"Retry-After": {"schema": {"type": "integer", "minimum": 1}}}} if status == "429" else {}),
+            **({"headers": {"Retry-After": {"schema": {"type": "integer", "minimum": 1}}}} if status in ("429", "503") else {}),
             **({"headers": {"Allow": {"schema": {"type": "string"}}}} if status == "405" else {}),
         }
         for status in statuses
@@ -113,7 +121,7 @@ def _takes(card: Card) -> tuple[Any, ...]:
 
 def _draw(card: Card) -> dict[str, Any]:
     """The body of a request for samples, in the five forms that exclude each other."""
-    n = {"type": "integer", "minimum": 1, "maximum": MAX_SAMPLES, "default": 1, "description": "How many samples."}
+    n = {"type": "integer", "minimum": 1, "maximum": most_samples(card), "default": 1, "description": "How many samples."}
     offset = {"type": "integer", "minimum": 0, "maximum": MAX_OFFSET, "default": 0, "description": "The first row."}
     truncation = {
         "type": "number",
@@ -133,7 +141,7 @@ def _draw(card: Card) -> dict[str, Any]:
     latents = {
         "type": "array",
         "minItems": 1,
-        "maxItems": MAX_SAMPLES,
+        "maxItems": most_samples(card),
         "items": {"type": "array", "items": _number(), "minItems": card.latent.dim, "maxItems": card.latent.dim},
         "description": "Latents, n x latent_dim, within the limit of a body.",
     }
@@ -145,7 +153,7 @@ def _draw(card: Card) -> dict[str, Any]:
     pieces = {"const": True, "description": "Send the samples in pieces: application/x-npy, application/octet-stream or Arrow."}
     not_pieces = {"const": False}
     many = {**n, "maximum": MAX_STREAM}
-    listed = {"type": "array", "minItems": 1, "maxItems": MAX_SAMPLES, "items": one}
+    listed = {"type": "array", "minItems": 1, "maxItems": most_samples(card), "items": one}
     listed["description"] = "A class for each sample. n, where it is given, is their number."
     forms = [
         _form({"n": n, "stream": not_pieces, **row, **label}),
@@ -185,7 +193,7 @@ def _infer(card: Card) -> dict[str, Any]:
             },
             "inputs",
         ),
-        "description": f"Any number of rows up to {MAX_SAMPLES} goes the same way as those spelled out here.",
+        "description": f"Any number of rows up to {most_samples(card)} goes the same way as those spelled out here.",
     }
 
 

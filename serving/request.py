@@ -16,7 +16,7 @@ from jaxtyping import Float32
 from numpy import ndarray
 
 from serving.errors import BadRequest, InvalidValue
-from serving.openapi import MAX_LATENT, MAX_OFFSET, MAX_SAMPLES, MAX_STREAM
+from serving.openapi import MAX_LATENT, MAX_OFFSET, MAX_STREAM, most_samples
 from serving.records import Origin
 from serving.sampler import Window
 from training.bundle import SEED_LIMIT, Card
@@ -56,7 +56,7 @@ class SampleRequest:
         z = _given(fields, card)
         path = _path(fields)
         default = len(fields["label"]) if isinstance(fields.get("label"), list) else 1
-        n = len(z) if z is not None else _integer(fields, "n", 1, MAX_STREAM if stream else MAX_SAMPLES, default=default)
+        n = len(z) if z is not None else _integer(fields, "n", 1, MAX_STREAM if stream else most_samples(card), default=default)
         seed = path[0] if path else _integer(fields, "seed", 0, SEED_LIMIT - 1, default=None)
         offset = _integer(fields, "offset", 0, MAX_OFFSET, default=0)
         label = _labels(fields, card, n)
@@ -85,9 +85,10 @@ def one_of(names: Any) -> str:
 
 
 def check_latents(z: ndarray, card: Card) -> Float32[ndarray, "n d"]:
-    """`z` as the model takes it. Raises InvalidValue where it is not [n, latent_dim] of numbers up to MAX_LATENT, 1 <= n <= MAX_SAMPLES."""
-    expected = f"n x {card.latent.dim} numbers from -{MAX_LATENT:g} to {MAX_LATENT:g}, n from 1 to {MAX_SAMPLES}"
-    if z.ndim != 2 or z.shape[1] != card.latent.dim or not 1 <= len(z) <= MAX_SAMPLES:
+    """`z` as the model takes it. Raises InvalidValue where it is not [n, latent_dim] of numbers up to MAX_LATENT, n from 1 to most_samples."""
+    most = most_samples(card)
+    expected = f"n x {card.latent.dim} numbers from -{MAX_LATENT:g} to {MAX_LATENT:g}, n from 1 to {most}"
+    if z.ndim != 2 or z.shape[1] != card.latent.dim or not 1 <= len(z) <= most:
         raise InvalidValue(f"z has shape {list(z.shape)}", field="z", value=list(z.shape), expected=expected)
     with np.errstate(over="ignore"):
         z = np.ascontiguousarray(z, np.float32)
@@ -217,8 +218,9 @@ def _labels(fields: dict[str, Any], card: Card, n: int) -> int | tuple[int, ...]
     value = fields["label"]
     if not isinstance(value, list):
         return _label(value, card)
-    if len(value) != n or not 1 <= n <= MAX_SAMPLES:
-        expected = f"a class, or a list of 1 to {MAX_SAMPLES}, as long as n where n is given"
+    most = most_samples(card)
+    if len(value) != n or not 1 <= n <= most:
+        expected = f"a class, or a list of 1 to {most}, as long as n where n is given"
         raise InvalidValue(f"label lists {len(value)} classes", field="label", value=value, expected=expected)
     return tuple(_label(item, card) for item in value)
 

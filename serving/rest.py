@@ -11,7 +11,7 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -32,14 +32,14 @@ from serving.asgi import (
     respond_error,
     send_chunk,
 )
-from serving.errors import InvalidValue, NotAcceptable, NotFound, SamplingFailed, ServingError, Unavailable
+from serving.errors import InvalidValue, NotAcceptable, NotFound, RolledBack, SamplingFailed, ServingError, Unavailable
 from serving.formats import FORMATS, STREAMS, as_dtype, negotiate
 from serving.models import Model
 from serving.openapi import MAX_SAMPLES, document
 from serving.request import SampleRequest, one_of, read_object
 from serving.rpc import Rpc
 from serving.sampler import Sampler, Window
-from serving.service import Service, Wait, note
+from serving.service import Service, note
 from training.bundle import Card
 
 _BODY_LIMIT = 4 << 20  # bytes: a few thousand latents as text
@@ -47,6 +47,7 @@ _TENSOR_LIMIT = 64 << 20  # bytes: 65536 latents of 256 numbers
 _INLINE_BODY = 1 << 14  # larger bodies are read in a thread
 _INLINE_VALUES = 1 << 14  # answers with more numbers than this are encoded in a thread
 _CHUNK_BYTES = 1 << 20  # of a stream
+_CHUNK_ROWS = 2 * MAX_SAMPLES  # of it at most: half a megabyte of single numbers
 
 _PATTERNS = [
     f"/{path}"
@@ -150,12 +151,17 @@ class App:
             counters[f'requests_total{{model="{counted}",status="{call.status}"}}'] += 1
 
     async def _sample(self, call: Call, receive: Receive, name: str, reference: str | None) -> None:
+        body = await read_body(call.headers, receive, _BODY_LIMIT)
+        while not await self._answer(call, receive, body, name, reference):
+            pass  # the version was rolled back meanwhile
+
+    async def _answer(self, call: Call, receive: Receive, body: bytes, name: str, reference: str | None) -> bool:
+        """Whether it was answered: not with what has been rolled back since it was found."""
         headers = call.headers
         sampler = await self.service.find(name, reference)
         card = sampler.card
         media_type = negotiate(headers.get(b"accept", b"").decode("latin-1"), card.sample_shape)
         timeout = _timeout(headers)
-        body = await read_body(headers, receive, _BODY_LIMIT)
         if len(body) > _INLINE_BODY or b'"interpolate"' in body:
             request = await asyncio.to_thread(SampleRequest.parse, body, card)
         else:
@@ -169,7 +175,8 @@ class App:
         note(call, sampler, request.window)
         wait = partial(self._departures.unless_gone, receive=receive)
         if request.stream:  # whose pieces come at once, one after the other, long after the client has left
-            return await self._stream(call, sampler, request, media_type, partial(wait, at_once=True))
+            pieces = partial(self.service.stream, sampler, request, reference=reference, timeout=timeout, wait=partial(wait, at_once=True))
+            return await self._stream(call, sampler, request, media_type, pieces)
         window, samples = await self.service.draw(sampler, request, origin=origin, timeout=timeout, wait=wait)
         call.seed = window.seed
         about = _about(sampler, window)
@@ -178,16 +185,22 @@ class App:
             answer = encode(as_dtype(samples, request.dtype), about)
         else:
             answer = await asyncio.to_thread(lambda: encode(as_dtype(samples, request.dtype), about))
+        if self.service.is_rolled_back(sampler, reference):
+            return False
         await respond(call.send, 200, answer, media_type, _headers(about, media_type, samples.shape, request.dtype))
+        return True
 
-    async def _stream(self, call: Call, sampler: Sampler, request: SampleRequest, media_type: str, wait: Wait) -> None:
+    async def _stream(
+        self, call: Call, sampler: Sampler, request: SampleRequest, media_type: str, draw: Callable[[int], AsyncGenerator[ndarray]]
+    ) -> bool:
+        """Whether it was answered. `draw`: the rows of a piece -> the pieces."""
         window, about = request.window, _about(sampler, request.window)
         shape = (window.count, *sampler.card.sample_shape)
         form = STREAMS[media_type](shape, request.dtype, about)
-        rows = min(MAX_SAMPLES, max(1, _CHUNK_BYTES // form.row_bytes))
+        rows = min(_CHUNK_ROWS, max(1, _CHUNK_BYTES // form.row_bytes))
         begun, send = False, call.send
         try:
-            async with aclosing(self.service.stream(sampler, request, rows, wait=wait)) as pieces:
+            async with aclosing(draw(rows)) as pieces:
                 async for samples in pieces:
                     if not begun:
                         begun = True
@@ -195,24 +208,30 @@ class App:
                         await send_chunk(send, form.head(), more=True)
                     await send_chunk(send, form.rows(as_dtype(samples, request.dtype)), more=True)
             await send_chunk(send, form.tail(), more=False)
+            return True
         except Exception as error:
+            if not begun and isinstance(error, RolledBack):
+                return False
             if not begun or isinstance(error, ClientGone):
                 raise
             # Too late for words: the answer stays incomplete, which the client can tell, and the server closes the connection.
-            logger.exception("a stream from model %s broke off", sampler.card.model)
+            logger.warning("a stream from model %s broke off: %s", sampler.card.model, error, exc_info=not isinstance(error, ServingError))
             raise _BrokenOff from None
 
     async def _infer(self, call: Call, receive: Receive, name: str, reference: str | None) -> None:
         headers = call.headers
-        sampler = await self.service.find(name, reference)
         timeout = _timeout(headers)
         length = headers.get(oip.HEADER_LENGTH.lower().encode())
         body = await read_body(headers, receive, _TENSOR_LIMIT)
-        inference = await asyncio.to_thread(oip.decode, body, length and length.decode("latin-1"), sampler.card)
-        note(call, sampler, inference.request.window)
         wait = partial(self._departures.unless_gone, receive=receive)
-        _, samples = await self.service.draw(sampler, inference.request, origin="client_z", timeout=timeout, wait=wait)
-        answer, about = await asyncio.to_thread(oip.encode, inference, sampler.card, samples)
+        while True:
+            sampler = await self.service.find(name, reference)
+            inference = await asyncio.to_thread(oip.decode, body, length and length.decode("latin-1"), sampler.card)
+            note(call, sampler, inference.request.window)
+            _, samples = await self.service.draw(sampler, inference.request, origin="client_z", timeout=timeout, wait=wait)
+            answer, about = await asyncio.to_thread(oip.encode, inference, sampler.card, samples)
+            if not self.service.is_rolled_back(sampler, reference):
+                break
         await respond(call.send, 200, answer, "application/octet-stream" if about else "application/json", about)
 
     async def _index(self, call: Call, receive: Receive) -> None:

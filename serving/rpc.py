@@ -18,6 +18,7 @@ from numpy import ndarray
 from serving import oip
 from serving.errors import InvalidValue, ServingError
 from serving.logs import Entry
+from serving.openapi import MAX_SAMPLES
 from serving.protocol import ganwatch_pb2 as own
 from serving.protocol import inference_pb2 as pb
 from serving.request import SampleRequest
@@ -63,6 +64,7 @@ class Rpc:
             "ModelMetadata": (pb.ModelMetadataRequest, self._model_metadata),
             "ModelInfer": (pb.ModelInferRequest, self._infer),
             "RepositoryIndex": (pb.RepositoryIndexRequest, self._index),
+            "ModelConfig": (pb.ModelConfigRequest, self._config),
         }
         inference = {
             name: grpc.unary_unary_rpc_method_handler(
@@ -104,11 +106,19 @@ class Rpc:
                 return answer
             except ServingError as error:
                 entry.status = error.status
+                if wait := error.headers.get("Retry-After"):  # in the words of gRPC's own retries (proposal A6)
+                    context.set_trailing_metadata((*about, ("grpc-retry-pushback-ms", f"{1000 * int(wait)}")))
                 await context.abort(_CODES.get(error.status, grpc.StatusCode.INTERNAL), oip.error_text(error))
+            except asyncio.CancelledError:
+                entry.status = 504 if _is_late(context) else 499
+                raise
             except TimeoutError:
                 self.service.tap.counters["slow_readers_total"] += 1
                 await context.abort(grpc.StatusCode.ABORTED, f"the client has read nothing for {_PATIENCE_S:g} s")
             except Exception as error:
+                if _is_late(context):  # what failed is to write to a client that hears no more
+                    entry.status = 504
+                    raise asyncio.CancelledError from error
                 logger.exception("a gRPC call failed")
                 entry.status = 500
                 await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
@@ -143,12 +153,20 @@ class Rpc:
     async def _index(self, message: pb.RepositoryIndexRequest, context: Any, entry: Entry) -> pb.RepositoryIndexResponse:
         return pb.RepositoryIndexResponse(models=oip.index(self.service.table.models, ready=message.ready))
 
+    async def _config(self, message: pb.ModelConfigRequest, context: Any, entry: Entry) -> pb.ModelConfigResponse:
+        sampler = await self.service.find(message.name, message.version or None)
+        return pb.ModelConfigResponse(config=pb.ModelConfigResponse.Config(**oip.config(sampler.card)))
+
     async def _infer(self, message: pb.ModelInferRequest, context: grpc.aio.ServicerContext, entry: Entry) -> pb.ModelInferResponse:
-        sampler = await self.service.find(message.model_name, message.model_version or None)
-        card = sampler.card
-        request = oip.to_request(_tensors(message), [output.name for output in message.outputs], card)
-        note(entry, sampler, request.window)
-        _, samples = await self.service.draw(sampler, request, origin="client_z", timeout=context.time_remaining())
+        reference, tensors = message.model_version or None, _tensors(message)
+        while True:
+            sampler = await self.service.find(message.model_name, reference)
+            card = sampler.card
+            request = oip.to_request(tensors, [output.name for output in message.outputs], card)
+            note(entry, sampler, request.window)
+            _, samples = await self.service.draw(sampler, request, origin="client_z", timeout=context.time_remaining())
+            if not self.service.is_rolled_back(sampler, reference):
+                break
         entry.bytes = samples.nbytes
         output = pb.ModelInferResponse.InferOutputTensor(
             name="samples", datatype=oip.DATATYPE_NAMES[card.sample_dtype], shape=samples.shape
@@ -166,11 +184,17 @@ class Rpc:
             sampler = self.service.divert(sampler, request)
         note(entry, sampler, request.window)
         at = request.window.offset
-        rows = min(65536, max(1, _PIECE_BYTES // sampler.sample_bytes))
-        async for samples in self.service.stream(sampler, request, rows):
+        rows = min(MAX_SAMPLES, max(1, _PIECE_BYTES // sampler.sample_bytes))
+        async for samples in self.service.stream(sampler, request, rows, reference=message.version or None, timeout=context.time_remaining()):
             await asyncio.wait_for(context.write(_piece(sampler, request.window.seed, at, samples)), _PATIENCE_S)
             at += len(samples)
             entry.bytes += samples.nbytes
+
+
+def _is_late(context: Any) -> bool:
+    """Whether the time that the client gave its call is over."""
+    left = context.time_remaining()
+    return left is not None and left <= 0
 
 
 def _piece(sampler: Sampler, seed: int, offset: int, samples: ndarray) -> own.Piece:

@@ -90,8 +90,9 @@ class Sampler:
         self.buckets = BUCKETS[-1:] if deterministic else BUCKETS if self.provider != CPU else ()
         if self.provider != CPU:
             self._session.bind(self.buckets, self.card.sample_shape, self.card.sample_dtype)
-        self.pace = min(self._timed(rows) / rows for rows in self.buckets or BUCKETS)  # seconds a row
-        self.batch = self.buckets[-1] if self.buckets else max(BUCKETS[2], min(int(_BATCH_S / self.pace), _BATCH_ROWS))  # rows of a run at most
+        self._times = {rows: self._timed(rows) for rows in self.buckets or BUCKETS}  # seconds
+        self._pace = min(seconds / rows for rows, seconds in self._times.items())
+        self.batch = self.buckets[-1] if self.buckets else max(BUCKETS[2], min(int(_BATCH_S / self._pace), _BATCH_ROWS))  # rows of a run at most
 
     def sample(self, windows: Sequence[Window]) -> ndarray:
         """The rows of all windows, one after the other: uint8 [n, h, w, c] or float32 [n, d]."""
@@ -106,6 +107,16 @@ class Sampler:
                 window.fed.append((window.offset, z[start : start + window.count]))
             start += window.count
         return self.run(z, np.concatenate([window.classes(card) for window in windows]) if card.classes else None)
+
+    def seconds(self, rows: int) -> float:
+        """What it takes to draw so many rows, as it was timed beforehand: with buckets, that of the runs that they fill."""
+        if not self.buckets:
+            return self._pace * rows
+        runs, rest = divmod(rows, self.buckets[-1])
+        return runs * self._times[self.buckets[-1]] + (self._times[self._bucket(rest)] if rest else 0.0)
+
+    def _bucket(self, rows: int) -> int:
+        return next(bucket for bucket in self.buckets if bucket >= rows)
 
     def _timed(self, rows: int) -> float:
         started = time.perf_counter()
@@ -122,7 +133,7 @@ class Sampler:
 
     def _padded(self, z: Float32[ndarray, "n d"], y: Int64[ndarray, "n"] | None) -> ndarray:
         n = len(z)
-        more = next(rows for rows in self.buckets if rows >= n) - n
+        more = self._bucket(n) - n
         return self._run(np.pad(z, ((0, more), (0, 0))), None if y is None else np.pad(y, (0, more)))[:n]
 
     def _run(self, z: Float32[ndarray, "n d"], y: Int64[ndarray, "n"] | None) -> ndarray:

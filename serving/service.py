@@ -11,13 +11,14 @@ import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 from numpy import ndarray
 
 from serving.batcher import Batcher, Spare
-from serving.errors import NotFound, Overloaded, Unavailable
+from serving.errors import NotFound, Overloaded, RolledBack, Unavailable
 from serving.logs import AccessLog, Entry
 from serving.models import ModelTable
 from serving.pool import Pool
@@ -33,6 +34,7 @@ _SHADOW_QUEUE = 64  # answers that wait for the shadow; what does not fit is dro
 RERUN = 0.01  # of the rows that the monitor is shown come with their latents
 _BUSY_S = 0.05  # between two attempts of a stream to be admitted
 _GRACE_S = 15.0  # for those who wait when a replica stops
+_LOADS = 2  # versions that no alias names loaded at once, in threads of their own: nobody else waits for one
 
 Wait = Callable[[asyncio.Future[ndarray]], Awaitable[ndarray]]
 
@@ -51,6 +53,7 @@ class Service:
         self.log, self.tracer = log or AccessLog(), tracer
         self.table, self.batcher, self.tap, self.pool, self.timeout = table, batcher, tap, pool or Pool(), timeout
         self._shadows: deque[Spare] = deque()
+        self._loader, self._loading = ThreadPoolExecutor(_LOADS, "loader"), dict[tuple[str, str], asyncio.Future[Sampler]]()
         tap.gauges = self._gauges
         batcher.spare = self._spare
 
@@ -66,6 +69,7 @@ class Service:
 
     async def close(self) -> None:
         await self.batcher.close(_GRACE_S)
+        self._loader.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.table.close)
         await asyncio.to_thread(self.tap.close)
         await asyncio.to_thread(self.log.close)
@@ -98,7 +102,10 @@ class Service:
                 expected="a model with one; promote a version first",
             )
         try:
-            return await asyncio.to_thread(self.table.version, name, reference or "production")
+            version = await asyncio.to_thread(self.table.registry.resolve, name, reference or "production")
+            if sampler := self.table.loaded(name, version):
+                return sampler
+            return await asyncio.shield(self._load(name, version))  # others may wait for it, too
         except RegistryError as error:
             versions = [*self.table.registry.versions(name), *model.aliases]
             raise NotFound(str(error), field="version", value=reference, expected=one_of(versions)) from None
@@ -109,6 +116,24 @@ class Service:
                 value=reference,
                 expected="a version that loads; publish it again or roll back",
             ) from error
+
+    def _load(self, name: str, version: str) -> asyncio.Future[Sampler]:
+        """The loading of a version, which goes on where it has begun."""
+        key = name, version
+
+        def over(done: asyncio.Future[Sampler]) -> None:
+            del self._loading[key]
+            _ = done.cancelled() or done.exception()  # whoever waited may have left: nobody need look
+
+        if key not in self._loading:
+            self._loading[key] = asyncio.get_running_loop().run_in_executor(self._loader, self.table.load, name, version)
+            self._loading[key].add_done_callback(over)
+        return self._loading[key]
+
+    def is_rolled_back(self, sampler: Sampler, reference: str | None) -> bool:
+        """Whether `sampler`, found for `reference`, must not answer any more. To be asked last, when nothing but sending is left."""
+        model = self.table.models.get(sampler.card.model)
+        return model is not None and sampler.card.version in model.withdrawn and reference != sampler.card.version
 
     def divert(self, sampler: Sampler, request: SampleRequest) -> Sampler:
         """`sampler`, or the canary for its share of the requests. A seed keeps its samples: requests with one stay."""
@@ -133,18 +158,24 @@ class Service:
         window.fed.clear()  # a view of a whole batch, which a client that reads slowly would hold
         return window, samples
 
-    async def stream(self, sampler: Sampler, request: SampleRequest, rows: int, *, wait: Wait = _simply) -> AsyncIterator[ndarray]:
+    async def stream(
+        self, sampler: Sampler, request: SampleRequest, rows: int, *, reference: str | None, timeout: float | None = None, wait: Wait = _simply
+    ) -> AsyncIterator[ndarray]:
         """The samples of `request` in pieces of `rows`; each is drawn while the one before is sent, so two are held at most.
 
-        Raises Overloaded before the first piece only: a stream that has begun waits for its turn.
+        Raises Overloaded and DeadlineExceeded (after `timeout` seconds) before the first piece only: a stream that has begun waits
+        for its turn. Raises RolledBack as soon as `sampler`, found for `reference`, is rolled back.
         """
         whole = request.window
         parts = (_alone(whole.part(at, min(rows, whole.count - at))) for at in range(0, whole.count, rows))
         part = next(parts)
-        drawing = self.batcher.submit(sampler, part)
+        drawing = self.batcher.submit(sampler, part, self.timeout if timeout is None else min(timeout, self.timeout))
         try:
             while part is not None:
                 samples = await wait(drawing)
+                if self.is_rolled_back(sampler, reference):
+                    about = f"{sampler.card.version} of model {sampler.card.model} was rolled back"
+                    raise RolledBack(about, field="version", value=sampler.card.version, expected="a request anew, which its successor answers")
                 done, part = part, next(parts, None)
                 if part is not None:
                     drawing = await self._admitted(sampler, part)

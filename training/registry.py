@@ -81,6 +81,20 @@ class Registry:
         """What the gate objected to the version that `alias` names now, where it was promoted all the same."""
         return next((change.forced for change in reversed(self.history(model)) if change.alias == alias), None)
 
+    def withdrawn(self, model: str) -> frozenset[str]:
+        """Versions from which an alias went back, by a rollback or to an earlier version, and that none has named since."""
+        ways: dict[str, list[str]] = {}
+        found: set[str] = set()
+        for change in self.history(model):
+            way = ways.setdefault(change.alias, [])
+            if change.version is None:
+                left, ways[change.alias] = way, []
+            else:
+                left = _go(way, change.version)
+            found |= set(left) - {way[-1] for way in ways.values() if way}
+            found -= {change.version}
+        return frozenset(found)
+
     def history(self, model: str) -> list[AliasChange]:
         """Every change of an alias, oldest first."""
         path = self.root / _checked(model, "model") / "aliases.json"
@@ -171,15 +185,12 @@ class Registry:
         Rolling back twice goes back twice: versions that were left by a rollback are not returned to, and neither are versions
         that carry a deliberate fault. A canary or shadow that was none before is none again.
         """
-        stack: list[str] = []
+        way: list[str] = []
         for change in self.history(model):
             if change.alias == alias and change.version is not None:
-                if change.version in stack:
-                    del stack[stack.index(change.version) + 1 :]
-                else:
-                    stack.append(change.version)
-        earlier = [version for version in stack[:-1] if version in self.versions(model) and self.card(model, version).fault is None]
-        if not earlier and alias != "production" and stack:
+                _go(way, change.version)
+        earlier = [version for version in way[:-1] if version in self.versions(model) and self.card(model, version).fault is None]
+        if not earlier and alias != "production" and way:
             return self.set_alias(model, alias, None, reason=reason)
         if not earlier:
             raise RegistryError(f"{alias} of model {model!r} has no earlier version to roll back to; versions: {self.versions(model)}")
@@ -192,6 +203,16 @@ class Registry:
         with open(directory / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def _go(way: list[str], version: str) -> list[str]:
+    """Move `way`, the versions that led to the one an alias names, on to `version`; those that it left by going back."""
+    if version not in way:
+        way.append(version)
+        return []
+    kept = way.index(version) + 1
+    left, way[kept:] = way[kept:], []
+    return left
 
 
 def _checked(name: str, what: str) -> str:

@@ -129,7 +129,7 @@ def build(config: Config, dataset: Dataset) -> tuple[SignGaussian, nn.Module, nn
     latent = latent_law(recipe, dataset.clusters, dataset.dim)
     how, nets = {"width": recipe.width, "classes": classes}, family(recipe.network)
     generator = nets.generator(latent.dim, dataset.shape, bounded=dataset.is_image, **how)
-    sees = {"fourier": recipe.fourier, "frequency": frequency(dataset.clusters)}
+    sees = {"fourier": recipe.fourier, "frequency": frequency(recipe, dataset.clusters)}
     critic = nets.critic(dataset.shape, packing=config.packing, **sees, **how)
     if config.spectral_norm:
         normalise_spectrally(critic)

@@ -119,6 +119,26 @@ def test_aliases_flip_and_roll_back(registry: Registry) -> None:
     assert [c.version for c in registry.history("toy")] == ["v1", "v2", "v3", "v2", "v1", "v3", None]
 
 
+def test_what_an_alias_went_back_from_is_withdrawn_until_it_is_named_again(registry: Registry) -> None:
+    for _ in range(4):
+        publish(registry)
+
+    def after(alias: str, version: str | None) -> set[str]:
+        registry.set_alias("toy", alias, version, reason="test")
+        return set(registry.withdrawn("toy"))
+
+    assert [after("production", version) for version in ("v1", "v2", "v3")] == [set(), set(), set()]
+    registry.rollback("toy")
+    assert registry.withdrawn("toy") == {"v3"}
+    assert after("canary", "v3") == set()  # on trial again
+    assert after("canary", None) == {"v3"}
+    assert after("production", "v1") == {"v2", "v3"}  # promoting an earlier version is going back, too
+    assert after("canary", "v4") == {"v2", "v3"}
+    assert after("production", "v4") == {"v2", "v3"}
+    assert after("canary", None) == {"v2", "v3"}  # v4 has become production
+    assert after("production", "v3") == {"v2"}
+
+
 def test_an_altered_version_is_never_promoted(registry: Registry) -> None:
     registry.set_alias("toy", "production", publish(registry), reason="test")
     (registry.path("toy", publish(registry)) / "model.onnx").write_bytes(b"other")

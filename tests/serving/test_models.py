@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from serving.errors import NotFound
 from serving.models import ModelTable
-from serving.sampler import Window
+from serving.sampler import Sampler, Window
 from serving.session import cuda_devices
 from tests.serving.conftest import connect, publish, running
 from training.bundle import BundleError
-from training.registry import RegistryError
 
 DIGITS = "/v1/models/digits/sample"
 
@@ -66,7 +66,7 @@ def test_a_spoilt_bundle_is_refused_and_the_serving_version_stays(registry, file
     assert file in model.errors["production"]
     assert table.load_failures["digits"] == 1
     with pytest.raises(BundleError, match=file):
-        table.version("digits", "v2")
+        table.load("digits", "v2")
 
 
 def test_a_refused_version_is_tried_again_later(registry, monkeypatch):
@@ -135,7 +135,7 @@ def test_new_models_and_promotions_and_rollbacks_are_followed_by_themselves(regi
         publish(registry, "digits", shift=1.0)
         publish(registry, "fashion")
         assert swapped.wait(10)
-        first = table.version("digits", "v1")
+        first = table.loaded("digits", "v1")
         registry.rollback("digits")
         table.refresh()
         assert table.models["digits"].serving["production"] is first  # still warm: a rollback costs no load
@@ -148,22 +148,62 @@ def test_few_sessions_live_for_versions_without_alias(registry):
         publish(registry, "ring", shape=(2,), dtype="float32", promote=False)
     table = ModelTable(registry, "cpu")
     table.refresh()
-    samplers = [table.version("ring", f"v{i}") for i in range(2, 12)]
-    assert table.version("ring", "v11") is samplers[-1]
-    assert table.version("ring", "v2") is not samplers[0]
-    assert len(table._recent) == 8
-    assert table.version("ring", "production").card.version == "v1"
-    with pytest.raises(RegistryError, match="unknown version 'v99'"):
-        table.version("ring", "v99")
+    named = {name: model.serving["production"] for name, model in table.models.items()}
+    samplers = [table.load("ring", f"v{i}") for i in range(2, 12)]
+    assert table.loaded("ring", "v11") is table.load("ring", "v11") is samplers[-1]
+    assert table.loaded("ring", "v2") is None
+    assert table.load("ring", "v2") is not samplers[0]
+    assert len(table._recent) == 8 + len(named)
+    registry.set_alias("ring", "shadow", "v11", reason="test")
+    table.refresh()  # whatever else was asked for, what serves already is not loaded again
+    assert {name: model.serving["production"] for name, model in table.models.items()} == named
+    assert table.models["ring"].serving["shadow"] is samplers[-1]
+    assert table.loaded("ring", "v99") is None
+    with pytest.raises(FileNotFoundError):
+        table.load("ring", "v99")
+
+
+def test_a_version_that_loads_slowly_holds_up_nobody_else(registry, monkeypatch):
+    for _ in range(6):
+        publish(registry, "ring", shape=(2,), dtype="float32", promote=False)
+    publish(registry, "digits", shift=1.0, promote=False)
+    gate, begun = threading.Event(), []
+
+    def slow(bundle, *rest):
+        if bundle.card.model == "ring":
+            begun.append(bundle.card.version)
+            assert gate.wait(120)
+        return Sampler(bundle, *rest)
+
+    async def scene():
+        async with running(registry) as app:
+            service, table = app.service, app.service.table
+            monkeypatch.setattr("serving.models.Sampler", slow)
+            waiting = [asyncio.ensure_future(service.find("ring", f"v{i}")) for i in (2, 2, 3, 4, 5, 6, 7)]
+            while len(begun) < 2:
+                await asyncio.sleep(0.005)
+            registry.set_alias("digits", "production", "v2", reason="test")
+            await asyncio.wait_for(asyncio.to_thread(table.refresh), 60)
+            assert table.models["digits"].serving["production"].card.version == "v2"
+            assert (await asyncio.wait_for(service.find("digits", "v1"), 60)).card.version == "v1"
+            with pytest.raises(NotFound):
+                await asyncio.wait_for(service.find("ring", "v99"), 60)
+            assert [work for work in waiting if work.done()] == []
+            gate.set()
+            found = await asyncio.gather(*waiting)
+            assert [sampler.card.version for sampler in found] == [f"v{i}" for i in (2, 2, 3, 4, 5, 6, 7)]
+            assert found[0] is found[1] and begun.count("v2") == 1
+
+    asyncio.run(scene())
 
 
 def test_a_version_published_again_under_its_old_name_is_loaded_again(registry):
     publish(registry, "ring", shape=(2,), dtype="float32", promote=False)
     table = ModelTable(registry, "cpu")
-    old = table.version("ring", "v2")
+    old = table.load("ring", "v2")
     shutil.rmtree(registry.root / "ring" / "v2")
     publish(registry, "ring", shape=(2,), dtype="float32", shift=5.0, promote=False)
-    assert table.version("ring", "v2") is not old
+    assert table.load("ring", "v2") is not old
 
 
 def test_cuda_asked_for_and_absent_stops_the_replica(registry):
@@ -179,7 +219,7 @@ def test_no_request_fails_or_mixes_versions_while_production_moves(registry, sam
 
     async def scene():
         async with running(registry) as app, connect(app) as client:
-            expected = {v: app.service.table.version("digits", v) for v in ("v1", "v2")}
+            expected = {v: app.service.table.load("digits", v) for v in ("v1", "v2")}
             answers = []
             moving = True
 

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import uvicorn
 
+from serving.batcher import Batcher
 from serving.protocol import ganwatch_pb2 as own
 from serving.protocol import inference_pb2 as pb
 from serving.rpc import Rpc
 from serving.sampler import Window
-from tests.serving.conftest import publish, running
+from tests.serving.conftest import connect, publish, running
 
 ROOT = Path(__file__).parents[2]
 TRITON = Path(os.environ.get("GANWATCH_TRITONCLIENT", ROOT / ".venv/tritonclient/bin/python"))
@@ -140,6 +141,7 @@ def test_bytes_that_do_not_fit_the_header(registry):
     for body, length, status, words in [
         (head + zeros, str(len(head) + 65), 400, "Inference-Header-Content-Length is"),
         (head + zeros, "-1", 400, "Inference-Header-Content-Length is '-1'"),
+        (head + zeros, "²".encode("latin-1"), 400, "Inference-Header-Content-Length is '²'"),
         (head + zeros[:-1], str(len(head)), 422, "binary_data_size of z is 64"),
         (head + zeros + b"x", str(len(head)), 400, "1 bytes belong to no input"),
         (head.replace(b"64", b"60") + zeros, str(len(head)), 422, "z has 60 bytes"),
@@ -230,7 +232,13 @@ def test_grpc_answers_and_names_what_is_wrong(registry, samplers):
                 await refused(infer(channel, inputs[:1], raw=[z.tobytes()[:-1]])),
                 await refused(infer(channel, inputs[:1], model="none", raw=[z.tobytes()])),
                 await refused(infer(channel, inputs[:1])),
+                await refused(infer(channel, inputs[:1], raw=[np.full_like(z, np.nan).tobytes()])),
             ]
+            config = await call(channel, "ModelConfig", pb.ModelConfigRequest(name="clothes"), pb.ModelConfigResponse)
+            assert [(each.name, each.data_type, list(each.dims)) for each in (*config.config.input, *config.config.output)] == [
+                ("z", pb.ModelConfigResponse.TYPE_FP32, [-1, 16]), ("y", pb.ModelConfigResponse.TYPE_INT64, [-1]),
+                ("samples", pb.ModelConfigResponse.TYPE_UINT8, [-1, 4, 4, 3]),
+            ]  # fmt: skip
             live = await call(channel, "ServerLive", pb.ServerLiveRequest(), pb.ServerLiveResponse)
             ready = await call(channel, "ServerReady", pb.ServerReadyRequest(), pb.ServerReadyResponse)
             assert live.live and ready.ready
@@ -241,10 +249,10 @@ def test_grpc_answers_and_names_what_is_wrong(registry, samplers):
         found = np.frombuffer(answer.raw_output_contents[0], np.uint8).reshape(answer.outputs[0].shape)
         np.testing.assert_array_equal(found, samplers["clothes"].run(z, y))
     assert (answers[0].id, answers[0].model_version) == ("3", "v1")
-    assert [code for code, _ in errors] == ["INVALID_ARGUMENT", "INVALID_ARGUMENT", "NOT_FOUND", "INVALID_ARGUMENT"]
-    assert "1 raw contents" in errors[0][1] and "319 bytes" in errors[1][1] and "unknown model" in errors[2][1]
+    assert [code for code, _ in errors] == ["INVALID_ARGUMENT", "INVALID_ARGUMENT", "NOT_FOUND", "INVALID_ARGUMENT", "INVALID_ARGUMENT"]
+    assert "1 raw contents" in errors[0][1] and "319 bytes" in errors[1][1] and "unknown model" in errors[2][1] and "NaN or infinity" in errors[4][1]
     assert counters['requests_total{model="clothes",status="200"}'] == 2
-    assert counters['requests_total{model="clothes",status="422"}'] == 3
+    assert counters['requests_total{model="clothes",status="422"}'] == 4
 
 
 def test_a_grpc_deadline_drops_what_waits(registry, samplers):
@@ -267,6 +275,87 @@ def test_a_grpc_deadline_drops_what_waits(registry, samplers):
             async with asyncio.timeout(5):
                 while app.service.batcher.queued:
                     await asyncio.sleep(0.005)
+
+    asyncio.run(scene())
+
+
+def samples_of(channel, **fields):
+    return channel.unary_stream(
+        "/ganwatch.v1.Generator/Sample", request_serializer=lambda m: m.SerializeToString(), response_deserializer=own.Piece.FromString
+    )(own.SampleRequest(**fields), timeout=fields.pop("timeout", None))
+
+
+def test_what_is_refused_for_now_says_when_to_come_again(registry):
+    """By HTTP's Retry-After and by gRPC's own word for it, which its clients obey."""
+
+    async def scene():
+        async with calling(registry, batcher=Batcher(limit=100)) as (app, channel), connect(app) as client:
+            app.service.batcher._seal, app.service.batcher._rate = lambda lane: [], 20.0  # the device never becomes free
+            waiting = asyncio.ensure_future(client.post("/v1/models/ring/sample", json={"n": 90}))
+            while not app.service.batcher.queued:
+                await asyncio.sleep(0.005)
+            http = await client.post("/v1/models/ring/sample", json={"n": 11})
+            with pytest.raises(grpc.aio.AioRpcError) as full:
+                await samples_of(channel, model="ring", n=11).read()
+            waiting.cancel()
+            app.service.batcher._closing = True
+            stopping = await client.post("/v1/models/ring/sample", json={"n": 11})
+            with pytest.raises(grpc.aio.AioRpcError) as stopped:
+                await samples_of(channel, model="ring", n=11).read()
+            return http, full.value, stopping, stopped.value
+
+    http, full, stopping, stopped = asyncio.run(scene())
+    assert (http.status_code, http.headers["retry-after"], stopping.status_code, stopping.headers["retry-after"]) == (429, "5", 503, "1")
+    assert (full.code(), dict(full.trailing_metadata())["grpc-retry-pushback-ms"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "5000")
+    assert (stopped.code(), dict(stopped.trailing_metadata())["grpc-retry-pushback-ms"]) == (grpc.StatusCode.UNAVAILABLE, "1000")
+
+
+def test_a_grpc_stream_that_is_late_or_read_by_nobody_ends(registry, monkeypatch):
+    monkeypatch.setattr("serving.rpc._PATIENCE_S", 0.3)
+
+    async def scene():
+        async with calling(registry) as (app, channel):
+            counters = app.service.tap.counters
+            idle = samples_of(channel, model="ring", n=10**9)
+            await idle.read()
+            async with asyncio.timeout(30):
+                while not counters["slow_readers_total"]:
+                    await asyncio.sleep(0.01)
+            late = channel.unary_stream("/ganwatch.v1.Generator/Sample", request_serializer=lambda m: m.SerializeToString())
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                async for _ in late(own.SampleRequest(model="digits", n=10**9), timeout=0.3):
+                    pass
+            async with asyncio.timeout(30):
+                while app.service.batcher.queued or not counters['requests_total{model="digits",status="504"}']:
+                    await asyncio.sleep(0.01)
+            return error.value.code()
+
+    assert asyncio.run(scene()) == grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_a_grpc_stream_ends_when_its_version_is_rolled_back(registry):
+    publish(registry, "ring", shape=(2,), dtype="float32", shift=3.0)
+
+    async def scene():
+        async with calling(registry) as (app, channel):
+            anyone, named = (samples_of(channel, model="ring", n=3_000_000, version=version) for version in ("", "v2"))
+            assert (await anyone.read()).version == "v2"
+            registry.rollback("ring")
+            app.service.table.refresh()
+            with pytest.raises(grpc.aio.AioRpcError, match="v2 of model ring was rolled back") as error:
+                while await anyone.read():
+                    pass
+            rows = [len(piece.samples) async for piece in named]
+            return error.value.code(), sum(rows)
+
+    assert asyncio.run(scene()) == (grpc.StatusCode.UNAVAILABLE, 3_000_000 * 8)
+
+
+def test_a_grpc_port_that_is_taken_is_an_error(registry):
+    async def scene():
+        async with running(registry) as app:
+            with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(RuntimeError, match=str(taken.getsockname()[1])):
+                await Rpc(app.service, taken.getsockname()[1]).start()
 
     asyncio.run(scene())
 

@@ -355,7 +355,7 @@ def test_a_client_that_leaves_frees_its_place_and_disturbs_nobody(registry, samp
         def __init__(self, sampler):
             self.__dict__.update(sampler.__dict__)
             self.entered, self.gate = threading.Event(), threading.Event()
-            self.pace = 1.0
+            self._pace = 1.0
 
         def sample(self, windows):
             self.entered.set()
@@ -471,7 +471,7 @@ def test_a_client_says_how_long_it_waits(registry, samplers):
     class Stuck(Sampler):
         def __init__(self, sampler):
             self.__dict__.update(sampler.__dict__)
-            self.gate, self.pace = threading.Event(), 1.0
+            self.gate, self._pace = threading.Event(), 1.0
 
         def sample(self, windows):
             assert self.gate.wait(10)
@@ -480,14 +480,28 @@ def test_a_client_says_how_long_it_waits(registry, samplers):
     async def conversation(client, app):
         stuck = Stuck(samplers["digits"])
         app.service.table.models = {"digits": served(stuck)}
-        answers = [await client.post(DIGITS, json={}, headers={"X-Ganwatch-Timeout": text}) for text in ("0.01", "0", "soon", "nan", "1_0")]
+        answers = [await client.post(DIGITS, json={"n": 9, "stream": True}, headers={"X-Ganwatch-Timeout": "0.01", **NPY})]
+        answers += [await client.post(DIGITS, json={}, headers={"X-Ganwatch-Timeout": text}) for text in ("0.01", "0", "soon", "nan", "1_0")]
         stuck.gate.set()
         return answers
 
-    late, *wrong = talk(registry, conversation)
-    assert late.status_code == 504
-    assert error(late)["code"] == "deadline_exceeded"
+    stream, late, *wrong = talk(registry, conversation)
+    for answer in (stream, late):
+        assert answer.status_code == 504
+        assert error(answer)["code"] == "deadline_exceeded"
     assert all(answer.status_code == 422 and error(answer)["field"] == "X-Ganwatch-Timeout" for answer in wrong)
+
+
+def test_an_answer_that_would_exceed_a_gigabyte_is_refused_for_good(registry):
+    """No retry could help: so it is the request that is wrong, and told what would be right."""
+    publish(registry, "large", shape=(128, 128, 3))
+    most = 2**30 // (128 * 128 * 3)
+    refused = ask(registry, "POST", "/v1/models/large/sample", json={"n": most + 1})
+    assert (refused.status_code, error(refused)["expected"]) == (422, f"an integer from 1 to {most}")
+    paths = ask(registry, "GET", "/openapi.json").json()
+    index = next(i for i, name in enumerate(sorted(("clothes", "digits", "large", "ring"))) if name == "large")
+    assert paths["components"]["schemas"][f"Draw{index}"]["oneOf"][0]["properties"]["n"]["maximum"] == most
+    assert Batcher().limit_bytes >= most * 128 * 128 * 3
 
 
 def test_every_answer_is_in_the_document(registry):

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import threading
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -137,6 +138,61 @@ def test_a_rollback_empties_the_pool_at_once(registry):
             return versions
 
     assert asyncio.run(scene()) == {"v1"}
+
+
+def test_what_is_under_way_when_its_version_is_rolled_back_is_drawn_anew(registry):
+    """Neither a batch that runs then, nor a body that comes slowly, is answered by what was rolled back; who names it has it."""
+    publish(registry, "digits", shift=3.0)
+
+    class Held(Sampler):
+        def __init__(self, sampler):
+            self.__dict__.update(sampler.__dict__)
+            self.gate, self.entered, self._pace = threading.Event(), threading.Event(), 1.0
+
+        def sample(self, windows):
+            self.entered.set()
+            assert self.gate.wait(60)
+            return super().sample(windows)
+
+    async def scene():
+        async with running(registry) as app, connect(app) as client:
+            table, come = app.service.table, asyncio.Event()
+            held = Held(table.models["digits"].serving["production"])
+            table.models["digits"].serving["production"] = held
+
+            async def slowly():
+                yield b'{"seed": 7, '
+                await come.wait()
+                yield b'"n": 3}'
+
+            z = held.card.latents(seed=7, count=3)
+            tensors = {"inputs": [{"name": "z", "datatype": "FP32", "shape": [3, 16], "data": z.tolist()}]}
+            asked = [
+                client.post(DIGITS, json={"n": 3, "seed": 7}, headers=NPY),
+                client.post(DIGITS, json={"n": 3, "seed": 7, "stream": True}, headers=NPY),
+                client.post("/v1/models/digits/versions/production/sample", json={"n": 3, "seed": 7}, headers=NPY),
+                client.post(DIGITS, content=slowly(), headers=NPY),
+                client.post("/v2/models/digits/infer", json=tensors),
+                client.post("/v1/models/digits/versions/v2/sample", json={"n": 3, "seed": 7}, headers=NPY),
+            ]
+            asked = [asyncio.ensure_future(each) for each in asked]
+            await asyncio.to_thread(held.entered.wait, 60)
+            await until(lambda: app.service.batcher.queued == 3 * 5)
+            await asyncio.to_thread(registry.rollback, "digits")
+            await asyncio.to_thread(table.refresh)
+            held.gate.set()
+            come.set()
+            return await asyncio.gather(*asked), table.models["digits"].serving["production"], held
+
+    (*others, tensor, named), back, held = asyncio.run(scene())
+    expected = back.sample([Window(7, 0, 3)])
+    for answer in others:
+        assert window(answer)[0] == "v1"
+        np.testing.assert_array_equal(rows(answer), expected)
+    assert tensor.json()["model_version"] == "v1"
+    np.testing.assert_array_equal(tensor.json()["outputs"][0]["data"], expected.ravel())
+    assert window(named)[0] == "v2"
+    np.testing.assert_array_equal(rows(named), held.sample([Window(7, 0, 3)]))
 
 
 def test_the_canary_answers_its_share_of_what_names_neither_seed_nor_version(registry):

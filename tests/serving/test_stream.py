@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow
 import pytest
 
+from serving import rest
 from serving.batcher import Batcher
 from serving.request import SampleRequest
 from serving.sampler import Sampler, Window
-from tests.serving.conftest import running
+from tests.serving.conftest import publish, running
 from tests.serving.test_client import server
 
 RING = "/v1/models/ring/sample"
@@ -25,7 +26,7 @@ def address(registry):
         yield url, app
 
 
-def test_a_stream_is_the_whole_in_pieces_of_a_megabyte(address, samplers):
+def test_a_stream_is_the_whole(address, samplers):
     url, app = address
     with httpx.stream("POST", url + RING, json={"n": 200_000, "seed": 5, "stream": True}, headers=RAW) as answer:
         assert answer.status_code == 200
@@ -69,12 +70,7 @@ def test_what_is_missing_of_a_stream_is_had_by_offset(address, samplers):
 
 def until_cut_off(app):
     """A stream ended without its client, and the batcher has forgotten it."""
-
-    async def watch():
-        while not app.service.tap.counters['requests_total{model="ring",status="499"}'] or app.service.batcher.queued:
-            await asyncio.sleep(0.01)
-
-    asyncio.run(asyncio.wait_for(watch(), 20))
+    until(lambda: app.service.tap.counters['requests_total{model="ring",status="499"}'] and not app.service.batcher.queued)
 
 
 def test_who_reads_nothing_costs_two_pieces_and_is_sent_away(address, monkeypatch):
@@ -120,13 +116,59 @@ def test_a_stream_whose_model_fails_is_cut_off_so_that_the_client_can_tell(addre
     assert first.status_code == 500  # nothing was sent yet, so there are words
 
 
+def test_a_stream_ends_when_its_version_is_rolled_back_but_for_who_named_it(address, registry):
+    url, app = address
+    table = app.service.table
+    publish(registry, "ring", shape=(2,), dtype="float32", shift=3.0)
+    until(lambda: table.models["ring"].serving["production"].card.version == "v2")
+    body = {"n": 2_000_000, "seed": 1, "stream": True}
+    named = httpx.stream("POST", f"{url}/v1/models/ring/versions/v2/sample", json=body, headers=RAW)
+    with httpx.stream("POST", url + RING, json=body | {"n": 10**12}, headers=RAW) as anyone, named as own:
+        pieces = anyone.iter_raw(), own.iter_raw()
+        got = len(next(pieces[1]))
+        assert next(pieces[0]) and anyone.headers["x-ganwatch-version"] == "v2"
+        registry.rollback("ring")
+        until(lambda: table.models["ring"].serving["production"].card.version == "v1")
+        with pytest.raises(httpx.RemoteProtocolError):
+            for _ in pieces[0]:
+                pass
+        assert got + sum(map(len, pieces[1])) == 2_000_000 * 8
+    assert httpx.post(url + RING, json=body | {"n": 3}, headers=RAW).headers["x-ganwatch-version"] == "v1"
+
+
+def until(condition):
+    async def watch():
+        while not condition():
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(watch(), 20))
+
+
+@pytest.mark.parametrize(("name", "n"), [("line", 2_000_000), ("ring", 1_000_000), ("clothes", 100_000), ("large", 90)])
+def test_pieces_have_half_a_megabyte_to_four(registry, monkeypatch, name, n):
+    publish(registry, "line", shape=(1,), dtype="float32")
+    publish(registry, "large", shape=(128, 128, 3))
+    sizes, send = [], rest.send_chunk
+
+    async def noted(to, chunk, *, more):
+        sizes.append(len(chunk))
+        await send(to, chunk, more=more)
+
+    monkeypatch.setattr(rest, "send_chunk", noted)
+    with server(registry) as (url, _):
+        answer = httpx.post(f"{url}/v1/models/{name}/sample", json={"n": n, "seed": 1, "stream": True}, headers=RAW, timeout=60)
+    pieces = [size for size in sizes if size]
+    assert sum(pieces) == len(answer.content) and len(pieces) > 3
+    assert all(1 << 19 <= size <= 1 << 22 for size in pieces[:-1]), pieces
+
+
 def test_a_stream_that_has_begun_waits_for_its_turn(registry, samplers):
     async def scene():
         async with running(registry, batcher=Batcher(limit=100)) as app:
             sampler = app.service.table.models["ring"].serving["production"]
             request = SampleRequest(Window(3, 0, 300), "client_seed", dtype="float32", stream=True)
             pieces = []
-            async for piece in app.service.stream(sampler, request, 60):
+            async for piece in app.service.stream(sampler, request, 60, reference=None):
                 pieces.append(piece)
                 if len(pieces) == 1:
                     other = app.service.batcher.submit(sampler, Window(4, 0, 40))  # leaves no room for the piece after the next
