@@ -102,7 +102,7 @@ class Batcher:
     `spare`: what to do while nobody waits; asked again after each batch and each `wake`."""
 
     def __init__(
-        self, *, batch: int = 4096, turn: int = 32, limit: int = 4 * MAX_SAMPLES, limit_bytes: int = MAX_BYTES, lanes: int = 1
+        self, *, batch: int = 4096, turn: int = 32, limit: int = 16 * MAX_SAMPLES, limit_bytes: int = MAX_BYTES, lanes: int = 1
     ) -> None:
         self.batch, self.turn, self.limit, self.limit_bytes, self.lanes = batch, turn, limit, limit_bytes, lanes
         self.spare: Callable[[], Spare | None] = lambda: None

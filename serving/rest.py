@@ -46,8 +46,7 @@ _BODY_LIMIT = 4 << 20  # bytes: a few thousand latents as text
 _TENSOR_LIMIT = 64 << 20  # bytes: 65536 latents of 256 numbers
 _INLINE_BODY = 1 << 14  # larger bodies are read in a thread
 _INLINE_VALUES = 1 << 14  # answers with more numbers than this are encoded in a thread
-_CHUNK_BYTES = 1 << 20  # of a stream
-_CHUNK_ROWS = 2 * MAX_SAMPLES  # of it at most: half a megabyte of single numbers
+_CHUNK_BYTES = 1 << 20  # of a stream; half of it where rows are so narrow that these would be more than one answer holds
 
 _PATTERNS = [
     f"/{path}"
@@ -197,7 +196,7 @@ class App:
         window, about = request.window, _about(sampler, request.window)
         shape = (window.count, *sampler.card.sample_shape)
         form = STREAMS[media_type](shape, request.dtype, about)
-        rows = min(_CHUNK_ROWS, max(1, _CHUNK_BYTES // form.row_bytes))
+        rows = max(1, min(MAX_SAMPLES, _CHUNK_BYTES // form.row_bytes), _CHUNK_BYTES // 2 // form.row_bytes)
         begun, send = False, call.send
         try:
             async with aclosing(draw(rows)) as pieces:

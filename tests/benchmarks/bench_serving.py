@@ -325,8 +325,11 @@ AIMS = (
     ("ganwatch", "light", 1, 1.0, "mosec"),
     ("ganwatch", "light", 1, 8.0, "Ray recipe"),
     ("ganwatch", "light", 1, 3.0, "LitServe"),
-    ("ganwatch, seeded", "light", 1, 1.0, "mosec"),
-    ("ganwatch, pool", "light", 1, 1.0, "mosec"),
+    *(
+        (f"ganwatch, {how}", "light", 1, times, other)
+        for how in ("seeded", "pool")
+        for times, other in ((1.0, "mosec"), (8.0, "Ray recipe"), (3.0, "LitServe"))
+    ),
     ("ganwatch", "light", 64, 1.2, "mosec"),
     ("ganwatch", "light", 1024, 1.2, "mosec"),
     ("ganwatch", "light", 1024, 0.85, RAW),

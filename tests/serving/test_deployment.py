@@ -1,5 +1,6 @@
 """Real Ray Serve, real HAProxy, two replicas: the same pixels from each, on loopback, and a client's death disturbs nobody."""
 
+import hashlib
 import json
 import os
 import re
@@ -14,7 +15,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,24 +61,25 @@ class Stack:
         assert self.process.stdout.readline() == "ready\n"
 
     def replicas(self) -> list[psutil.Process]:
-        return [p for p in psutil.Process(self.process.pid).children(recursive=True) if "ServeReplica" in " ".join(p.cmdline())]
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if "ServeReplica" in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
 
     @contextmanager
     def load(self, threads: int = 4) -> Iterator[Counter[str]]:
-        """Clients that ask without a pause. Afterwards none of them may have had any answer but samples.
-
-        They ask again only where HAProxy closes a connection that was idle when they used it, as any HTTP client must.
-        """
+        """Clients that ask without a pause, each time over a connection of its own: one that was kept could be closed by HAProxy
+        while it is idle. Afterwards none of them may have had anything but samples."""
         counts, stop = Counter[str](), threading.Event()
 
         def ask(seed: int) -> None:
-            with httpx.Client(base_url=self.url, timeout=60) as client:
+            with httpx.Client(base_url=self.url, timeout=60, limits=httpx.Limits(max_keepalive_connections=0)) as client:
                 while not stop.is_set():
                     try:
                         answer = client.post("/v1/models/digits/sample", json={"n": 4, "seed": seed} if seed % 2 else {"n": 4})
                         counts[str(answer.status_code) if answer.status_code == 200 else answer.text] += 1
-                    except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
-                        pass
                     except httpx.HTTPError as error:
                         counts[repr(error)] += 1
 
@@ -361,7 +364,7 @@ def test_promotion_and_rollback_under_load_fail_no_request(stack, samplers):
     answers, failures, stop = [], [], threading.Event()
 
     def load(seed: int) -> None:
-        with Client(stack.url) as client:
+        with Client(stack.url, retries=0) as client:
             while not stop.is_set():
                 try:
                     answers.append(client.sample("digits", 4, seed=seed))
@@ -412,12 +415,42 @@ def test_a_replica_whose_batch_loop_has_died_is_replaced_and_nobody_notices(stac
 
 
 @pytest.mark.slow
-def test_deploying_again_under_load_fails_no_request(stack):
-    """Fewer replicas, more, other ones: the new answer before the old go."""
-    with stack.load() as counts:
+def test_deploying_again_under_load_fails_no_request_and_breaks_off_no_stream(stack, samplers):
+    """Fewer replicas, more, other ones: the new answer before the old go, and those go when their streams have ended."""
+    n, begun, hurry = 12_000_000, threading.Semaphore(0), threading.Event()
+
+    def stream(seed: int) -> str:
+        digest = hashlib.sha256()
+        body = {"n": n, "seed": seed, "stream": True}
+        with httpx.stream("POST", f"{stack.url}/v1/models/ring/sample", json=body, headers={"Accept": "application/octet-stream"}, timeout=60) as answer:
+            assert answer.status_code == 200, answer.read()
+            for i, piece in enumerate(answer.iter_raw(1 << 20)):
+                digest.update(piece)
+                if i == 0:
+                    begun.release()
+                hurry.wait(0.5)  # reads slowly until then
+        return digest.hexdigest()
+
+    whole = [hashlib.sha256() for _ in range(3)]
+    for seed, digest in enumerate(whole):
+        for offset in range(0, n, 500_000):
+            digest.update(samplers["ring"].sample([Window(seed, offset, 500_000)]).tobytes())
+
+    with stack.load() as counts, ThreadPoolExecutor(4) as beside:
         for replicas in (1, 3, 2):
             old, before = stack.replicas(), counts["200"]
-            stack.deploy(replicas)
+            hurry.clear()
+            streams = [beside.submit(stream, seed) for seed in range(3)]
+            for _ in streams:
+                assert begun.acquire(timeout=60)
+            deploying = beside.submit(stack.deploy, replicas)
+            while set(stack.replicas()) <= set(old):
+                time.sleep(0.05)
+            time.sleep(12)  # new ones answer by now, and the old are told to stop
+            assert not deploying.done() and [each for each in streams if each.done()] == []
+            hurry.set()
+            assert [each.result() for each in streams] == [digest.hexdigest() for digest in whole]
+            deploying.result()
             assert psutil.wait_procs(old, timeout=120)[1] == []
             assert counts["200"] > before and len(stack.replicas()) == replicas
 
