@@ -101,6 +101,9 @@ def test_a_forced_collapse_fires_its_own_alert(up: Stack, tmp_path: Path) -> Non
     up.verdict("healthy")
     command = next(line for line in up.lines if "ganwatch publish" in line).split("ganwatch ", 1)[1].split()
     version = json.loads(up.run(*command, "--json").stdout)["version"]
+    refused = up.run("promote", version, check=False)
+    assert refused.returncode == 2 and f"ganwatch promote {version} --model ring --force" in refused.stderr and "Traceback" not in refused.stderr
+    assert {answer.headers["X-Ganwatch-Version"] for answer in (up.sample(n=1) for _ in range(20))} == {"v1"}
     up.run("promote", version, "--force")
     try:
         up.verdict("quality_outside_tolerance")

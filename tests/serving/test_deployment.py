@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -320,6 +320,29 @@ def test_ten_thousand_idle_connections_keep_nobody_from_being_answered(stack):
     finally:
         for connection in idle:
             connection.close()
+
+
+@pytest.mark.slow
+def test_ten_thousand_idle_connections_leave_grpc_alive(stack):
+    """The replicas hold these themselves, so each needs as many files."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < 11_000:
+        pytest.skip(f"this process may open {most} files only")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    host, port = stack.grpc_url.split(":")
+    with ExitStack() as idle:
+        for _ in range(10_000):
+            idle.enter_context(socket.create_connection((host, int(port)), timeout=20))
+        for _ in range(8):
+            with grpc.insecure_channel(stack.grpc_url, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+                live = channel.unary_unary(
+                    "/inference.GRPCInferenceService/ServerLive",
+                    request_serializer=lambda m: m.SerializeToString(),
+                    response_deserializer=pb.ServerLiveResponse.FromString,
+                )
+                assert live(pb.ServerLiveRequest(), timeout=20).live
+        with Client(stack.url, timeout=20.0) as client:
+            assert len(client.sample("digits", 3).array) == 3
 
 
 @pytest.mark.slow
