@@ -171,6 +171,14 @@ def stack(free_ports):
             shutil.rmtree(run)
 
 
+def allow_files(count: int) -> None:
+    """Let this process open so many."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < count:
+        pytest.skip(f"this process may open {most} files only")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _answers(url: str) -> bool:
     with Client(url, retries=0) as client:
         return client.ready()
@@ -299,10 +307,7 @@ def test_an_id_goes_through_every_layer_and_a_wrong_one_through_none(stack):
 @pytest.mark.slow
 def test_ten_thousand_idle_connections_keep_nobody_from_being_answered(stack):
     """HAProxy holds them; Ray's default, 4,096 connections, would have been used up, and everybody else would have hung."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if most < 11_000:
-        pytest.skip(f"this process may open {most} files only")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    allow_files(11_000)
     host, port = stack.url.removeprefix("http://").split(":")
     idle = []
     try:
@@ -325,10 +330,7 @@ def test_ten_thousand_idle_connections_keep_nobody_from_being_answered(stack):
 @pytest.mark.slow
 def test_ten_thousand_idle_connections_leave_grpc_alive(stack):
     """The replicas hold these themselves, so each needs as many files."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if most < 11_000:
-        pytest.skip(f"this process may open {most} files only")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    allow_files(11_000)
     host, port = stack.grpc_url.split(":")
     with ExitStack() as idle:
         for _ in range(10_000):
