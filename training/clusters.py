@@ -1,4 +1,5 @@
-"""Counts the separate clusters of data: the peaks of their density that deep valleys part. From it the latent law follows.
+"""Counts the separate clusters of data, the peaks of their density that deep valleys part, and says whether they are heaps or
+curves. From it the latent law follows.
 
 A continuous latent cannot jump, so a smooth generator joins separate clusters by bridges of bad samples; signs jump, but leave
 gaps in data that hang together. Nobody should have to know which of the two their data are. How many signs there shall be is
@@ -7,6 +8,8 @@ recipes.py's question.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
@@ -14,10 +17,18 @@ from sklearn.neighbors import NearestNeighbors
 
 NEIGHBOURS = 20  # an estimated log density then varies by about 1 / sqrt(20), and no cluster has fewer samples
 PROMINENCE = 2.0  # in nats: a peak counts where on every way to a higher one the density falls to less than a seventh of its own
+HOLLOW = 3.0  # distances to the k-th neighbour: a cluster has nothing in its middle where nothing lies nearer to it than this
 
 
-def clusters(x: Float[ndarray, "n d"]) -> int:
-    """How many separate clusters rows fall into, at least one; those of no more than NEIGHBOURS rows are not seen.
+class Clusters(NamedTuple):
+    """What data fall into."""
+
+    count: int  # at least one
+    hollow: bool  # whether most rows lie in clusters with nothing in their middle: bent curves or sheets, rather than heaps
+
+
+def clusters(x: Float[ndarray, "n d"]) -> Clusters:
+    """The separate clusters of rows; those of no more than NEIGHBOURS rows are not seen.
 
     Persistence-based clustering (ToMATo, Chazal et al., Journal of the ACM 60, 2013) on the graph of nearest neighbours: points
     are added from the densest on, a point that touches no component begins one, and where two meet the lower peak ends; it was
@@ -55,4 +66,11 @@ def clusters(x: Float[ndarray, "n d"]) -> int:
             above[lower] = highest
             count -= height[lower] - height[i] < PROMINENCE
         above[i] = highest
-    return count
+    peaks = np.array([summit(i) for i in range(len(x))])
+    empty = sum(int(inside.sum()) for peak in np.unique(peaks) if _is_hollow(x[inside := peaks == peak], radius[inside, -1]))
+    return Clusters(count, 2 * empty > len(x))
+
+
+def _is_hollow(x: Float[ndarray, "n d"], radius: Float[ndarray, "n"]) -> bool:
+    """Whether rows, each with the distance to its k-th neighbour, leave their middle empty."""
+    return bool(np.linalg.norm(x - x.mean(axis=0), axis=1).min() > HOLLOW * np.median(radius))

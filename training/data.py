@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 from numpy import ndarray
 
-from training.clusters import clusters
+from training.clusters import Clusters, clusters
 
 HELD_OUT = 0.2
 COUNT = 100_000  # samples of a law that can be drawn from
@@ -52,7 +52,7 @@ class Dataset:
     labels: Int64[ndarray, "n"] | None = None
     classes: tuple[str, ...] = ()  # names of the labels
     mixture: Mixture | None = None
-    counted: int | None = None  # clusters, where another process has counted them already
+    counted: Clusters | None = None  # where another process has counted them already
     stacked: bool = False  # each channel is an image of its own with a label of its own: a label is as many decimal digits
 
     @property
@@ -73,15 +73,15 @@ class Dataset:
         return len(self.samples) - int(len(self.samples) * HELD_OUT)
 
     @cached_property
-    def clusters(self) -> int:
-        """How many separate clusters there are, at least one: the classes of labelled images, else what clusters.py counts.
+    def clusters(self) -> Clusters:
+        """The separate clusters: the classes of labelled images, else what clusters.py counts.
 
         Pixels are a poor ruler: a shifted image is farther from itself than from another class, so MNIST seems to hang together.
         """
         if self.counted is not None:
-            return self.counted
+            return Clusters(*self.counted)
         if self.is_image and self.labels is not None:
-            return len(self.classes)
+            return Clusters(len(self.classes), hollow=False)
         return clusters(self.normalised(slice(min(self.trained, CLUSTERED))))
 
     @cached_property

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from training.bundle import SignGaussian
+from training.clusters import Clusters
 
 
 @dataclass(frozen=True)
@@ -58,22 +60,24 @@ RECIPES = {
 }
 
 
-def latent_law(recipe: Recipe, clusters: int, dim: int) -> SignGaussian:
-    """The latent law for data of so many coordinates that fall into so many separate clusters.
+def latent_law(recipe: Recipe, clusters: Clusters, dim: int) -> SignGaussian:
+    """The latent law for data of so many coordinates that fall into such clusters.
 
-    A smooth generator joins clusters by bridges of bad samples unless its latent jumps; of one cluster, signs make many pieces
-    with gaps between them, so there all are normals, as wide as a sign: one more than the data's coordinates, for each further
-    one is a direction that the generator has to learn to ignore.
+    A smooth generator joins clusters by bridges of bad samples unless its latent jumps. But what hangs together is cut by signs
+    into pieces with gaps between them: of one cluster there are none, of curves as many as it takes to share their rows out among
+    them. There normals, as wide as a sign, do the rest: one more than the data's coordinates, for each further one is a direction
+    that the generator has to learn to ignore.
     """
-    if clusters > 1:
+    if clusters.count > 1 and not clusters.hollow:
         return SignGaussian(recipe.signs, recipe.normals, recipe.scale)
-    return SignGaussian(0, min(recipe.signs + recipe.normals, dim + 1), 1.0)
+    signs = math.ceil(math.log2(clusters.count)) + 2 if clusters.count > 1 else 0
+    return SignGaussian(signs, min(recipe.signs + recipe.normals, dim + 1), 1.0)
 
 
-def frequency(recipe: Recipe, clusters: int) -> tuple[float, ...]:
+def frequency(recipe: Recipe, clusters: Clusters) -> tuple[float, ...]:
     """Standard deviations of the critic's frequencies, in radians by a standard deviation of the data.
 
     High ones tell narrow clusters apart, and the highest what is within one: without them the critic remembers where clusters
-    are and cannot see that they have become too narrow. Where there is one cluster they are noise around what is smooth.
+    are and cannot see that they have become too narrow. Where there is one cluster, or a few curves, they are noise around what is smooth.
     """
-    return recipe.frequencies if clusters > 1 else (2.0,)
+    return recipe.frequencies if clusters.count > 1 and not clusters.hollow else (2.0,)

@@ -63,6 +63,7 @@ from torch import Tensor, nn
 from training.arithmetic import Bf16, Unsupported, check_compiler, takes_bf16, wide_products
 from training.bundle import Bundle, SignGaussian
 from training.checkpoints import CheckpointError, State, read_state, refuse_other
+from training.clusters import Clusters
 from training.config import MAY_CHANGE, Config, InputError, check, check_shape
 from training.data import DATASETS, DataError, Dataset
 from training.diagnostics import ALARMS, Diagnosis, Look
@@ -373,7 +374,7 @@ def start_ray(config: Config) -> bool:
     return config.device != "cpu" and gpus >= config.workers
 
 
-def train(config: Config, run: Path, use_gpu: bool, *, clusters: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def train(config: Config, run: Path, use_gpu: bool, *, clusters: Clusters) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The averaged generator's weights and the last metrics, from the last checkpoint of this run on where there is one.
 
     Raises TrainingStopped where the loop did or the workers died too often, KeyboardInterrupt on Ctrl-C.
@@ -440,10 +441,11 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     if not use_gpu:
         takes_bf16(config.precision, torch.device("cpu"), images=dataset.is_image)
     latent = latent_law(config.recipe, dataset.clusters, dataset.dim)
-    found = "one cluster" if dataset.clusters == 1 else f"{dataset.clusters} separate clusters"
+    count, hollow = dataset.clusters
+    found = "one cluster" if count == 1 else f"{count} separate {'curves or sheets' if hollow else 'clusters'}"
     chosen = f"{latent.signs} signs and {latent.normals} normals as latents, for the data are {found}"
     print(f"latent   {chosen}", flush=True)
-    journal.write("latent", signs=latent.signs, normals=latent.normals, clusters=dataset.clusters)
+    journal.write("latent", signs=latent.signs, normals=latent.normals, clusters=count)
     with ThreadPoolExecutor(1) as beside:  # this process only waits while the workers train
         eye = beside.submit(fit_eye, dataset, seed=config.seed, remember=config.reference_points)
         weights, metrics = train(config, run, use_gpu, clusters=dataset.clusters)

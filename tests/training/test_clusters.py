@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.clusters import NEIGHBOURS, clusters
+from training.clusters import NEIGHBOURS, Clusters, clusters
 from training.bundle import SignGaussian
 from training.data import DATASETS
-from training.recipes import RECIPES, latent_law
+from training.recipes import RECIPES, frequency, latent_law
 
 PLANE = RECIPES["grid"]
 CORNERS = np.array([[0, 0], [1, 0], [0, 1]])
@@ -20,33 +20,47 @@ def blobs(centres, n=3000):
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("ring", 8), ("grid", 25), ("grid100", 100), ("moons", 2), ("s-curve", 1), ("flower", 1)]
+    ("name", "count"), [("ring", 8), ("grid", 25), ("grid100", 100), ("mixture1200", 10), ("moons", 2), ("s-curve", 1), ("flower", 1)]
 )
 def test_the_clusters_of_what_is_built_in(name, count):
-    assert DATASETS[name]().clusters == count
+    found = DATASETS[name]().clusters
+    assert found.count == count
+    if count > 1:
+        assert found.hollow == (name == "moons")
 
 
 def test_digits_fall_into_clusters_with_and_without_their_labels():
     digits = DATASETS["digits"]()
-    assert digits.clusters == 10
-    assert 2 <= replace(digits, labels=None, classes=()).clusters <= 10
+    assert digits.clusters == (10, False)
+    assert 2 <= replace(digits, labels=None, classes=()).clusters.count <= 10
 
 
 @pytest.mark.parametrize(("apart", "count"), [(2, 1), (3, 1), (6, 3), (10, 3)])
 def test_overlapping_clusters_are_one(apart, count):
-    assert clusters(blobs(apart * CORNERS)) == count
+    assert clusters(blobs(apart * CORNERS)) == (count, False)
 
 
 @pytest.mark.parametrize("n", [3, 30, 1000])
 @pytest.mark.parametrize("law", ["normal", "uniform", "standard_cauchy"])
 def test_one_peak_is_one_cluster_however_heavy_its_tails(law, n):
     rng = np.random.default_rng(n)
-    assert [clusters(getattr(rng, law)(size=(n, d))) for d in (1, 2, 10)] == [1, 1, 1]
+    assert [clusters(getattr(rng, law)(size=(n, d))) for d in (1, 2, 10)] == [(1, False)] * 3
 
 
 def test_repeats_and_data_that_never_vary():
-    assert clusters(np.zeros((100, 3))) == 1
-    assert clusters(np.repeat(np.eye(4), 100, axis=0)) == 4
+    assert clusters(np.zeros((100, 3))) == (1, False)
+    assert clusters(np.repeat(np.eye(4), 100, axis=0)) == (4, False)
+
+
+@pytest.mark.parametrize(("dim", "count"), [(2, 1), (2, 3), (3, 2)])
+def test_circles_and_shells_are_hollow_but_heaps_are_not(dim, count):
+    rng = np.random.default_rng(dim)
+    heap = rng.normal(size=(count, 1500, dim))
+    shell = heap / np.linalg.norm(heap, axis=2, keepdims=True) + 0.02 * heap
+    centres = 10 * np.arange(count)[:, None, None]
+    assert clusters((shell + centres).reshape(-1, dim)) == (count, True)
+    assert clusters((heap + centres).reshape(-1, dim)) == (count, False)
+    assert clusters(np.concatenate([shell[0] + 30, *(heap[:1] + centres[:2]).repeat(2, axis=0)])).hollow is False  # most lie in heaps
 
 
 @settings(max_examples=20)
@@ -56,10 +70,13 @@ def test_far_clusters_are_counted_whatever_their_number_place_scale_and_order(co
     centres = 20 * np.arange(count)[:, None] * rng.choice([-1.0, 1.0], size=dim)
     x = np.repeat(centres, 5 * NEIGHBOURS, axis=0)
     x += rng.normal(size=x.shape)
-    assert clusters(x) == clusters(rng.permutation(x)) == clusters(1e3 * x[:, ::-1] - 7) == count
+    assert clusters(x) == clusters(rng.permutation(x)) == clusters(1e3 * x[:, ::-1] - 7) == (count, False)
 
 
-def test_signs_are_for_clusters_and_without_them_there_is_one_normal_more_than_coordinates():
-    assert latent_law(PLANE, 25, dim=2) == SignGaussian(PLANE.signs, PLANE.normals, PLANE.scale)
-    assert latent_law(PLANE, 1, dim=2) == SignGaussian(0, 3)
-    assert latent_law(PLANE, 1, dim=100) == SignGaussian(0, PLANE.signs + PLANE.normals)
+def test_signs_are_for_heaps_and_without_them_there_is_one_normal_more_than_coordinates():
+    assert latent_law(PLANE, Clusters(25, hollow=False), dim=2) == SignGaussian(PLANE.signs, PLANE.normals, PLANE.scale)
+    assert latent_law(PLANE, Clusters(1, hollow=True), dim=2) == SignGaussian(0, 3)
+    assert latent_law(PLANE, Clusters(1, hollow=False), dim=100) == SignGaussian(0, PLANE.signs + PLANE.normals)
+    assert latent_law(PLANE, Clusters(2, hollow=True), dim=2) == SignGaussian(3, 3)  # three signs share rows out by eighths
+    assert frequency(PLANE, Clusters(25, hollow=False)) == PLANE.frequencies
+    assert frequency(PLANE, Clusters(2, hollow=True)) == frequency(PLANE, Clusters(1, hollow=False)) == (2.0,)
