@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -291,18 +291,32 @@ class Monitor:
         files = hashlib.sha256(repr(sorted(self.bundle.card.files.items())).encode()).hexdigest()
         return {"bundle": files[:16], "arl": self.arl, "threshold": self.arl / self.share, "bets": self._detector.layout[:16] + self._latents.layout[:16]}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where the monitor stood whose `state` this is, without a false alarm and with any latched one.
-
-        Raises ValueError where it watched another bundle, at another arl or share, or with other bets.
-        """
-        ours, theirs = self.identity(), state.get("identity", {})
-        if differing := [f"{name} is {theirs.get(name)!r}, here it is {ours[name]!r}" for name in ours if theirs.get(name) != ours[name]]:
+    def check(self, state: Mapping[str, Any], names: Collection[str]) -> None:
+        """Raise ValueError where `state` differs in these parts of `identity`, or holds what no monitor of this version can have."""
+        ours, theirs = self.identity(), state.get("identity")
+        if not isinstance(theirs, dict):
+            raise ValueError("the state does not say which monitor it is of")
+        if differing := [f"{name} is {theirs.get(name)!r}, here it is {ours[name]!r}" for name in names if theirs.get(name) != ours[name]]:
             raise ValueError(f"the state is of another monitor: {'; '.join(differing)}")
+        for name, own in self.state().items():
+            if name not in state:
+                raise ValueError(f"the state lacks {name}")
+            if isinstance(own, ndarray):
+                _check_array(name, state[name], own)
+            elif name in _COUNTS and not (type(state[name]) is int and state[name] >= 0):
+                raise ValueError(f"{name} is {state[name]!r}; expected a count")
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where the monitor stood whose `state` this is, without a false alarm and with any latched one. It may have had
+        another arl or share, as with `reshare`; then it is judged by the guaranteed threshold.
+
+        Raises ValueError where it watched another bundle or with other bets, or where the state is damaged.
+        """
+        self.check(state, ("bundle", "bets"))
         for name in (*_COUNTS, *_MARKS):
             setattr(self, name, state[name])
         self.rejected, self.demand = dict(state["rejected"]), np.array(state["demand"])
-        self.calibrate(self.slack)
+        self.calibrate(self.slack if state["identity"] == self.identity() else None)
         self._gauges.clear()
         for part, owner in self._parts().items():
             owner.restore({name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")})
@@ -317,8 +331,10 @@ class Monitor:
         """
         if self.identity() != other.identity():
             raise ValueError("the monitors are of different bundles, thresholds or bets: only shards of one version can be merged")
+        waited = [monitor.tested - monitor._suspected for monitor in (self, other) if monitor._suspected is not None]
         for name in _COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self._suspected = self.tested - max(waited) if waited else None  # each has waited for a clean replay of its own
         self.rejected = {reason: count + other.rejected[reason] for reason, count in self.rejected.items()}
         self._since += other._since
         theirs = other._parts()
@@ -328,7 +344,7 @@ class Monitor:
         self.demand = self.demand + other.demand
         self._detector.merge(other._detector, index=self.tested - 1)
         self._latents.merge(other._latents, index=self.tested - 1)
-        for name in ("_suspected", "_wrong", "_misdrawn", "alarmed_at"):
+        for name in ("_wrong", "_misdrawn", "alarmed_at"):
             setattr(self, name, _earliest(getattr(self, name), getattr(other, name)))
         self._golden = max(self._golden, other._golden, key=lambda golden: golden[1] / max(1, golden[0]))
         self._near &= other._near
@@ -338,17 +354,24 @@ class Monitor:
             self._again = {key: (sum if key in ("checked", "different") else max)((value, other._again[key])) for key, value in self._again.items()}
         self._judge(at)
 
-    def keep_alarm(self, alarms: tuple[tuple[int | None, ndarray], ...], alarmed_at: float | None) -> None:
-        """Latch what an earlier sum of the same shards had latched, as `alarm` says it: the evidence may have gone since."""
-        for detector, (crossed, named) in zip((self._detector, self._latents), alarms, strict=True):
-            detector.latch(crossed, named)
-        self.alarmed_at = _earliest(self.alarmed_at, alarmed_at)
+    def keep_alarm(self, alarm: Mapping[str, Any]) -> None:
+        """Latch what an earlier sum of the same shards, or an earlier process, had latched, as `alarm` says it: the evidence may
+        have gone since. Raises ValueError or KeyError where it is of other bets."""
+        for name, detector in (("detector", self._detector), ("latents", self._latents)):
+            _check_array(f"{name}.named", alarm[f"{name}.named"], detector.named)
+            detector.latch(alarm[f"{name}.crossed"], alarm[f"{name}.named"])
+        for name in ("_wrong", "_misdrawn", "alarmed_at"):
+            setattr(self, name, _earliest(getattr(self, name), alarm[name]))
+        if self._again is None and not self._golden[1]:  # the evidence that the sum had for it
+            self._again, self._golden, self._near = alarm["_again"], alarm["_golden"], alarm["_near"]
         self._judge()
 
     @property
-    def alarm(self) -> tuple[tuple[tuple[int | None, ndarray], ...], float | None]:
-        """What `keep_alarm` takes."""
-        return tuple((detector.crossed, detector.named.copy()) for detector in (self._detector, self._latents)), self.alarmed_at
+    def alarm(self) -> dict[str, Any]:
+        """What `keep_alarm` takes: what of a state is latched."""
+        latched = {f"{name}.{part}" for name in ("detector", "latents") for part in ("crossed", "named")}
+        latched |= {"_wrong", "_misdrawn", "alarmed_at", "_again", "_golden", "_near"}
+        return {name: value for name, value in self.state().items() if name in latched}
 
     def reshare(self, share: float) -> None:
         """Another part of the false-alarm budget from now on. The evidence stays, and so does a latched alarm: what bounds the
@@ -563,6 +586,19 @@ class Monitor:
         plain, finite = counts / counts.sum(), smoothed(counts)
         values = {name: divergence(self._real, plain) for name, divergence in DIVERGENCES.items()}
         return {name: v if math.isfinite(v) else DIVERGENCES[name](self._real, finite) for name, v in values.items()}
+
+
+def _check_array(name: str, found: Any, own: ndarray) -> None:
+    """Raise ValueError where `found` could not have been in the place of `own`. Only rows of points come and go."""
+    rows = 1 if name == "newest.points" else 0
+    width = own.ndim if name == "detector.block" else rows  # that of a block is known once it has begun
+    if not isinstance(found, ndarray) or found.dtype != own.dtype or found.ndim != own.ndim or (found.shape[width:] != own.shape[width:]):
+        about = f"{found.dtype} {list(found.shape)}" if isinstance(found, ndarray) else repr(found)[:50]
+        raise ValueError(f"{name} is {about}; expected {own.dtype} {list(own.shape)}")
+    if found.dtype.kind == "f" and not np.isfinite(found).all():
+        raise ValueError(f"{name} holds NaN or infinity")
+    if name.rpartition(".")[2].removeprefix("closed_").removeprefix("open_") in ("cells", "r", "r_modes", "r_quality") and (found < 0).any():
+        raise ValueError(f"{name} is negative somewhere")
 
 
 def _earliest(*times: Any) -> Any:

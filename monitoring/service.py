@@ -56,7 +56,7 @@ from monitoring.reruns import Rerun, Reruns
 from monitoring.runs import Runs
 from monitoring.shipping import Shipper, shard_name
 from monitoring.states import StateError, States, decode
-from monitoring.watch import View, Watch, parse_counter
+from monitoring.watch import NO_SEED, View, Watch, parse_counter
 from serving.records import ORIGINS, Heartbeat, Origin, Record
 from training.bundle import Bundle, check_window
 from training.registry import Registry, ganwatch_home
@@ -424,7 +424,7 @@ def build(options: Options) -> Starlette:
             found, wanted = (f"{dtype} [{', '.join(map(str, shape))}]" for dtype, shape in ((samples.dtype, samples.shape), (card.sample_dtype, ("n", *card.sample_shape))))
             return _error(422, "bad_samples", f"the body holds {found}", "body", found, wanted)
         origin: Origin = "server_seed" if iid == "true" else "client_z"  # only the former may be evidence for an alarm
-        if not service.inbox.put(Record(model, card.version, origin, 0, 0, samples, time.time())):
+        if not service.inbox.put(Record(model, card.version, origin, NO_SEED, 0, samples, time.time())):
             return _error(503, "busy", f"{len(samples)} samples found no room beside those that wait", None, len(samples), "fewer at a time, or later")
         return JSONResponse({"model": model, "version": card.version, "received": len(samples), "judged": iid == "true"}, 202)
 
@@ -503,7 +503,8 @@ async def _body(request: Request, limit: int) -> bytes:
     if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
         raise HTTPException(403, f"origin is {origin!r}; only this monitor's own page may post from a browser")
     too_long = HTTPException(413, f"body is longer than {limit} bytes; send fewer records at a time")
-    if int(request.headers.get("content-length", 0)) > limit:
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > limit:  # what is no number, the server has refused or the bytes will tell
         raise too_long
     body = bytearray()
     async for chunk in request.stream():
@@ -518,7 +519,7 @@ def _observed(body: bytes, headers: Mapping[str, str]) -> ndarray:
     if (shape := headers.get("X-Ganwatch-Shape")) is None:
         try:
             samples = np.load(io.BytesIO(body), allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
+        except Exception as error:  # a broken header raises whatever tokenizer, zip reader or allocator make of it
             raise ValueError(f"the body is no npy: {error}") from error
         if not isinstance(samples, ndarray) or samples.ndim < 2:
             raise ValueError("the body is no single array [n, ...]")
@@ -552,6 +553,14 @@ def _decode(body: bytes) -> Heartbeat:
             raise ValueError(f"record {i} is of model {record.model!r}, version {record.version!r}; expected two texts")
         if record.samples.ndim < 2:
             raise ValueError(f"samples of record {i} have shape {list(record.samples.shape)}; expected [k, *sample_shape]")
+        number, label = int | float, record.label
+        if type(record.seed) is not int or type(record.offset) is not int or not isinstance(record.truncation, number) or not 0 < record.truncation <= 1:
+            raise ValueError(f"record {i} has seed {record.seed!r}, offset {record.offset!r}, truncation {record.truncation!r}; expected two integers and a share")
+        labels = label if isinstance(label, tuple) else () if label is None else (label,)
+        if not all(type(each) is int and 0 <= each < 2**31 for each in labels) or (isinstance(label, tuple) and len(label) != len(record.samples)):
+            raise ValueError(f"label of record {i} is {str(label)[:100]}; expected the index of a class, or one for each of its {len(record.samples)} rows")
+        if not isinstance(record.at, number) or not math.isfinite(record.at):
+            raise ValueError(f"time of record {i} is {record.at!r}; expected Unix seconds")
         _check_latents(i, record)
     return heartbeat
 
@@ -564,8 +573,6 @@ def _check_latents(i: int, record: Record) -> None:
         return
     if record.z.dtype != np.float32 or record.z.ndim != 2 or len(record.z) != len(record.fed):
         raise ValueError(f"latents of record {i} are {record.z.dtype} {list(record.z.shape)}; expected float32 [{len(record.fed)}, d]")
-    if type(record.seed) is not int or type(record.offset) is not int or not isinstance(record.truncation, int | float) or not 0 < record.truncation <= 1:
-        raise ValueError(f"record {i} has seed {record.seed!r}, offset {record.offset!r}, truncation {record.truncation!r}; expected two integers and a share")
     check_window(record.seed, record.offset, len(record.samples))
 
 

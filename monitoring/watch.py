@@ -48,6 +48,9 @@ REPLICAS = 256  # silent replicas whose counters are kept apart, in case they sp
 RESTORES = ("restored", "absent", "refused")  # what became of the saved state of a version that comes under watch
 NOTICE = 60.0  # seconds for which a state that could not be restored is said
 UNPAIRED = 256  # records of a model that wait for what another version makes of the same latents
+NO_SEED = -1  # of samples that somebody else's server drew
+SHARDS = 256  # monitors that are summed up at most
+_SUM = "sum."  # how the names begin, in a saved state, of what the sum of the shards has latched
 _TIMES = ("last_sample_at", "last_fresh_at")  # of a version; what else of it is saved is its Monitor
 COLUMNS = ("t", "js", "js_low", "js_high", "log10_e")
 
@@ -173,7 +176,7 @@ class Model:
     aliases: dict[str, str] = field(default_factory=dict)  # alias -> version, those whose bundle could be loaded
     history: tuple[AliasChange, ...] = ()
     comparisons: dict[str, tuple[str, Comparison]] = field(default_factory=dict)  # candidate -> the production version it is compared with
-    unpaired: OrderedDict[tuple[str, int, int], Record] = field(default_factory=OrderedDict)  # (version, seed, offset)
+    unpaired: OrderedDict[tuple[str, str, int, int], Record] = field(default_factory=OrderedDict)  # (candidate, whose it is, seed, offset)
     rows: deque[tuple[float | None, ...]] = field(default_factory=lambda: deque(maxlen=HISTORY))
     written: float = -math.inf  # time of the newest row on the disk
 
@@ -436,8 +439,8 @@ class Watch:
                     kept = before.get(candidate)
                     new = (production, Comparison(ours.certificate, ours.card.modes))
                     model.comparisons[candidate] = kept if kept is not None and kept[0] == production else new
-        live = {production, *model.comparisons} if model.comparisons else set()
-        model.unpaired = OrderedDict((key, record) for key, record in model.unpaired.items() if key[0] in live)
+        sides = {(candidate, version) for candidate in model.comparisons for version in (candidate, production)}
+        model.unpaired = OrderedDict((key, record) for key, record in model.unpaired.items() if key[:2] in sides)
 
     def _compare(self, name: str, model: Model, record: Record) -> None:
         """Join the record with what other versions made of the same latents. A candidate's side must be fresh: drawn by the server,
@@ -445,11 +448,16 @@ class Watch:
         production = model.aliases.get("production")
         if record.version not in {production, *model.comparisons} or record.truncation != 1.0 or record.label is not None or record.origin == "client_z":
             return
+        if record.seed == NO_SEED:  # nobody knows of which latents these are
+            return
         for candidate, (_, comparison) in model.comparisons.items():
             if record.version not in (candidate, production):
                 continue
-            other = model.unpaired.get((candidate if record.version == production else production, record.seed, record.offset))
+            partner = candidate if record.version == production else production
+            # Neither side is ever paired again: what is known of it already would be no bet on the future.
+            other = model.unpaired.pop((candidate, partner, record.seed, record.offset), None)
             if other is None:
+                model.unpaired[candidate, record.version, record.seed, record.offset] = record
                 continue
             ours, theirs = (record, other) if record.version == production else (other, record)
             if theirs.is_fresh and (ours.is_fresh or theirs.origin == "probe"):
@@ -458,7 +466,6 @@ class Watch:
                 x, y = look(ours.samples[:n]), look(theirs.samples[:n])
                 if len(x.cells) == len(y.cells) == n:  # else some row could not be looked at, and rows lost their partners
                     comparison.update(x, y)
-        model.unpaired[record.version, record.seed, record.offset] = record
         while len(model.unpaired) > UNPAIRED:
             model.unpaired.popitem(last=False)
 
@@ -469,6 +476,7 @@ class Watch:
             if watched.share != share:
                 watched.share = share
                 watched.monitor.reshare(share)
+                watched.saved = -1  # so that it is written down
             return True
         path = self.registry.root / name / version
         look = _look_of(path)
@@ -510,12 +518,14 @@ class Watch:
                 watched.monitor.restore(state)
                 if not self.calibrated:
                     watched.monitor.calibrate(None)
+                if sum_alarm := {name.removeprefix(_SUM): value for name, value in state.items() if name.startswith(_SUM)}:
+                    self._latch_sum(watched, sum_alarm)
                 watched.last_sample_at, watched.last_fresh_at = state["last_sample_at"], state["last_fresh_at"]
                 watched.acknowledged_at = state["acknowledged_at"]
                 watched.saved = watched.eaten
         except (StateError, ValueError, KeyError) as error:
             outcome = "refused"
-            watched.monitor = self._monitor(watched.bundle, watched.share)  # nothing half restored
+            watched.monitor, watched.sum = self._monitor(watched.bundle, watched.share), None  # nothing half restored
             self._notices.append((at, f"{name} {version} is watched from the start again, its saved state was not taken: {error}"))
         self._restores[name, outcome] += 1
         self._raise_alarm(name, version, at)
@@ -537,7 +547,8 @@ class Watch:
     def _save(self, name: str, version: str) -> None:
         if self.states is not None:
             watched = self._watched[name, version]
-            self.states.save(name, version, self.state(name, version))
+            latched = {f"{_SUM}{key}": value for key, value in watched.sum.alarm.items()} if watched.sum is not None else {}
+            self.states.save(name, version, self.state(name, version) | latched)
             watched.saved = watched.eaten
 
     def state(self, name: str, version: str) -> dict[str, Any]:
@@ -554,8 +565,8 @@ class Watch:
 
         It replaces that shard's last one, so it may be sent again and again, and the verdict is that of the sum from then on.
         Returns when the version's alarm was last acknowledged: a state from before that is not taken, and its sender must
-        acknowledge, too. Raises KeyError where the version is not live, ValueError where the state is of another bundle or budget,
-        or where there is a test_rate, which the sum of several would exceed.
+        acknowledge, too. Raises KeyError where the version is not live, ValueError where the state is of another bundle or budget, or
+        damaged, where there are too many shards, or where there is a test_rate, which the sum of several would exceed.
         """
         if (name, version) not in self.live():
             raise KeyError(f"{name} {version}")
@@ -564,17 +575,29 @@ class Watch:
         watched = self._watched[name, version]
         if state.get("acknowledged_at") != watched.acknowledged_at:
             return watched.acknowledged_at
-        if watched.scratch is None:
-            watched.scratch = self._monitor(watched.bundle, watched.share)
-        watched.scratch.restore(state)
-        if shard not in watched.shards:
-            watched.pace.clear()  # its samples of before would all count as of now
+        if shard not in watched.shards and len(watched.shards) >= SHARDS:
+            raise ValueError(f"{SHARDS} shards are summed up already; give each monitor one name that it keeps")
+        watched.monitor.check(state, watched.monitor.identity())
+        times = [state.get(key) for key in _TIMES]
+        if not all(time is None or isinstance(time, int | float) for time in times):
+            raise ValueError(f"{', '.join(_TIMES)} are {times}; expected Unix seconds")
+        before = watched.shards.get(shard)
         watched.shards[shard] = state
+        try:
+            self._sum(name, version, at)
+        except Exception as error:  # a state that fits and cannot be read all the same: nothing may be left of it
+            if before is None:
+                del watched.shards[shard]
+            else:
+                watched.shards[shard] = before
+            self._sum(name, version, at)
+            raise ValueError(f"the state of shard {shard} is damaged: {type(error).__name__}: {error}") from error
+        if before is None:
+            watched.pace.clear()  # its samples of before would all count as of now
         watched.shards.move_to_end(shard)
-        for key in _TIMES:
-            if (newest := max(filter(None, (getattr(watched, key), state[key])), default=None)) is not None:
+        for key, time in zip(_TIMES, times, strict=True):
+            if (newest := max(filter(None, (getattr(watched, key), time)), default=None)) is not None:
                 setattr(watched, key, min(newest, at))
-        self._sum(name, version, at)
         return watched.acknowledged_at
 
     def _calibrate(self, name: str, version: str, at: float) -> None:
@@ -598,21 +621,29 @@ class Watch:
     def _sum(self, name: str, version: str, at: float) -> None:
         """Sum up this monitor and its shards anew; an alarm of an earlier sum stays."""
         watched = self._watched[name, version]
-        if not watched.shards:
+        if not watched.shards and watched.sum is None:
             return
-        if watched.sum is None:
-            watched.sum = self._monitor(watched.bundle, watched.share)
-        if watched.sum.share != watched.monitor.share:  # another share of the budget: older states do not fit
+        alarm = None if watched.sum is None else watched.sum.alarm
+        if watched.sum is not None and watched.sum.share != watched.monitor.share:  # of another share of the budget: older states do not fit
             watched.shards.clear()
-            watched.sum = watched.scratch = None
-            return
-        alarm = watched.sum.alarm
-        watched.sum.restore(watched.monitor.state())
-        for state in watched.shards.values():
-            watched.scratch.restore(state)
-            watched.sum.merge(watched.scratch, at=at)
-        watched.sum.keep_alarm(*alarm)
+            watched.sum = None
+        found, scratch = (self._monitor(watched.bundle, watched.share) for _ in range(2)) if watched.sum is None else (watched.sum, watched.scratch)
+        try:
+            found.restore(watched.monitor.state())
+            for state in watched.shards.values():
+                scratch.restore(state)
+                found.merge(scratch, at=at)
+        finally:
+            if alarm is not None:
+                found.keep_alarm(alarm)
+        watched.sum, watched.scratch = found, scratch
         self._raise_alarm(name, version, at)
+
+    def _latch_sum(self, watched: Watched, alarm: Mapping[str, Any]) -> None:
+        """What the sum had latched when the process before ended: its shards have not reported yet."""
+        watched.sum, watched.scratch = (self._monitor(watched.bundle, watched.share) for _ in range(2))
+        watched.sum.restore(watched.monitor.state())
+        watched.sum.keep_alarm(alarm)
 
     def act(self, at: float) -> None:
         """Let the policy change the aliases whose version is alarmed. `follow` then sees the change like anybody's."""

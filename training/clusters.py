@@ -8,6 +8,7 @@ recipes.py's question.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from sklearn.neighbors import NearestNeighbors
 
 NEIGHBOURS = 20  # an estimated log density then varies by about 1 / sqrt(20), and no cluster has fewer samples
 PROMINENCE = 2.0  # in nats: a peak counts where on every way to a higher one the density falls to less than a seventh of its own
+UNEVEN = 0.02  # of the rows, how many may be dealt to another cluster than theirs
 HOLLOW = 3.0  # distances to the k-th neighbour: a cluster has nothing in its middle where nothing lies nearer to it than this
 
 
@@ -25,6 +27,7 @@ class Clusters(NamedTuple):
 
     count: int  # at least one
     hollow: bool  # whether most rows lie in clusters with nothing in their middle: bent curves or sheets, rather than heaps
+    signs: int  # the fewest whose patterns, each as likely as any other, can be dealt out to the clusters as their rows are
 
 
 def clusters(x: Float[ndarray, "n d"]) -> Clusters:
@@ -67,8 +70,17 @@ def clusters(x: Float[ndarray, "n d"]) -> Clusters:
             count -= height[lower] - height[i] < PROMINENCE
         above[i] = highest
     peaks = np.array([summit(i) for i in range(len(x))])
-    empty = sum(int(inside.sum()) for peak in np.unique(peaks) if _is_hollow(x[inside := peaks == peak], radius[inside, -1]))
-    return Clusters(count, 2 * empty > len(x))
+    found, rows = np.unique(peaks, return_counts=True)
+    empty = sum(int(inside.sum()) for peak in found if _is_hollow(x[inside := peaks == peak], radius[inside, -1]))
+    return Clusters(count, 2 * empty > len(x), signs_for(rows / len(x)))
+
+
+def signs_for(shares: Float[ndarray, "k"]) -> int:
+    """The fewest signs whose 2^s patterns can be dealt out to clusters of these shares, but for UNEVEN of them."""
+    signs = math.ceil(math.log2(len(shares)))
+    while (dealt := np.rint(shares * 2**signs)).min() == 0 or np.abs(dealt / 2**signs - shares).sum() / 2 > UNEVEN:
+        signs += 1
+    return signs
 
 
 def _is_hollow(x: Float[ndarray, "n d"], radius: Float[ndarray, "n"]) -> bool:

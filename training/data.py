@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 from numpy import ndarray
 
-from training.clusters import Clusters, clusters
+from training.clusters import Clusters, clusters, signs_for
 
 HELD_OUT = 0.2
 COUNT = 100_000  # samples of a law that can be drawn from
@@ -81,7 +81,7 @@ class Dataset:
         if self.counted is not None:
             return Clusters(*self.counted)
         if self.is_image and self.labels is not None:
-            return Clusters(len(self.classes), hollow=False)
+            return Clusters(len(self.classes), hollow=False, signs=signs_for(np.full(len(self.classes), 1 / len(self.classes))))
         return clusters(self.normalised(slice(min(self.trained, CLUSTERED))))
 
     @cached_property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from training.bundle import SignGaussian
@@ -50,7 +49,7 @@ RECIPES = {
     "mixture1200": Recipe(5000, 10, 16, 1.0, 512, 0, (2e-3, 2e-5), (1.0, 0.1), 0.0),
     # the mean and the width of the whole must be right to a hundredth of it, which a small batch blurs
     "s-curve": CONTINUOUS,
-    "moons": CONTINUOUS,
+    "moons": replace(CONTINUOUS, doublings=4),
     "flower": CONTINUOUS,
     "digits": IMAGES,
     "stacked-digits": replace(IMAGES, steps=40_000, signs=72, width=384, hold=0.6),
@@ -64,14 +63,12 @@ def latent_law(recipe: Recipe, clusters: Clusters, dim: int) -> SignGaussian:
     """The latent law for data of so many coordinates that fall into such clusters.
 
     A smooth generator joins clusters by bridges of bad samples unless its latent jumps. But what hangs together is cut by signs
-    into pieces with gaps between them: of one cluster there are none, of curves as many as it takes to share their rows out among
-    them. There normals, as wide as a sign, do the rest: one more than the data's coordinates, for each further one is a direction
+    into pieces with gaps between them: for one cluster there are none, for curves as few as can be shared out among them. There normals, as wide as a sign, do the rest: one more than the data's coordinates, for each further one is a direction
     that the generator has to learn to ignore.
     """
     if clusters.count > 1 and not clusters.hollow:
         return SignGaussian(recipe.signs, recipe.normals, recipe.scale)
-    signs = math.ceil(math.log2(clusters.count)) + 2 if clusters.count > 1 else 0
-    return SignGaussian(signs, min(recipe.signs + recipe.normals, dim + 1), 1.0)
+    return SignGaussian(clusters.signs, min(recipe.signs + recipe.normals, dim + 1), 1.0)
 
 
 def frequency(recipe: Recipe, clusters: Clusters) -> tuple[float, ...]:

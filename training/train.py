@@ -441,7 +441,7 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     if not use_gpu:
         takes_bf16(config.precision, torch.device("cpu"), images=dataset.is_image)
     latent = latent_law(config.recipe, dataset.clusters, dataset.dim)
-    count, hollow = dataset.clusters
+    count, hollow, _ = dataset.clusters
     found = "one cluster" if count == 1 else f"{count} separate {'curves or sheets' if hollow else 'clusters'}"
     chosen = f"{latent.signs} signs and {latent.normals} normals as latents, for the data are {found}"
     print(f"latent   {chosen}", flush=True)

@@ -118,13 +118,19 @@ def test_where_there_is_nothing_sound_to_go_to_it_says_so(scene, why):
     assert "none of its earlier versions is sound" in view.errors[0]
 
 
-def test_an_acknowledged_version_counts_as_sound_again(scene):
+@pytest.mark.parametrize("why", ["acknowledged", "deliberate", "forced"])
+def test_an_acknowledged_version_counts_as_sound_again_but_for_one_that_never_was(scene, why):
+    """Neither a version with a deliberate fault nor one that was promoted against the gate's word is gone back to."""
     scene = scene()
-    scene.promote("v4")
+    path = scene.registry.root / "grid" / "v4"
+    if why != "deliberate":
+        write_card(path, replace(load_card(path), fault=None))
+    scene.registry.set_alias("grid", "production", "v4", reason="promote", forced="too many fakes" if why == "forced" else None)
+    scene.watch.follow(scene.now)
     scene.serve("v4")
     scene.watch.acknowledge("grid", scene.now)
     scene.promote("v3")
-    assert scene.serve("v3").models["grid"].version == "v4"
+    assert scene.serve("v3").models["grid"].version == ("v4" if why == "acknowledged" else "v3")
 
 
 def test_one_alias_may_be_allowed_and_the_others_not(scene):

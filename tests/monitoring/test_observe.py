@@ -81,6 +81,10 @@ GOOD = np.zeros((4, 2), np.float32)
         ("grid?iid=perhaps", npy(GOOD), {}, 422, "iid is 'perhaps'"),
         ("grid", b"", {}, 422, "no npy"),
         ("grid", b"nonsense", {}, 422, "no npy"),
+        ("grid", b"PK\x03\x04junk", {}, 422, "no npy"),
+        ("grid", npy(GOOD).replace(b"{'descr'", b"{'descr\n"), {}, 422, "no npy"),
+        ("grid", npy(GOOD).replace(b"(4, 2)", b"(9**9)"), {}, 422, "no npy"),
+        ("grid", npy(GOOD), {"Content-Length": "many"}, 202, ""),
         ("grid", npy(GOOD.astype(np.float64)), {}, 422, "float64 [4, 2]"),
         ("grid", npy(np.zeros((4, 3), np.float32)), {}, 422, "float32 [4, 3]"),
         ("grid", npy(np.float32(1)), {}, 422, "no single array"),
@@ -94,5 +98,5 @@ GOOD = np.zeros((4, 2), np.float32)
 )
 def test_what_is_no_observation_is_refused_in_words(client, path, body, headers, status, words):
     answer = client.post(f"/v1/observe/{path}", content=body, headers=headers)
-    assert answer.status_code == status and words in answer.json()["error"]["message"], answer.text
-    assert client.service.inbox.take(0.0) == []
+    assert answer.status_code == status and (status == 202 or words in answer.json()["error"]["message"]), answer.text
+    assert bool(client.service.inbox.take(0.0)) == (status == 202)

@@ -193,6 +193,14 @@ def test_bad_bodies_are_refused_in_words_and_disturb_nothing(world: World, run: 
         Heartbeat("a", 0.0, (), {"samples_total": float("nan")}).encode(): "nan",
         Heartbeat("a", 0.0, (Record("grid", "v1", "server_seed", 1, 0, samples[0, 0:1], 0.0),), {}).encode(): "shape [1]",
     }
+    wrong = [
+        *(("label", (0, 1), "label of record 0"), ("label", 10**30, "label of record 0"), ("truncation", 0.0, "truncation 0.0"), ("at", float("inf"), "time of record 0")),
+        *((name, value, "") for name, value in (("label", "a"), ("label", 0.5), ("truncation", "much"), ("seed", [1]), ("at", "now"))),  # tests know their types besides
+    ]
+    for name, value, words in wrong:
+        record = Record("grid", "v1", "server_seed", 1, 0, samples, 0.0)
+        record.__dict__[name] = value  # which the types of our own code would not let pass
+        bad[Heartbeat("a", 0.0, (record,), {}).encode()] = words
     for body, words in bad.items():
         answer = service.http.post("/api/records", content=body)
         assert answer.status_code == 400 and words in answer.json()["error"]["message"]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy import ndarray
 
 from monitoring.incidents import Incidents
-from monitoring.watch import REPLICAS, STALE_AFTER, UNPAIRED, Replicas, Watch, parse_counter, total_log10
+from monitoring.watch import NO_SEED, REPLICAS, STALE_AFTER, UNPAIRED, Replicas, Watch, parse_counter, total_log10
 from serving.records import Heartbeat, Record
 from training.bundle import Bundle, BundleError, write_arrays, write_card
 from training.gate import QualityRefused, promote
@@ -365,7 +365,7 @@ def test_a_copied_version_is_not_watched_as_the_one_it_was(scene: Scene) -> None
 
 def pair(scene: Scene, seed: int, count: int = 600, origins: tuple[str, str] = ("server_seed", "server_seed")) -> None:
     """What v1 and v2 make of the same latents, as the tap tells it."""
-    rows = {v: scene.draw(scene.bundles[v], count, seed=seed) for v in ("v1", "v2")}
+    rows = {v: scene.draw(scene.bundles[v], count, seed=abs(seed)) for v in ("v1", "v2")}
     scene.watch.eat([Record("grid", v, origin, seed, 0, rows[v], scene.now) for v, origin in zip(rows, origins, strict=True)], scene.now)
 
 
@@ -400,6 +400,19 @@ def test_only_latents_that_nobody_chose_make_pairs(scene: Scene) -> None:
     for seed in range(1000):
         scene.watch.eat([Record("grid", "v1", "server_seed", 10**6 + seed, 0, np.zeros((1, 2), np.float32), scene.now)], scene.now)
     assert len(scene.watch._models["grid"].unpaired) == UNPAIRED
+
+
+def test_no_record_is_paired_twice_and_none_of_unknown_latents(scene: Scene) -> None:
+    """What is known of one side already would be no bet on the future: healthy versions would be said to differ."""
+    scene.alias("production", "v1")
+    scene.alias("canary", "v2")
+    pair(scene, seed=11, count=50)
+    assert compared(scene)["pairs"] == 50 and not scene.watch._models["grid"].unpaired
+    for seed in range(3):
+        scene.watch.eat([Record("grid", "v2", "server_seed", 11, 0, scene.draw(scene.bundles["v2"], 50, seed=seed), scene.now)], scene.now)
+    assert compared(scene)["pairs"] == 50
+    pair(scene, seed=NO_SEED, count=50)
+    assert compared(scene)["pairs"] == 50
 
 
 def test_each_version_says_how_much_clients_draw_of_it(scene: Scene) -> None:
