@@ -99,7 +99,7 @@ def test_a_short_benchmark_and_its_resumption(tmp_path):
     assert small["ratio"] < 1.8 and small["runs"] == 5
     alone = bench.dropped_alone(10, 20)
     assert 0.7 < alone["ratio"] < 1.3 and alone["runs"] >= 18
-    verdicts = bench.judged(rows)
+    verdicts = bench.judged(rows, 1000)
     assert [v["aim"] for v in verdicts] == [1.6, 4.0, 18, 27, 21] and all(v["met"] == (v["delay"] <= v["aim"]) for v in verdicts)
 
 

@@ -209,14 +209,15 @@ def test_replay_counts_the_samples_that_it_could_not_look_at(registry: Registry,
     stream = draw(broken, 4000)
     np.save(tmp_path / "stream.npy", stream)
     first = replay(broken.path, tmp_path / "stream.npy", 1e4)["first_alarm"]
-    np.save(tmp_path / "stream.npy", np.concatenate([np.full((100, 2), np.nan, np.float32), stream]))
-    report = replay(broken.path, tmp_path / "stream.npy", 1e4)
-    assert report["first_alarm"] == first + 100 and report["rejected"]["nan"] == 100
+    for bad in (np.nan, 3e38):  # finite, but not what is made of it
+        np.save(tmp_path / "stream.npy", np.concatenate([np.full((100, 2), bad, np.float32), stream]))
+        report = replay(broken.path, tmp_path / "stream.npy", 1e4)
+        assert report["first_alarm"] == first + 100 and report["rejected"]["nan"] == 100
 
 
 @pytest.mark.parametrize(
     ("stream", "words"),
-    [(np.zeros((5, 3), np.float32), "this bundle serves float32"), (np.zeros((5, 2)), "float64"), (b"not numpy", "cannot read"), (None, "no such file")],
+    [(np.zeros((5, 3), np.float32), "this bundle serves float32"), (np.zeros((5, 2)), "float64"), (b"not numpy", "cannot read"), (b"PK\x03\x04junk", "cannot read"), (None, "no such file")],
 )
 def test_replay_refuses_what_is_not_a_stream(registry: Registry, tmp_path: Path, stream: np.ndarray | bytes | None, words: str) -> None:
     path = tmp_path / "stream.npy"
