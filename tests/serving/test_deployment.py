@@ -33,6 +33,7 @@ from serving.protocol import ganwatch_pb2 as own
 from serving.protocol import inference_pb2 as pb
 from serving.sampler import Sampler, Window
 from tests.serving.conftest import fill, publish
+from tests.serving.test_oip import TRITON, TRITON_CLIENT, latents
 from tests.serving.test_tap import monitor
 from training.registry import Registry
 
@@ -244,6 +245,19 @@ def test_both_replicas_answer_grpc_on_one_port(stack, samplers):
             np.testing.assert_array_equal(rows, samplers["ring"].sample([Window(9, 0, 3)]))
     found = stack.counters(lambda newest: sum(counters.get(name, 0) for counters in newest.values()) >= 24)
     assert all(counters[name] > 0 for counters in found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TRITON.exists(), reason=f"no {TRITON}; `make tritonclient` installs it")
+def test_tritonclient_passes_through_haproxy_and_to_the_shared_port(stack, samplers, tmp_path):
+    z, y = latents(samplers)
+    np.savez(tmp_path / "latents.npz", z=z, y=y)
+    command = [TRITON, TRITON_CLIENT, stack.url.removeprefix("http://"), stack.grpc_url, tmp_path / "latents.npz", tmp_path / "out.npz"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "done\n", done.stderr
+    answers = np.load(tmp_path / "out.npz")
+    for name in ("http_both", "grpc_both", "http_text"):
+        np.testing.assert_array_equal(answers[name], samplers["clothes"].run(z, y))
 
 
 @pytest.mark.slow

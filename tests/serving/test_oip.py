@@ -24,6 +24,7 @@ from tests.serving.conftest import connect, publish, running
 
 ROOT = Path(__file__).parents[2]
 TRITON = Path(os.environ.get("GANWATCH_TRITONCLIENT", ROOT / ".venv/tritonclient/bin/python"))
+TRITON_CLIENT = Path(__file__).with_name("triton_client.py")
 CLOTHES = "/v2/models/clothes/infer"
 
 
@@ -403,8 +404,7 @@ def test_tritonclient_works_unchanged_over_both_protocols(registry, samplers, tm
             while not server.started:
                 await asyncio.sleep(0.005)
             addresses = [f"127.0.0.1:{port}" for port in (listening.getsockname()[1], rpc.port)]
-            script = Path(__file__).with_name("triton_client.py")
-            command = [TRITON, script, *addresses, tmp_path / "latents.npz", tmp_path / "out.npz"]
+            command = [TRITON, TRITON_CLIENT, *addresses, tmp_path / "latents.npz", tmp_path / "out.npz"]
             result = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60)
             server.should_exit = True
             await serving
