@@ -77,12 +77,11 @@ def replay(bundle: Path, samples: Path, arl: float | str, *, test_rate: float | 
 def _npy(path: Path, card: Card) -> tuple[int, Iterator[np.ndarray]]:
     """How many samples there are, and these, BATCH at a time."""
     try:
-        stream = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # a broken header raises whatever tokenizer, zip reader or allocator make of it
+        stream = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # a broken header raises whatever its tokenizer or the allocator makes of it
         raise StackError(f"--samples is {path}, which numpy cannot read as .npy: {error}") from None
-    if not isinstance(stream, np.ndarray) or stream.shape[1:] != card.sample_shape or stream.dtype != card.sample_dtype:
-        found = f"{stream.dtype} {list(stream.shape)}" if isinstance(stream, np.ndarray) else "an archive of several arrays"
-        raise _unfit(path, found, card)
+    if stream.shape[1:] != card.sample_shape or stream.dtype != card.sample_dtype:
+        raise _unfit(path, f"{stream.dtype} {list(stream.shape)}", card)
     return len(stream), (np.ascontiguousarray(stream[i : i + BATCH]) for i in range(0, len(stream), BATCH))
 
 
