@@ -132,8 +132,10 @@ class Service:
 
     def is_rolled_back(self, sampler: Sampler, reference: str | None) -> bool:
         """Whether `sampler`, found for `reference`, must not answer any more. To be asked last, when nothing but sending is left."""
-        model = self.table.models.get(sampler.card.model)
-        return model is not None and sampler.card.version in model.withdrawn and reference != sampler.card.version
+        model, version = self.table.models.get(sampler.card.model), sampler.card.version
+        if model is None or version not in model.withdrawn or reference == version:
+            return False
+        return sampler not in model.serving.values()  # where what was gone back to cannot be loaded, it goes on serving
 
     def divert(self, sampler: Sampler, request: SampleRequest) -> Sampler:
         """`sampler`, or the canary for its share of the requests. A seed keeps its samples: requests with one stay."""

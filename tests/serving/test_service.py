@@ -195,6 +195,21 @@ def test_what_is_under_way_when_its_version_is_rolled_back_is_drawn_anew(registr
     np.testing.assert_array_equal(rows(named), held.sample([Window(7, 0, 3)]))
 
 
+def test_where_what_was_gone_back_to_cannot_be_loaded_what_serves_goes_on(registry):
+    publish(registry, "digits", shift=3.0)
+
+    async def scene():
+        async with running(registry) as app, connect(app) as client:
+            registry.rollback("digits")
+            (registry.root / "digits" / "v1" / "model.onnx").write_bytes(b"nonsense")
+            app.service.table.refresh()
+            assert "v1" in app.service.table.models["digits"].errors["production"]
+            async with asyncio.timeout(10):
+                return [window(await client.post(DIGITS, json=body, headers=NPY))[0] for body in ({}, {"n": 3, "stream": True})]
+
+    assert asyncio.run(scene()) == ["v2", "v2"]
+
+
 def test_the_canary_answers_its_share_of_what_names_neither_seed_nor_version(registry):
     publish(registry, "digits", shift=3.0, promote=False)
     registry.set_alias("digits", "canary", "v2", reason="test", share=0.5)
