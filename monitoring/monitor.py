@@ -589,10 +589,9 @@ class Monitor:
 
 
 def _check_array(name: str, found: Any, own: ndarray) -> None:
-    """Raise ValueError where `found` could not have been in the place of `own`. Only rows of points come and go."""
-    rows = 1 if name == "newest.points" else 0
-    width = own.ndim if name == "detector.block" else rows  # that of a block is known once it has begun
-    if not isinstance(found, ndarray) or found.dtype != own.dtype or found.ndim != own.ndim or (found.shape[width:] != own.shape[width:]):
+    """Raise ValueError where `found` could not have been in the place of `own`."""
+    free = {"newest.points": 1, "detector.block": own.ndim}.get(name, 0)  # leading axes that grow with what was seen
+    if not isinstance(found, ndarray) or found.dtype != own.dtype or found.ndim != own.ndim or found.shape[free:] != own.shape[free:]:
         about = f"{found.dtype} {list(found.shape)}" if isinstance(found, ndarray) else repr(found)[:50]
         raise ValueError(f"{name} is {about}; expected {own.dtype} {list(own.shape)}")
     if found.dtype.kind == "f" and not np.isfinite(found).all():

@@ -553,13 +553,13 @@ def _decode(body: bytes) -> Heartbeat:
             raise ValueError(f"record {i} is of model {record.model!r}, version {record.version!r}; expected two texts")
         if record.samples.ndim < 2:
             raise ValueError(f"samples of record {i} have shape {list(record.samples.shape)}; expected [k, *sample_shape]")
-        number, label = int | float, record.label
-        if type(record.seed) is not int or type(record.offset) is not int or not isinstance(record.truncation, number) or not 0 < record.truncation <= 1:
+        if type(record.seed) is not int or type(record.offset) is not int or not isinstance(record.truncation, int | float) or not 0 < record.truncation <= 1:
             raise ValueError(f"record {i} has seed {record.seed!r}, offset {record.offset!r}, truncation {record.truncation!r}; expected two integers and a share")
+        label = record.label
         labels = label if isinstance(label, tuple) else () if label is None else (label,)
         if not all(type(each) is int and 0 <= each < 2**31 for each in labels) or (isinstance(label, tuple) and len(label) != len(record.samples)):
             raise ValueError(f"label of record {i} is {str(label)[:100]}; expected the index of a class, or one for each of its {len(record.samples)} rows")
-        if not isinstance(record.at, number) or not math.isfinite(record.at):
+        if not isinstance(record.at, int | float) or not math.isfinite(record.at):
             raise ValueError(f"time of record {i} is {record.at!r}; expected Unix seconds")
         _check_latents(i, record)
     return heartbeat
