@@ -158,7 +158,8 @@ assert dataset.scale.shape == (64,)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["x.npy", "x.parquet"])
 def test_data_may_be_larger_than_memory(name, tmp_path):
-    """256 MB in a process that may take 64 MB more of its own: the array is written, shuffled and measured in pieces."""
+    """256 MB in a process that may take 128 MB more of its own (it takes some 50, of which the allocator keeps more on some
+    machines): the array is written, shuffled and measured in pieces."""
     x = rng.standard_normal((1_000_000, 64), np.float32)
     for file, rows in (("small", x[:200]), ("x", x)):
         if name == "x.npy":
@@ -171,7 +172,7 @@ def test_data_may_be_larger_than_memory(name, tmp_path):
         command = [sys.executable, "-c", LIMITED, tmp_path, name, limit]
         return subprocess.run([*map(str, command)], cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True, timeout=300)
 
-    done = opened(64)
+    done = opened(128)
     assert done.returncode == 0, done.stderr[-2000:]
     for left in (tmp_path / f"{name}.cache").iterdir():
         left.unlink()
