@@ -29,6 +29,11 @@ class Clusters(NamedTuple):
     hollow: bool  # whether most rows lie in clusters with nothing in their middle: bent curves or sheets, rather than heaps
     signs: int  # the fewest whose patterns, each as likely as any other, can be dealt out to the clusters as their rows are
 
+    @property
+    def heaps(self) -> bool:
+        """Whether data lie in separate heaps, rather than hang together or lie on a few curves or sheets."""
+        return self.count > 1 and not self.hollow
+
 
 def clusters(x: Float[ndarray, "n d"]) -> Clusters:
     """The separate clusters of rows; those of no more than NEIGHBOURS rows are not seen.

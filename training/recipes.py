@@ -66,7 +66,7 @@ def latent_law(recipe: Recipe, clusters: Clusters, dim: int) -> SignGaussian:
     into pieces with gaps between them: for one cluster there are none, for curves as few as can be shared out among them. There normals, as wide as a sign, do the rest: one more than the data's coordinates, for each further one is a direction
     that the generator has to learn to ignore.
     """
-    if clusters.count > 1 and not clusters.hollow:
+    if clusters.heaps:
         return SignGaussian(recipe.signs, recipe.normals, recipe.scale)
     return SignGaussian(clusters.signs, min(recipe.signs + recipe.normals, dim + 1), 1.0)
 
@@ -77,4 +77,4 @@ def frequency(recipe: Recipe, clusters: Clusters) -> tuple[float, ...]:
     High ones tell narrow clusters apart, and the highest what is within one: without them the critic remembers where clusters
     are and cannot see that they have become too narrow. Where there is one cluster, or a few curves, they are noise around what is smooth.
     """
-    return recipe.frequencies if clusters.count > 1 and not clusters.hollow else (2.0,)
+    return recipe.frequencies if clusters.heaps else (2.0,)

@@ -113,7 +113,7 @@ def row(dataset: Dataset, config: Config, out: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.onnx"
         example = {"z": torch.from_numpy(latent.sample(seed=0, count=64))}
-        export_onnx(Served(generator, dataset), path, example, ("samples",), tolerance=1e-5)
+        export_onnx(Served(generator, dataset, latent), path, example, ("samples",), tolerance=1e-5)
         source = Source(session(path), session(path), latent, ())
         samples = np.concatenate([source.samples(seed=7, offset=i, count=2000) for i in range(0, MANY, 2000)])
     picture(samples[:128] if dataset.is_image else samples).save(out.with_suffix(".png"))

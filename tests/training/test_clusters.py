@@ -25,8 +25,7 @@ def blobs(centres, n=3000):
 def test_the_clusters_of_what_is_built_in(name, count):
     found = DATASETS[name]().clusters
     assert found.count == count
-    if count > 1:
-        assert found.hollow == (name == "moons")
+    assert found.heaps == (name not in ("moons", "s-curve", "flower"))
 
 
 def test_digits_fall_into_clusters_with_and_without_their_labels():

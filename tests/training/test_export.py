@@ -4,8 +4,9 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from training.bundle import DUPLICATE_BLOCK, open_bundle, sample_classes
-from training.export import ExportError, certify_more, check_law, detours, export_onnx, open_source
+from training.bundle import DUPLICATE_BLOCK, SignGaussian, open_bundle, sample_classes
+from training.data import DATASETS
+from training.export import ExportError, Served, certify_more, check_law, detours, export_onnx, open_source
 
 pytestmark = pytest.mark.slow
 
@@ -117,6 +118,36 @@ def test_export_refuses_a_graph_of_another_law(ring):
 
     with pytest.raises(ExportError, match="another law than torch"):
         check_law(Shifted(), source)
+
+
+class Line(torch.nn.Module):
+    """z times `steep`, moved by `off`."""
+
+    def __init__(self, steep, off=0.0):
+        super().__init__()
+        self.steep, self.off = torch.tensor(steep), torch.tensor(off)
+
+    def forward(self, z, y=None):
+        return z * self.steep + self.off
+
+
+@pytest.mark.parametrize(
+    ("name", "steep", "off", "mended"),
+    [
+        ("flower", [0.98, 1.03], [0.02, -0.01], True),
+        ("moons", [0.98, 1.03], [0.02, -0.01], True),
+        ("flower", [0.98, 0.0], [0.02, 0.0], [True, False]),  # a coordinate that was not learned is not stretched
+        ("flower", [0.98, 1.03], [0.2, -0.01], [False, True]),
+        ("grid", [0.98, 1.03], [0.02, -0.01], False),  # heaps
+    ],
+)
+def test_what_is_served_has_the_moments_of_smooth_data_where_it_nearly_had_them(name, steep, off, mended):
+    dataset, latent = DATASETS[name](), SignGaussian(0, 2, 1.0)
+    x = Served(Line(steep, off), dataset, latent, (0.5, 0.5))(torch.from_numpy(latent.sample(seed=1, count=200_000))).double().numpy()
+    mean, deviation = (x.mean(axis=0) - dataset.shift) / dataset.scale, x.std(axis=0) / dataset.scale
+    expected = [np.where(mended, perfect, found) for perfect, found in ((0, off), (1, steep))]
+    np.testing.assert_allclose(mean, expected[0], atol=0.01)
+    np.testing.assert_allclose(deviation, expected[1], atol=0.006)
 
 
 def test_a_certificate_grows_by_what_is_drawn_besides(ring, tmp_path):
