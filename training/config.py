@@ -16,7 +16,7 @@ import torch
 from training.data import DATASETS, ON_DISK, Dataset
 from training.networks import family
 from training.objectives import OBJECTIVES
-from training.penalties import PENALTIES, critical_gamma
+from training.penalties import CONSTRAINT, PENALTIES, critical_gamma
 from training.recipes import IMAGES, RECIPES, Recipe
 from training.registry import Registry
 from training.sources import find, label, open_dataset
@@ -34,7 +34,8 @@ class Config:
     skip_bad_files: bool = False
     """Leave out files that cannot be used, naming each; by default they end the run."""
     like: str | None = None
-    """The built-in data set whose recipe to use; by default its own. Other images take that of digits, vectors that of grid."""
+    """The built-in data set whose recipe to use; by default its own. Other images take that of mnist, those with less
+    than 16 pixels a side that of digits, and vectors that of grid."""
     model: str | None = None
     """Name of the model in the registry; by default that of the data set."""
     registry: str | None = None
@@ -76,7 +77,8 @@ class Config:
     penalty: Literal["r1r2", "r1", "r2", "gradient", "none"] = "r1r2"
     """On the critic's slope: at reals and fakes, at one of them, WGAN-GP's between them, or none, to see a collapse."""
     gamma: float | None = None
-    """First weight of the penalty; it falls by the recipe's factor. By default the recipe's, scaled to the objective."""
+    """First weight of the penalty; it falls by the recipe's factor. By default the recipe's, scaled to the objective. That of
+    --penalty gradient stays, as a constraint is to be kept; by default 20, the paper's lambda of 10."""
     clip: float | None = None
     """Clip the critic's weights to +- this after each step (Wasserstein); None = off."""
     spectral_norm: bool = False
@@ -88,7 +90,7 @@ class Config:
     packing: int = 1
     """Samples that the critic judges together (PacGAN); 1 = off."""
     unroll: int = 0
-    """Critic steps that the generator looks ahead; 0 = off."""
+    """Critic steps that the generator looks ahead, plain ones without the penalty; 0 = off."""
     augment: bool = False
     """Augment what the critic sees, real and fake (DiffAugment; images only)."""
     network: str | None = None
@@ -117,7 +119,9 @@ class Config:
             if (first := getattr(self, name)) is not None:
                 old = getattr(recipe, name)
                 changed[name] = (first, first * old[1] / old[0])
-        if self.gamma is None and not PENALTIES[self.penalty].target and self.penalty != "none":
+        if PENALTIES[self.penalty].target:
+            changed["gamma"] = (self.gamma or CONSTRAINT,) * 2
+        elif self.gamma is None and self.penalty != "none":
             # The recipes were found with pairs and R1 + R2: other games get the same damping.
             equal = critical_gamma(OBJECTIVES[self.objective], PENALTIES[self.penalty])
             equal /= critical_gamma(OBJECTIVES["relativistic"], PENALTIES["r1r2"])
@@ -140,8 +144,8 @@ def check(config: Config) -> None:
     """Raise InputError, DataError or RegistryError before anything expensive begins."""
     given = {name: value for name, value in asdict(config).items() if value is not None}
     for name, low in (("workers", 1), ("min_workers", 1), ("max_failures", 0), ("steps", 1), ("certify_samples", 1000), ("seed", 0), ("packing", 1), ("critic_steps", 1), ("unroll", 0), ("width", 1), ("batch", 1), ("accumulate", 1), ("noise", 0)):
-        if given.get(name, low) < low:
-            raise InputError(f"--{name.replace('_', '-')} is {given[name]}; it must be at least {low}")
+        if not low <= given.get(name, low) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} is {given[name]}; it must be at least {low}, and finite")
     for name in ("gamma", "learning_rate", "certify_seconds", "clip", "checkpoint_seconds"):
         if not (math.isfinite(given.get(name, 1.0)) and given.get(name, 1.0) > 0):
             words = "; --penalty none switches the penalty off" if name == "gamma" else ""
@@ -196,8 +200,9 @@ def conflicts(config: Config) -> list[str]:
         "differentiate; use --penalty r1r2": config.unroll and config.spectral_norm,
         "--clip with --spectral-norm: the layers are divided by their norm after clipping, so the bound has no effect; choose "
         "one of them": config.clip and config.spectral_norm,
-        "--unroll with --accumulate: the generator looks ahead at a critic that has seen one part of the batch, so the parts' "
-        "gradients do not add up to the whole's; use a larger --batch": config.unroll and config.accumulate > 1,
+        "--unroll with --accumulate or several --workers: the generator looks ahead at a critic that has seen one part of the batch, "
+        "so the parts' gradients do not add up to the whole's; use a larger --batch and one worker": config.unroll
+        and max(config.accumulate, config.workers) > 1,
         "--compile with --spectral-norm: the singular vectors are estimated anew in place at each look, which cannot be compiled; "
         "leave one of them out": config.compile and config.spectral_norm,
         "--compile with --network resnet: torch's compiled resnet gives gradients that are .1 % off on a CPU, for a reason not yet "
@@ -215,7 +220,17 @@ def conflicts(config: Config) -> list[str]:
 
 
 def check_shape(config: Config, dataset: Dataset) -> None:
-    """Raise InputError where a wish needs images and the data are vectors."""
+    """Raise InputError where a wish needs images and the data are vectors, or more samples than there are; or conflicts with the
+    recipe, which for a user's data is known only now."""
+    for reason in conflicts(config):
+        raise InputError(reason)
+    if config.packing > (held_out := len(dataset.samples) - dataset.trained):
+        raise InputError(f"--packing is {config.packing}, and {dataset.name} has {held_out} held-out samples to judge a critic by; use at most {held_out}")
+    if config.conditional:
+        unseen = sorted(set(dataset.labels.tolist()) - set(dataset.labels[: dataset.trained].tolist()))
+        if unseen:
+            names = ", ".join(dataset.classes[i] for i in unseen[:5])
+            raise InputError(f"--conditional needs samples of each class to train on; all of class {names} are held out; add some, or drop the class")
     wishes = {"--augment": config.augment, f"--network {config.recipe.network}": family(config.recipe.network).images_only}
     for wish in (wish for wish, set_ in wishes.items() if set_ and not dataset.is_image):
         raise InputError(f"{wish} needs images, and {dataset.name} has vectors of {dataset.dim} numbers")

@@ -17,8 +17,10 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int64
 from numpy import ndarray
 from scipy.spatial import cKDTree
+from scipy.stats import binom
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from training.bundle import SignGaussian
 from training.data import Dataset
@@ -29,6 +31,7 @@ ROWS = 512  # reals and fakes of one look
 PATIENCE = 3  # looks in a row before an alarm is raised
 LATENTS = 2**40  # added to the seed: the latents of a look are not those of training
 COVERED = 0.25  # of a mode's real share
+A_MODE = 4  # fakes for each mode, at least: with fewer, chance decides which are hit
 NEIGHBOUR = 5  # a sample lies among the data where it is nearer to one of them than this neighbour of theirs is
 
 
@@ -102,17 +105,21 @@ class Cells:
         else:
             centres = KMeans(min(dataset.cells, 50), n_init=1, random_state=0).fit(x).cluster_centers_
         self.tree, self.count = cKDTree(centres), len(centres)
-        self.share = self.shares(x)
+        self.share = self._shares(self._counts(x))
 
-    def shares(self, x: Float32[ndarray, "n d"]) -> Float64[ndarray, "k"]:
+    def _counts(self, x: Float32[ndarray, "n d"]) -> Int64[ndarray, "k"]:
+        return np.bincount(self.tree.query(x)[1], minlength=self.count)
+
+    def _shares(self, count: Int64[ndarray, "k"]) -> Float64[ndarray, "k"]:
         """With half a sample added to each mode, so that no logarithm is infinite."""
-        count: Int64[ndarray, "k"] = np.bincount(self.tree.query(x)[1], minlength=self.count)
-        return (count + 0.5) / (len(x) + 0.5 * self.count)
+        return (count + 0.5) / (count.sum() + 0.5 * self.count)
 
     def figures(self, x: Float32[ndarray, "n d"]) -> dict[str, float]:
-        share = self.shares(x)
+        """Coverage is divided by what as many real samples would reach: a rare mode may be missed by chance."""
+        count, needed = self._counts(x), np.maximum(1, np.ceil(COVERED * self.share * len(x)))
+        share, expected = self._shares(count), float(binom.sf(needed - 1, len(x), self.share).sum())
         return {
-            "mode_coverage": float(np.mean(share >= COVERED * self.share)),
+            "mode_coverage": min(1.0, float(np.sum(count >= needed)) / expected),
             "forward_kl": kl(self.share, share),
             "reverse_kl": kl(share, self.share),
         }
@@ -122,14 +129,15 @@ class Look:
     """Measures a generator and a critic on ROWS training samples, as many held-out ones and as many fakes, or what there is.
 
     divergence       what the critic's loss on held-out data says (objectives.py), in nats or the objective's own unit
-    saturation       the same as a share of its largest value; 0 where there is none
+    saturation       the same as a share of its largest value; where it has none, that of the JS which the logits mean as log
+                     ratios; 0 for Wasserstein, whose critic may know all and still shows the way
     accuracy         pairs of a held-out real and a fake that the critic puts in order: 1/2 at chance
     overfitting      what that accuracy would gain on training data
     weight, pull     mean size of the derivative of the generator's loss by a logit, and by a sample in the networks' units
     gradient_norm    of the generator's loss by its weights
     tail_index       Hill's, of those pulls over the fakes
     signal_to_noise  of the mean pull
-    mode_coverage    share of the data's modes that have at least a quarter of their real share
+    mode_coverage    share of the data's modes that have at least a quarter of their real share, of A_MODE fakes a mode at least
     forward_kl, reverse_kl   between the real and the generated shares of the modes, in nats
     precision        share of the fakes that lie among the held-out data; real_precision, what the training samples reach
     dimension        intrinsic dimension of the fakes
@@ -155,9 +163,8 @@ class Look:
         critic.eval()
         y, train_y = (None if labels is None else labels.to(device) for labels in (self.labels, self.train_labels))
         with torch.no_grad():
-            z = torch.from_numpy(self.latent.sample(seed=self.seed, count=len(self.held_out))).to(device)
             on_real, on_train = critic(self._shown(self.held_out, device), y), critic(self._shown(self.train, device), train_y)
-        fakes = generator(z, y)
+        fakes = generator(self._latents(0, device), y)
         shown = pack(fakes.detach(), self.packing).requires_grad_()
         on_fake = critic(shown, y)
         critic.train()
@@ -171,23 +178,36 @@ class Look:
         if self.objective.optimal is None:  # Wasserstein, where a logit weighs 1: in units of the steepest slope seen
             divergence /= max(float(np.linalg.norm(pull, axis=1).max()), 1e-300)
         x, accuracy = fakes.detach().cpu().numpy(), pairs_told_apart(real, fake)
+        with torch.no_grad():
+            more = [generator(self._latents(i, device), y).cpu().numpy() for i in range(1, math.ceil(A_MODE * self.cells.count / len(x)))]
         return {
             "divergence": divergence,
             "accuracy": accuracy,
-            "saturation": divergence / self.objective.largest,
+            "saturation": self._saturation(divergence, on_real.detach(), on_fake.detach()),
             "weight": float(by_logit.abs().mean()),
             "gradient_norm": math.sqrt(sum(float(g.double().square().sum()) for g in by_weight)),
             "pull": float(np.linalg.norm(pull, axis=1).mean()),
             "tail_index": hill(np.linalg.norm(pull, axis=1)),
             "signal_to_noise": signal_to_noise(pull),
             "overfitting": pairs_told_apart(train, fake) - accuracy,
-            **self.cells.figures(x),
+            **self.cells.figures(np.concatenate([x, *more])),
             "precision": self.manifold.precision(fakes.detach().cpu()),
             "real_precision": self.real_precision,
             "dimension": two_nn(x),
             "data_dimension": self.data_dimension,
             "latent_dimension": float(self.latent.dim),
         }
+
+    def _latents(self, part: int, device: torch.device) -> Tensor:
+        """As many as there are held-out samples."""
+        count = len(self.held_out)
+        return torch.from_numpy(self.latent.sample(seed=self.seed, offset=part * count, count=count)).to(device)
+
+    def _saturation(self, divergence: float, on_real: Tensor, on_fake: Tensor) -> float:
+        if self.objective.ratio is None:
+            return divergence / self.objective.largest
+        doubt = softplus(-self.objective.ratio(on_real)).mean() + softplus(self.objective.ratio(on_fake)).mean()
+        return 1 - float(doubt) / math.log(4)
 
     def _shown(self, x: Tensor, device: torch.device) -> Tensor:
         return pack(x.to(device), self.packing)
@@ -240,14 +260,15 @@ ALARMS: dict[str, Alarm] = {
     ),
     "unstable_gradient": Alarm(  # theorem 2.6
         fires=lambda f: f["tail_index"] <= 1,
-        meaning="a few samples have pulls so large that their mean does not exist (tail index {tail_index:.2f}): each step "
-        "of the generator is chance",
+        meaning="a few samples have pulls so large that their mean does not exist (tail index {tail_index:.2f}, signal to noise "
+        "{signal_to_noise:.2g}): each step of the generator is chance",
         advice="smooth the critic: --penalty r1r2 or --noise 0.1; a lower --learning-rate only slows it down",
         fatal=True,
     ),
     "heavy_tailed_gradient": Alarm(
         fires=lambda f: 1 < f["tail_index"] < 2,
-        meaning="the pulls on single samples have no variance (tail index {tail_index:.2f}): steps of the generator are erratic",
+        meaning="the pulls on single samples have no variance (tail index {tail_index:.2f}, signal to noise {signal_to_noise:.2g}, "
+        "below 1 a step is mostly chance): steps of the generator are erratic",
         advice="smooth the critic: --penalty r1r2 or --noise 0.1",
         fatal=False,
     ),

@@ -334,7 +334,7 @@ def describe_reals(dataset: Dataset, features: onnxruntime.InferenceSession, *, 
         count=len(mode),
         cell_share=np.append((1 - off) * share, off),
         feature_mean=points.mean(axis=0, dtype=np.float64),
-        feature_cov=np.cov(points.astype(np.float64), rowvar=False),
+        feature_cov=np.cov(points.astype(np.float64), rowvar=False).reshape(points.shape[1], -1),  # of one feature it is a number
         train_points=train,
         held_out_points=held_out,
     )

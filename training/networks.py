@@ -332,12 +332,13 @@ def family(name: str) -> Family:
     module, colon, attribute = name.partition(":")
     if not colon:
         close = difflib.get_close_matches(name, FAMILIES, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = f"; did you mean {close[0]}?" if close else "."
         raise ValueError(f"there are no networks {name}{hint} Known: {', '.join(FAMILIES)}, or package.module:NAME of your own")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"networks {name} cannot be imported: {error}") from None
+    except Exception as error:  # whatever their own code raises
+        hint = "; where it lies elsewhere, name its directory in PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
+        raise ValueError(f"networks {name} cannot be imported: {type(error).__name__}: {error}{hint}") from None
     if not isinstance(found, Family):
         raise ValueError(f"networks {name} are a {type(found).__name__}; a training.networks.Family is expected")
     return found

@@ -30,6 +30,7 @@ class Objective:
     largest: float  # the divergence of laws that do not overlap
     optimal: Callable[[Tensor], Tensor] | None  # T -> the optimal critic's logit; None where it is no function of T
     critic_steps: int = 1  # for each of the generator's
+    ratio: Callable[[Tensor], Tensor] | None = None  # back from that logit to T, where the divergence has no largest value
 
 
 # Goodfellow et al. 2014: D = sigmoid(logit) -----------------------------------------------------------------------------------
@@ -116,6 +117,7 @@ class FDivergence:
     conjugate: Callable[[Tensor], Tensor]
     optimal: Callable[[Tensor], Tensor]
     largest: float
+    ratio: Callable[[Tensor], Tensor] | None = None
 
     def game(self) -> Objective:
         """Both players fight over one value, as in the paper's eq. 6."""
@@ -126,6 +128,7 @@ class FDivergence:
             estimate=lambda loss: -loss,
             largest=self.largest,
             optimal=self.optimal,
+            ratio=self.ratio,
         )
 
 
@@ -137,6 +140,7 @@ F_DIVERGENCES: dict[str, FDivergence] = {
         conjugate=lambda v: torch.exp(v - 1),
         optimal=lambda t: t + 1,
         largest=math.inf,
+        ratio=lambda v: v - 1,
     ),
     "f_reverse_kl": FDivergence(
         name="KL(q, p)",
@@ -145,6 +149,7 @@ F_DIVERGENCES: dict[str, FDivergence] = {
         conjugate=lambda v: v - 1,
         optimal=lambda t: t,
         largest=math.inf,
+        ratio=lambda v: v,
     ),
     "f_pearson": FDivergence(
         name="Pearson's chi-squared",
@@ -153,6 +158,7 @@ F_DIVERGENCES: dict[str, FDivergence] = {
         conjugate=lambda v: v.square() / 4 + v,
         optimal=lambda t: 2 * torch.expm1(t),
         largest=math.inf,
+        ratio=lambda v: torch.log1p(v.clamp(min=-2) / 2),  # no ratio gives a logit below -2
     ),
     "f_neyman": FDivergence(
         name="Neyman's chi-squared",
@@ -161,6 +167,7 @@ F_DIVERGENCES: dict[str, FDivergence] = {
         conjugate=lambda v: -2 * torch.expm1(-v / 2),
         optimal=lambda t: 2 * t,
         largest=math.inf,
+        ratio=lambda v: v / 2,
     ),
     "f_hellinger": FDivergence(
         name="squared Hellinger",

@@ -28,6 +28,7 @@ from torch.nn.utils import parametrizations, parametrize
 from training.networks import SLOPE, ConvCritic, Critic
 from training.objectives import Objective
 
+CONSTRAINT = 20.0  # gamma of WGAN-GP: "lambda = 10" in all their experiments
 UNROLLED_RATE = 0.1  # of the plain gradient steps that the generator looks ahead
 
 
@@ -255,9 +256,12 @@ def clip_weights(critic: nn.Module, bound: float) -> None:
 
 
 def normalise_spectrally(critic: nn.Module) -> None:
-    """Each linear or convolutional layer divided by its largest singular value, in place (Miyato et al. 2018)."""
+    """Each linear or convolutional layer, and the table of class vectors, divided by its largest singular value, in place (Miyato
+    et al. 2018; Miyato and Koyama 2018). Layers that begin at zero, as the last of a residual block, begin at random: nothing divides zero."""
     for module in list(critic.modules()):
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+            if not module.weight.any():
+                nn.init.orthogonal_(module.weight)
             parametrizations.spectral_norm(module)
 
 
@@ -274,7 +278,8 @@ def unrolled_pull(
     """The gradient of the generator's loss by each fake when the critic answers with `steps` gradient steps of its own.
 
     Metz et al. 2017, eq. 8 to 11: the derivative runs through the critic's steps too, so a generator that crowds into one
-    mode feels the critic about to reject it. The critic itself is left as it is.
+    mode feels the critic about to reject it. Plain steps at a fixed rate, where the paper's are Adam's, and without the penalty that
+    the critic may pay in training: at this rate steps against R1 + R2 blow up. The critic itself is left as it is.
     """
     fake = fake.detach().requires_grad_()
     weights = {name: parameter.detach().requires_grad_() for name, parameter in critic.named_parameters()}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from training.bundle import SignGaussian
 from training.clusters import Clusters
+from training.networks import FINE
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,13 @@ RECIPES = {
     "mnist": FINE_IMAGES,
     "fashion-mnist": FINE_IMAGES,
 }
+
+
+def nearest_recipe(shape: tuple[int, ...]) -> str:
+    """The built-in data set whose recipe to take for samples [d] or [h, w, c] of a user's own."""
+    if len(shape) == 1:
+        return "grid"
+    return "mnist" if min(shape[:2]) >= FINE else "digits"
 
 
 def latent_law(recipe: Recipe, clusters: Clusters, dim: int) -> SignGaussian:

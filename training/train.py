@@ -74,7 +74,7 @@ from training.journal import Journal
 from training.networks import family
 from training.objectives import OBJECTIVES
 from training.penalties import PENALTIES, clip_weights, gradients_for, normalise_spectrally, unrolled_pull
-from training.recipes import frequency, latent_law
+from training.recipes import frequency, latent_law, nearest_recipe
 from training.registry import Registry, RegistryError, ganwatch_home
 from training.sources import label, open_dataset
 from training.views import InstanceNoise, augment, pack
@@ -416,6 +416,9 @@ def train(config: Config, run: Path, use_gpu: bool, *, clusters: Clusters) -> tu
 
 def picture(samples: np.ndarray) -> Image.Image:
     """128 images in a grid, or the density of points in the plane."""
+    if samples.shape[1:] == (1,):  # a density in one dimension: spread at random over another
+        far = np.abs(samples).max()
+        samples = np.concatenate([samples, np.random.default_rng(0).uniform(-far, far, samples.shape)], axis=1)
     if samples.dtype == np.uint8:
         samples = np.pad(samples, ((0, 0), (1, 0), (1, 0), (0, 0)), constant_values=96)
         h, w, c = samples.shape[1:]
@@ -430,14 +433,16 @@ def picture(samples: np.ndarray) -> Image.Image:
 def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     """Train, certify, publish. Raises TrainingStopped, ExportError, QualityRefused; the last leaves `<run>/bundle` complete."""
     built_in = open_data(config, run) if config.dataset in DATASETS else None  # at once; the user's own are read through Ray
+    if built_in is not None:
+        check_shape(config, built_in)
     use_gpu = start_ray(config)
     journal.done("ray")
 
     torch.set_num_threads(1)
     dataset = open_data(config, run) if built_in is None else built_in
-    if config.dataset not in DATASETS and config.like is None:
-        config = replace(config, like="digits" if dataset.is_image else "grid")
-    check_shape(config, dataset)
+    if built_in is None:
+        config = replace(config, like=config.like or nearest_recipe(dataset.shape))
+        check_shape(config, dataset)
     if not use_gpu:
         takes_bf16(config.precision, torch.device("cpu"), images=dataset.is_image)
     latent = latent_law(config.recipe, dataset.clusters, dataset.dim)

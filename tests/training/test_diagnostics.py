@@ -24,6 +24,7 @@ from training.diagnostics import (
 )
 from training.evaluation import prdc
 from training.gate import QualityRefused, publish
+from training.networks import FAMILIES
 from training.objectives import OBJECTIVES
 from training.registry import Registry
 from training.train import TrainingStopped, adversarial_training
@@ -105,6 +106,32 @@ def test_cells_know_which_modes_are_there():
     assert cells.figures(x)["mode_coverage"] == 1
 
 
+@pytest.fixture(scope="module")
+def stacked():
+    return DATASETS["stacked-digits"]()
+
+
+class Copies(nn.Module):
+    """Real samples, the first `different` of them over and over: a generator with as many modes as these have."""
+
+    def __init__(self, dataset, different):
+        super().__init__()
+        self.x, self.shown, self.at = nn.Parameter(torch.from_numpy(dataset.normalised(slice(0, different)))), 0, 0
+
+    def forward(self, z, y=None):
+        rows = (torch.arange(len(z)) + self.at) % len(self.x)
+        self.at += len(z)
+        return self.x[rows] + 0 * z.sum()
+
+
+@pytest.mark.parametrize(("different", "low", "high"), [(1, 0.0, 0.002), (200, 0.1, 0.25), (20_000, 0.95, 1.0)])
+def test_a_thousand_modes_are_not_covered_by_a_few_images(stacked, different, low, high):
+    look = Look(stacked, SignGaussian(0, 3, 1.0), OBJECTIVES["relativistic"], conditional=False, packing=1, seed=0)
+    figures = look(Copies(stacked, different), FAMILIES["perceptron"].critic(stacked.shape, width=8, classes=0, packing=1, fourier=0, frequency=(1.0,)))
+    assert low <= figures["mode_coverage"] <= high
+    assert ALARMS["mode_dropping"].fires(figures) == (different < 1000)
+
+
 class Shift(nn.Module):
     """G(z) = z + delta."""
 
@@ -146,7 +173,7 @@ def test_a_look_reads_the_divergence_of_two_gaussians_from_their_optimal_critic(
     figures = look(Shift(delta), Linear(delta, delta**2 / 2))
     expected = {"non_saturating": js, "relativistic": js_of_pairs, "f_js": 2 * js}[name]
     assert figures["divergence"] == pytest.approx(expected, abs=0.05)
-    assert figures["saturation"] == figures["divergence"] / OBJECTIVES[name].largest
+    assert figures["saturation"] == pytest.approx(figures["divergence"] / OBJECTIVES[name].largest)
     assert figures["accuracy"] == pytest.approx(0.5 + 0.5 * math.erf(gap / noise / math.sqrt(2)), abs=0.03)
     assert figures["dimension"] == pytest.approx(1, abs=0.2) and figures["overfitting"] == pytest.approx(0, abs=0.06)
 
@@ -154,6 +181,32 @@ def test_a_look_reads_the_divergence_of_two_gaussians_from_their_optimal_critic(
 def test_a_look_reads_the_distance_of_shifted_laws_from_a_wasserstein_critic_of_any_slope(line):
     look = Look(line, SignGaussian(0, 1, 1.0), OBJECTIVES["wasserstein"], conditional=False, packing=1, seed=0)
     assert look(Shift(3.0), Linear(7.0))["divergence"] == pytest.approx(3.0, abs=0.15)
+
+
+class Optimal(nn.Module):
+    """The optimal critic of an objective between N(0, 1) and N(delta, 1)."""
+
+    def __init__(self, objective, delta):
+        super().__init__()
+        self.optimal, self.delta = objective.optimal, nn.Parameter(torch.tensor(delta))
+
+    def forward(self, x, y=None):
+        return self.optimal(-self.delta * x[:, 0] + self.delta**2 / 2)
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "wasserstein"])
+def test_laws_that_do_not_overlap_saturate_every_objective_and_one_law_none(line, name):
+    objective = OBJECTIVES[name]
+    look = Look(line, SignGaussian(0, 1, 1.0), objective, conditional=False, packing=1, seed=0)
+    apart, one = look(Shift(8.0), Optimal(objective, 8.0)), look(Shift(0.0), Optimal(objective, 0.0))
+    assert apart["saturation"] > 0.95 and apart["accuracy"] > 0.99 and abs(one["saturation"]) < 0.1
+    assert ALARMS["perfect_critic"].fires(apart | {"gradient_share": 1.0}) and not ALARMS["perfect_critic"].fires(one)
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if OBJECTIVES[name].ratio])
+def test_a_ratio_is_read_back_from_the_optimal_logit(name):
+    t = torch.linspace(-6, 6, 25, dtype=torch.float64)
+    torch.testing.assert_close(OBJECTIVES[name].ratio(OBJECTIVES[name].optimal(t)), t)
 
 
 def test_a_look_sees_the_gradient_of_gan0_vanish_and_not_of_gan1(line):
@@ -188,14 +241,17 @@ def test_a_gradient_that_dies_while_logits_weigh_what_they_did_is_seen():
     assert "by its weights 1.0e-03, 0.5% of what is usual in this run" in diagnosis.words["vanishing_gradient"]
 
 
-def test_looking_changes_nothing():
-    config = Config(dataset="ring", steps=100, width=16)
+def test_looking_changes_nothing(monkeypatch):
+    config = Config(dataset="ring", steps=100, width=16, noise=0.1, spectral_norm=True)
     dataset = DATASETS["ring"]()
     heard = []
-    adversarial_training(config, dataset, say=lambda **figures: heard.append(figures))
+    seen, _ = adversarial_training(config, dataset, say=lambda **figures: heard.append(figures))
     assert [h["step"] for h in heard] == [50, 100]
     assert heard[-1].keys() >= {*HEALTHY, "alarms", "critic_loss"}
     assert json.dumps([h["alarms"] for h in heard])
+    monkeypatch.setattr(Look, "__call__", lambda *_: HEALTHY)
+    blind, _ = adversarial_training(config, dataset)
+    assert all(torch.equal(a, b) for a, b in zip(seen.parameters(), blind.parameters(), strict=True))
 
 
 def test_every_alarm_has_a_failing_example():

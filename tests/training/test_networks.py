@@ -106,6 +106,7 @@ def test_every_generator_serves_from_onnx(name, classes, tmp_path):
 
 
 def test_networks_of_a_users_own_are_found_by_import_path(monkeypatch, tmp_path):
+    (tmp_path / "half_done.py").write_text("def broken(:")
     (tmp_path / "their_networks.py").write_text(
         "from training.networks import FAMILIES, Family\nTINY = Family(FAMILIES['dcgan'].generator, FAMILIES['perceptron'].critic)\nSIZE = 3\n"
     )
@@ -115,7 +116,9 @@ def test_networks_of_a_users_own_are_found_by_import_path(monkeypatch, tmp_path)
     for name, words in {
         "dcgen": "did you mean dcgan",
         "their_networks:BIG": "cannot be imported: .*BIG",
-        "no_such_module:X": "cannot be imported: .*no_such_module",
+        "no_such_module:X": "cannot be imported: .*no_such_module.*PYTHONPATH",
+        "half_done:X": "cannot be imported: SyntaxError",
+        "mine": "there are no networks mine. Known: perceptron",
         "their_networks:SIZE": "are a int; a training.networks.Family is expected",
     }.items():
         with pytest.raises(ValueError, match=words):

@@ -6,7 +6,7 @@ import torch
 from training.config import Config
 from training.data import DATASETS, ON_DISK
 from training.evaluation import mixture_fit
-from training.recipes import RECIPES
+from training.recipes import RECIPES, nearest_recipe
 from training.train import adversarial_training, build
 
 VECTORS = sorted(name for name in set(DATASETS) - set(ON_DISK) if "digits" not in name)
@@ -38,6 +38,11 @@ def test_a_batch_doubles_in_equal_parts_of_a_run_and_reads_no_latent_twice(monke
     assert [count for _, count in drawn] == [4] * 3 + [8] * 3 + [16] * 3
     ends = [offset + count for offset, count in drawn]
     assert all(end <= offset for end, (offset, _) in zip(ends, drawn[1:], strict=False))
+
+
+@pytest.mark.parametrize(("shape", "name"), [((3,), "grid"), ((8, 8, 1), "digits"), ((28, 28, 1), "mnist"), ((64, 12, 3), "digits")])
+def test_data_of_a_users_own_take_the_recipe_of_what_is_as_large(shape, name):
+    assert nearest_recipe(shape) == name
 
 
 @pytest.mark.slow
