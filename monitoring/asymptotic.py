@@ -25,7 +25,7 @@ from jaxtyping import Float, Float64
 from numpy import ndarray
 from scipy.sparse.linalg import eigsh
 
-from monitoring.points import DIRECTIONS, directions, kernel, reach
+from monitoring.points import DIRECTIONS, directions, kernel, reach, reach_now
 
 READINGS = 8  # moments of a block at which gauges of the newest points are read, at most: at 64, 128 .. 4,096 samples, and once more
 
@@ -48,7 +48,7 @@ class Spread(NamedTuple):
 
     def reach_now(self, n: float, *, delta: float) -> float:
         """The same at one moment, of a mean whose weights are worth n equal ones."""
-        return (math.sqrt(self.trace) + math.sqrt(2 * self.largest * math.log(1 / delta))) / math.sqrt(n)
+        return reach_now(n, delta, trace=self.trace, largest=self.largest)
 
 
 def _centred(products: Float64[ndarray, "n m"]) -> Float64[ndarray, "n m"]:

@@ -38,7 +38,8 @@ POPULATIONS = ("fresh", "recent", "served")
 """fresh: the block of fresh samples now being filled; recent: fresh samples, the older the less they weigh; served: the block
 of whatever clients got."""
 GAUGES = (*DIVERGENCES, "mode_coverage", "off_manifold", "frechet")
-ALL_GAUGES = (*GAUGES, "mmd", *POINT_GAUGES)  # the latter of the fresh population only, and only where the bundle has real points
+ALL_GAUGES = (*GAUGES, "mmd", *POINT_GAUGES)  # the latter of independent draws only, and only where the bundle has real points
+POINTS_AFTER = {"fresh": BLOCK, "recent": NEWEST}  # samples, at most, after which a population's POINT_GAUGES are read again
 REAL_POINTS = 1024  # real points that served ones are compared with
 AUDIT_PATIENCE = 4096  # samples tested for which a failed replay audit waits for the samples to say which failure it is
 SHORT_PATIENCE = 512  # ... where no failure that needs longer is possible
@@ -63,8 +64,8 @@ noise of a full block does not. Alarms do not depend on them."""
 @dataclass(frozen=True)
 class Gauge:
     """An estimate from n samples. exact: [low, high] holds at every sample of a block at once, with probability >= 1 -
-    GAUGE_DELTA; asymptotic: so it does for many samples; pointwise: at any one moment, for many samples; none: nobody has derived
-    an interval, or there are too few points for one, low and high are NaN.
+    GAUGE_DELTA; asymptotic: so it does for many samples; pointwise: at any one moment, for many samples (mmd: for any number);
+    none: nobody has derived an interval, or there are too few points for one, low and high are NaN.
     floor: what as many samples of the real data itself would read, about; NaN where nobody knows."""
 
     value: float
@@ -106,11 +107,11 @@ class Monitor:
         real, self._spare = rng.permutation(reference.held_out_points)[:REAL_POINTS], rng.permutation(reference.train_points)[:BLOCK]
         self._cloud, self._embedding, self._real_points = Cloud(real), Embedding(real), Real(real)
         self._blocks = {population: Blocks(cells, features, self._embedding.size) for population in ("fresh", "served")}
-        self._recent, self._newest = Decayed(cells, features), Newest(features)
+        self._recent, self._newest = Decayed(cells, features, self._embedding.size), Newest(features)
         self._gauges: dict[str, tuple[int, dict[str, Gauge]]] = {}  # as last read, and at how many samples
         self._floors: dict[int, dict[str, float]] = {}
-        self._point_gauges: tuple[int, dict[str, Gauge]] = (0, {})  # and at how many monitored samples they were read
-        self._spread: Spread | None = None  # of the newest points, as of then
+        self._point_gauges: dict[str, tuple[int, dict[str, Gauge]]] = {}  # by population, and at how many monitored samples they were read
+        self._spread: tuple[int, Spread | None] = (0, None)  # of the newest points, and at how many monitored samples
         self._real = reference.cell_share
         if not (self._real > 0).all():  # a cell without real data has some share all the same
             self._real = smoothed(np.rint(self._real * reference.count).astype(np.int64))
@@ -182,7 +183,7 @@ class Monitor:
         elif fresh:
             self._eat_latents(fed, rows[seen.rows])
             self._blocks["fresh"].add(seen.cells, seen.features, embedded)
-            self._recent.add(seen.cells, seen.features)
+            self._recent.add(seen.cells, seen.features, embedded)
             self._newest.add(seen.features)
             self._detector.update(seen.scores, seen.features, seen.cells, seen.samples, index=self.tested)
             self.monitored += len(seen.cells)
@@ -422,7 +423,7 @@ class Monitor:
         sketch: Sketch | Decayed = self._recent if population == "recent" else self._blocks[population].view
         n, real = sketch.count, self._real
         if n == 0:
-            return {name: Gauge(math.nan, math.nan, math.nan, 0, "none") for name in (ALL_GAUGES if population == "fresh" else GAUGES)}
+            return {name: Gauge(math.nan, math.nan, math.nan, 0, "none") for name in (GAUGES if population == "served" else ALL_GAUGES)}
         if isinstance(sketch, Decayed):
             shares = ShareSet.pointwise(sketch.cells, count=sketch.effective, delta=GAUGE_DELTA)
         else:
@@ -441,33 +442,48 @@ class Monitor:
         reference = self.bundle.reference
         distance, clipped = frechet(reference.feature_mean, reference.feature_cov, sketch.mean, sketch.covariance)
         self.frechet_clipped += clipped
-        points = {} if population == "served" else self._points()  # and with them the spread
-        low, high, ci = math.nan, math.nan, "none"
-        if self._spread is not None and population != "served":
-            error = self._spread.reach(n, delta=GAUGE_DELTA) if isinstance(sketch, Sketch) else self._spread.reach_now(sketch.effective, delta=GAUGE_DELTA)
-            (low, high), ci = frechet_interval(distance, error), "asymptotic" if isinstance(sketch, Sketch) else "pointwise"
-        found["frechet"] = Gauge(distance, low, high, n, ci, floors["frechet"])
-        if isinstance(sketch, Sketch) and population == "fresh":
+        found["frechet"] = Gauge(distance, math.nan, math.nan, n, "none", floors["frechet"])
+        if population == "served":
+            return found
+        if (spread := self._newest_spread()) is not None:
+            error = spread.reach(n, delta=GAUGE_DELTA) if isinstance(sketch, Sketch) else spread.reach_now(sketch.effective, delta=GAUGE_DELTA)
+            found["frechet"] = Gauge(distance, *frechet_interval(distance, error), n, "asymptotic" if isinstance(sketch, Sketch) else "pointwise", floors["frechet"])
+        if isinstance(sketch, Sketch):
             mmd = self._embedding.mmd(sketch.embedded_sum, n, delta=GAUGE_DELTA)
-            found["mmd"] = Gauge(*mmd, n, "exact" if self._embedding.count else "none", floors["mmd"])
-            found |= points
-        return found
+        else:
+            mmd = self._embedding.mmd_now(sketch.embedded_sum, sketch.weight, sketch.squares, delta=GAUGE_DELTA)
+        found["mmd"] = Gauge(*mmd, n, ci if math.isfinite(mmd[0]) else "none", floors["mmd"])
+        return found | self._points(population)
 
-    def _points(self) -> dict[str, Gauge]:
-        """The gauges from the newest points themselves. They are quadratic in these, so they are read again only once a block, or
-        where there are twice as many samples."""
-        read, found = self._point_gauges
-        if not read <= self.monitored < min(2 * read, read + BLOCK):
+    def _points(self, population: str) -> dict[str, Gauge]:
+        """The gauges from the newest points themselves, which are quadratic in these. Of a block they are read so seldom that all
+        readings can share GAUGE_DELTA; the recent ones anew as soon as every point is another one."""
+        read, found = self._point_gauges.get(population, (0, {}))
+        if self._outdated(read, POINTS_AFTER[population]):
             points = self._newest.points
             floors, values, bounds = self._floor(len(points)), self._cloud.gauges(points), {}
+            delta, ci = (GAUGE_DELTA / READINGS, "asymptotic") if population == "fresh" else (GAUGE_DELTA, "pointwise")
             if math.isfinite(values["kid"]):
                 for name, interval in (("kid", self._real_points.kid_interval), ("sliced_wasserstein", self._real_points.sliced_wasserstein_interval)):
-                    bounds[name] = (*interval(values[name], points, delta=GAUGE_DELTA / READINGS), len(points), "asymptotic")
+                    bounds[name] = (*interval(values[name], points, delta=delta), len(points), ci)
             none = (math.nan, math.nan, len(points), "none")
             found = {name: Gauge(value, *bounds.get(name, none), floors[name]) for name, value in values.items()}
-            self._spread = moments_spread(points) if len(points) >= LEAST else None
-            self._point_gauges = (self.monitored, found)
+            self._point_gauges[population] = (self.monitored, found)
         return found
+
+    def _newest_spread(self) -> Spread | None:
+        """That of the newest points, once a block: in 64 dimensions it takes as long as all gauges of points together."""
+        read, spread = self._spread
+        if self._outdated(read, BLOCK):
+            points = self._newest.points
+            spread = moments_spread(points) if len(points) >= LEAST else None
+            self._spread = (self.monitored, spread)
+        return spread
+
+    def _outdated(self, read: int, after: int) -> bool:
+        """Whether what was read of the newest points at `read` monitored samples is to be read again: `after` samples later, or once
+        there are twice as many."""
+        return not read <= self.monitored < min(2 * read, read + after)
 
     def _floor(self, n: int) -> dict[str, float]:
         """What n samples of the real data itself would read, n rounded down to a power of two. Shares: the mean over FLOOR_DRAWS

@@ -1,6 +1,6 @@
 """Gauges that need points themselves, not their counts: how a cloud of served features lies to a cloud of real ones.
 
-No intervals but the MMD's: nobody has derived one for the others. All of it in float64; quadratic in the points, so the clouds
+The MMD's intervals hold for any number of samples; those of others are in `asymptotic.py`, as far as there are any. All of it in float64; quadratic in the points, so the clouds
 are kept small. It does not know where the points come from.
 """
 
@@ -27,20 +27,22 @@ def squared_distances(a: Float[ndarray, "n p"], b: Float[ndarray, "m p"]) -> Flo
 
 def kernel(x: Float[ndarray, "n p"], y: Float[ndarray, "m p"]) -> Float64[ndarray, "n m"]:
     """(x.y / p + 1)^3."""
-    return (x.astype(np.float64) @ y.astype(np.float64).T / x.shape[1] + 1) ** 3
+    plain = x.astype(np.float64) @ y.astype(np.float64).T / x.shape[1] + 1
+    return plain * plain * plain  # numpy's power takes ten times as long
 
 
-def kernel_distance(a: Float[ndarray, "n p"], b: Float[ndarray, "m p"]) -> float:
-    """KID: the unbiased squared MMD of `kernel`, which may be negative.
+def kernel_distance(a: Float[ndarray, "n p"], b: Float[ndarray, "m p"], likeness: float | None = None) -> float:
+    """KID: the unbiased squared MMD of `kernel`, which may be negative. `likeness`: that of b's points, where it is known already.
 
     Source: Binkowski, Sutherland, Arbel and Gretton, Demystifying MMD GANs (ICLR 2018).
     """
+    return _likeness(a) + (_likeness(b) if likeness is None else likeness) - 2 * float(kernel(a, b).mean())
 
-    def mean(x: ndarray, y: ndarray, *, same: bool) -> float:
-        gram = kernel(x, y)
-        return float((gram.sum() - np.trace(gram)) / (len(x) * (len(x) - 1)) if same else gram.mean())
 
-    return mean(a, a, same=True) + mean(b, b, same=True) - 2 * mean(a, b, same=False)
+def _likeness(points: Float[ndarray, "n p"]) -> float:
+    """The mean of `kernel` over all pairs of two different points."""
+    gram = kernel(points, points)
+    return float((gram.sum() - np.trace(gram)) / (len(points) * (len(points) - 1)))
 
 
 def directions(size: int) -> Float64[ndarray, "l p"]:
@@ -106,11 +108,15 @@ class Cloud:
             "coverage": float(inside.any(axis=1).mean() / expected),
         }
 
+    @cached_property
+    def likeness(self) -> float:
+        return _likeness(self.points)
+
     def gauges(self, served: Float[ndarray, "n p"]) -> dict[str, float]:
         """All of POINT_GAUGES; NaN while either cloud has fewer than LEAST points."""
         if min(len(served), len(self.points)) < LEAST:
             return dict.fromkeys(POINT_GAUGES, math.nan)
-        distances = {"kid": kernel_distance(served, self.points), "sliced_wasserstein": sliced_wasserstein(served, self.points)}
+        distances = {"kid": kernel_distance(served, self.points, self.likeness), "sliced_wasserstein": sliced_wasserstein(served, self.points)}
         return distances | self.neighbours(served) | {"intrinsic_dimension": intrinsic_dimension(served)}
 
 
@@ -125,7 +131,7 @@ class Embedding:
     """Random Fourier features of a Gaussian kernel as wide as the median distance between the real points: unit vectors, so that
     the distance of two means, the MMD of this very kernel, has exact bounds.
 
-    Sources: Rahimi and Recht, Random Features for Large-Scale Kernel Machines (NIPS 2007); bounds: `reach`.
+    Sources: Rahimi and Recht, Random Features for Large-Scale Kernel Machines (NIPS 2007); bounds: `reach`, `reach_now`.
     """
 
     def __init__(self, points: Float[ndarray, "m p"]) -> None:
@@ -149,15 +155,25 @@ class Embedding:
 
         The interval holds at every n of a stream at once with probability >= 1 - delta, the real points' own error included.
         """
-        if not self.count or n < 2:
-            return math.nan, math.nan, math.nan
+        return self._mmd(served, n, n, reach(n, delta / 2) + reach_now(self.count, delta / 2)) if self.count and n > 1 else (math.nan,) * 3
 
-        def within(total: ndarray, count: int) -> float:
-            return float((total @ total - count) / (count * (count - 1)))
+    def mmd_now(self, served: Float64[ndarray, "e"], weight: float, squares: float, *, delta: float) -> tuple[float, float, float]:
+        """The same from the sum of w_i times the embedded samples, with sum w_i and sum w_i^2: weights that do not depend on the samples.
 
-        plain = float(np.linalg.norm(served / n - self.sum / self.count))
-        square = within(served, n) + within(self.sum, self.count) - 2 * float(served @ self.sum) / (n * self.count)
-        error = reach(n, delta / 2) + (1 + math.sqrt(2 * math.log(2 / delta))) / math.sqrt(self.count)
+        The interval holds at any one moment with probability >= 1 - delta, for any number of samples.
+        """
+        if not self.count or not weight**2 > squares:
+            return (math.nan,) * 3
+        return self._mmd(served, weight, squares, reach_now(weight**2 / squares, delta / 2) + reach_now(self.count, delta / 2))
+
+    def _mmd(self, served: Float64[ndarray, "e"], weight: float | int, squares: float | int, error: float) -> tuple[float, float, float]:
+        """Of unit vectors u the weighted mean of u_i.u_j over all pairs i != j is (|sum w u|^2 - sum w^2) / ((sum w)^2 - sum w^2)."""
+
+        def within(total: ndarray, weight: float | int, squares: float | int) -> float:
+            return float((total @ total - squares) / (weight**2 - squares))
+
+        plain = float(np.linalg.norm(served / weight - self.sum / self.count))
+        square = within(served, weight, squares) + within(self.sum, self.count, self.count) - 2 * float(served @ self.sum) / (weight * self.count)
         return math.sqrt(max(0.0, square)), max(0.0, plain - error), min(plain + error, 2.0)
 
 
@@ -173,3 +189,13 @@ def reach(n: int, delta: float, *, trace: float = 1.0, largest: float = 1.0) -> 
     k = n.bit_length() - 1
     share = delta * 6 / (math.pi * (k + 1)) ** 2
     return (math.sqrt(trace) + math.sqrt(2 * largest * math.log(1 / share))) / math.sqrt(2**k)
+
+
+def reach_now(n: float | int, delta: float, *, trace: float = 1.0, largest: float = 1.0) -> float:
+    """The same at one moment, of a weighted mean that is worth n = (sum w)^2 / sum w^2 equal weights.
+
+    The mean's squared distance from its expectation is sum w_i^2 (1 - |E u|^2) / (sum w)^2 <= 1 / n on average, so the distance is
+    1 / sqrt(n) at most. Another u_i moves the distance by 2 w_i / sum w at most, squares that sum to 4 / n: McDiarmid's inequality
+    (Surveys in Combinatorics 1989) leaves exp(-t^2 n / 2) for more than t beyond that. trace, largest: as above.
+    """
+    return (math.sqrt(trace) + math.sqrt(2 * largest * math.log(1 / delta))) / math.sqrt(n)

@@ -97,34 +97,41 @@ class Blocks:
 class Decayed:
     """Weighted statistics: each sample weighs 2^(-age / HALF_LIFE), its age being the samples that came after it."""
 
-    def __init__(self, cells: int, features: int) -> None:
+    def __init__(self, cells: int, features: int, embedded: int = 0) -> None:
         self.cells = np.zeros(cells)
         self.feature_sum, self.feature_outer = np.zeros(features), np.zeros((features, features))
-        self._squares = 0.0  # sum of squared weights
+        self.embedded_sum = np.zeros(embedded)
+        self.squares = 0.0  # sum of squared weights
 
-    def add(self, cells: Int64[ndarray, "n"], features: Float[ndarray, "n p"]) -> None:
+    def add(self, cells: Int64[ndarray, "n"], features: Float[ndarray, "n p"], embedded: Float[ndarray, "n e"]) -> None:
         weight = 0.5 ** (np.arange(len(cells) - 1, -1, -1) / HALF_LIFE)
         past, x = 0.5 ** (len(cells) / HALF_LIFE), features.astype(np.float64)
         self.cells = past * self.cells + np.bincount(cells, weight, minlength=len(self.cells))
         self.feature_sum = past * self.feature_sum + weight @ x
         self.feature_outer = past * self.feature_outer + (x * weight[:, None]).T @ x
-        self._squares = past**2 * self._squares + float(weight @ weight)
+        self.embedded_sum = past * self.embedded_sum + weight @ embedded
+        self.squares = past**2 * self.squares + float(weight @ weight)
 
     def merge(self, other: Decayed) -> None:
         """Both streams, the samples of each as old as they are in it."""
-        self.cells, self.feature_sum = self.cells + other.cells, self.feature_sum + other.feature_sum
-        self.feature_outer, self._squares = self.feature_outer + other.feature_outer, self._squares + other._squares
+        self.restore({name: ours + other.state()[name] for name, ours in self.state().items()})
 
     def state(self) -> dict[str, Any]:
-        return {"cells": self.cells, "feature_sum": self.feature_sum, "feature_outer": self.feature_outer, "squares": self._squares}
+        return dict(vars(self))
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        self.cells, self.feature_sum, self.feature_outer, self._squares = (state[name] for name in self.state())
+        for name in self.state():
+            setattr(self, name, state[name])
+
+    @property
+    def weight(self) -> float:
+        """Of all samples together."""
+        return float(self.cells.sum())
 
     @property
     def effective(self) -> float:
         """How many equally weighted samples have as small a variance (Kish, Survey Sampling 1965)."""
-        return float(self.cells.sum() ** 2 / self._squares) if self._squares else 0.0
+        return self.weight**2 / self.squares if self.squares else 0.0
 
     @property
     def count(self) -> int:
@@ -132,11 +139,11 @@ class Decayed:
 
     @property
     def mean(self) -> Float64[ndarray, "p"]:
-        return self.feature_sum / self.cells.sum()
+        return self.feature_sum / self.weight
 
     @property
     def covariance(self) -> Float64[ndarray, "p p"]:
-        return self.feature_outer / self.cells.sum() - np.outer(self.mean, self.mean)
+        return self.feature_outer / self.weight - np.outer(self.mean, self.mean)
 
 
 class Newest:

@@ -168,6 +168,10 @@ def test_the_values_are_those_of_the_monitor(watch: Watch) -> None:
     assert math.isnan(scraped("ganwatch_divergence_low", population="served", estimator="frechet"))
     low, high = (scraped(f"ganwatch_divergence_{end}", population="fresh", estimator="frechet") for end in ("low", "high"))
     assert low <= shown.gauges["fresh"]["frechet"].value <= high and shown.gauges["fresh"]["frechet"].ci == "asymptotic"
+    for estimator in ("js", "mmd", "kid", "sliced_wasserstein"):  # either clock has all of them
+        assert scraped("ganwatch_divergence", population="recent", estimator=estimator) == shown.gauges["recent"][estimator].value
+        assert scraped("ganwatch_divergence_low", population="recent", estimator=estimator) < scraped("ganwatch_divergence_high", population="recent", estimator=estimator)
+    assert scraped("ganwatch_neighbours", population="recent", estimator="recall") < 1
     assert math.isnan(scraped("ganwatch_arl_target_seconds")) and scraped("ganwatch_samples_untested_total") == 0
     assert (
         js.value

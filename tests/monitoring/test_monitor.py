@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from monitoring.divergences import DIVERGENCES
-from monitoring.monitor import ALL_GAUGES, AUDIT_PATIENCE, FAMILIES, GAUGES, VERDICTS, WARM_UP, Monitor
-from monitoring.points import POINT_GAUGES
-from monitoring.sketches import HALF_LIFE, NEWEST
+from monitoring.monitor import ALL_GAUGES, AUDIT_PATIENCE, FAMILIES, GAUGES, POPULATIONS, VERDICTS, WARM_UP, Monitor
+from monitoring.points import LEAST, POINT_GAUGES
+from monitoring.sketches import BLOCK, HALF_LIFE, NEWEST
 
 
 def watch(bundle, samples, *, step=64, arl=2.6e9, fresh=True) -> Monitor:
@@ -197,10 +197,33 @@ def test_what_is_recent_forgets(make_bundle, draw):
     healthy, lossy = make_bundle(), make_bundle(lost=(3, 8))
     monitor = watch(healthy, np.concatenate([draw(lossy, 3000), draw(healthy, 1000)]))
     recent, fresh = monitor.gauges("recent"), monitor.gauges("fresh")
-    assert tuple(recent) == GAUGES and recent["js"].ci == recent["frechet"].ci == "pointwise"
-    assert recent["frechet"].low <= recent["frechet"].value <= recent["frechet"].high
-    assert recent["js"].value < 0.6 * fresh["js"].value and recent["js"].low <= recent["js"].value <= recent["js"].high
-    assert 1000 < recent["js"].n < 2 / math.log(2) * HALF_LIFE + 1
+    assert tuple(recent) == tuple(fresh) == ALL_GAUGES and tuple(monitor.gauges("served")) == GAUGES
+    for name, gauge in recent.items():
+        assert gauge.ci == ("none" if math.isnan(gauge.low) else "pointwise") and (gauge.low <= max(gauge.value, 0) <= gauge.high or gauge.ci == "none")
+        assert (gauge.ci == "none") == (fresh[name].ci == "none")
+    for name, factor in (("js", 0.6), ("mmd", 0.8)):  # the one is quadratic in what is lost, the other linear
+        assert recent[name].value < factor * fresh[name].value and 1000 < recent[name].n < 2 / math.log(2) * HALF_LIFE + 1
+    for name in ("mmd", "kid", "sliced_wasserstein"):
+        assert recent[name].high - recent[name].low < fresh[name].high - fresh[name].low, name
+
+
+def test_gauges_of_points_follow_their_clock(make_bundle, draw):
+    """Of a block they are read once, the recent ones when no point is what it was; while there are few, whenever they have doubled."""
+    bundle, read = make_bundle(), {"fresh": [], "recent": []}
+    monitor, samples = Monitor(bundle), draw(bundle, 2 * BLOCK, seed=3)
+    for part in np.split(samples, [*range(LEAST, NEWEST, LEAST), *range(NEWEST, 2 * BLOCK, NEWEST // 2)]):
+        monitor.update(part, fresh=True, at=0.0)
+        for population, times in read.items():
+            gauge = monitor.gauges(population)["kid"]
+            if not times or times[-1][1] is not gauge:
+                times.append((monitor.monitored, gauge))
+    early = [64, 128, 256, 512]
+    assert [n for n, _ in read["fresh"]] == [*early, 1024, 2048, 4096, 8192]
+    assert [n for n, _ in read["recent"]] == [*early, *range(1024, 2 * BLOCK + 1, NEWEST)]
+    faulty = make_bundle(fakes=0.5)
+    monitor.update(draw(faulty, NEWEST), fresh=True, at=0.0)
+    recent, fresh = monitor.gauges("recent"), monitor.gauges("fresh")
+    assert recent["precision"].value < 0.7 < fresh["precision"].value and recent["kid"].low > 0 == fresh["kid"].low
 
 
 def test_a_floor_is_what_real_data_reads(make_bundle, draw):
@@ -217,10 +240,19 @@ def test_without_real_points_their_gauges_say_so(make_bundle, draw, monkeypatch)
     bundle = make_bundle()
     for name in ("train_points", "held_out_points"):
         monkeypatch.setitem(bundle.reference.__dict__, name, bundle.reference.held_out_points[:0])
-    gauges = watch(bundle, draw(bundle, 2000)).gauges("fresh")
-    for name in ("mmd", *POINT_GAUGES):
-        assert gauges[name].ci == "none" and math.isnan(gauges[name].value)
-    assert math.isfinite(gauges["frechet"].value)
+    monitor = watch(bundle, draw(bundle, 2000))
+    for gauges in (monitor.gauges("fresh"), monitor.gauges("recent")):
+        for name in ("mmd", *POINT_GAUGES):
+            assert gauges[name].ci == "none" and math.isnan(gauges[name].value)
+        assert math.isfinite(gauges["frechet"].value)
+
+
+def test_one_sample_has_no_distance_to_anything(make_bundle, draw):
+    bundle = make_bundle()
+    monitor = watch(bundle, draw(bundle, 1))
+    for population in POPULATIONS:
+        assert all(g.ci == "none" or math.isfinite(g.value) for g in monitor.gauges(population).values()) and monitor.gauges(population)["js"].n == 1
+    assert monitor.gauges("fresh")["mmd"].ci == monitor.gauges("recent")["mmd"].ci == "none"
 
 
 def test_snapshot_is_json_and_complete(make_bundle, draw):

@@ -9,6 +9,7 @@ import pytest
 from scipy.spatial.distance import cdist
 from scipy.stats import wasserstein_distance
 
+from monitoring.asymptotic import Spread
 from monitoring.divergences import DIVERGENCES
 from monitoring.points import (
     DIRECTIONS,
@@ -20,6 +21,7 @@ from monitoring.points import (
     intrinsic_dimension,
     kernel_distance,
     reach,
+    reach_now,
     sliced_wasserstein,
 )
 from training import evaluation
@@ -37,6 +39,7 @@ def test_the_kernel_distance_is_its_definition():
 
     wanted = mean(SERVED, SERVED, True) + mean(REAL, REAL, True) - 2 * mean(SERVED, REAL, False)
     assert kernel_distance(SERVED, REAL) == pytest.approx(wanted, rel=1e-9)
+    assert Cloud(REAL).gauges(SERVED)["kid"] == kernel_distance(SERVED, REAL)
 
 
 def test_the_sliced_distance_is_a_mean_of_wasserstein_distances():
@@ -88,6 +91,7 @@ def test_too_few_points_say_nothing():
     assert tuple(Cloud(REAL).gauges(SERVED)) == POINT_GAUGES
     empty = Embedding(REAL[:0])
     assert empty(SERVED).shape == (90, 0) and all(math.isnan(v) for v in empty.mmd(np.empty(0), 90, delta=0.05))
+    assert all(math.isnan(v) for v in (*empty.mmd_now(np.empty(0), 90.0, 80.0, delta=0.05), *Embedding(REAL).mmd_now(np.zeros(256), 1.0, 1.0, delta=0.05)))
 
 
 def test_the_embedded_distance_is_an_mmd():
@@ -115,3 +119,51 @@ def test_the_interval_of_the_mmd_holds_at_every_sample():
             narrow.append(bounds[-1][2] - bounds[-1][1])
     assert misses <= 1 and np.max(narrow) < 0.75
     assert reach(1024, 0.05) < 3 * reach(8192, 0.05) < 3 * reach(4096, 0.05)
+
+
+def test_the_weighted_mmd_is_that_of_all_pairs():
+    """Written out pair by pair; equal weights are no weights."""
+    embedding, weight = Embedding(REAL), 0.5 ** (np.arange(90)[::-1] / 20)
+    a, b = (embedding(x).astype(np.float64) for x in (SERVED, REAL))
+    pairs, others = np.outer(weight, weight), ~np.eye(90, dtype=bool)
+    ours = (pairs * (a @ a.T))[others].sum() / pairs[others].sum()
+    theirs = (b @ b.T)[~np.eye(150, dtype=bool)].mean()
+    value, low, high = embedding.mmd_now(weight @ a, weight.sum(), weight @ weight, delta=0.05)
+    assert value == pytest.approx(math.sqrt(ours + theirs - 2 * (weight @ (a @ b.T)).sum() / (weight.sum() * 150)), abs=1e-6)
+    plain = np.linalg.norm(weight @ a / weight.sum() - b.mean(axis=0))
+    error = reach_now(weight.sum() ** 2 / (weight @ weight), 0.025) + reach_now(150, 0.025)
+    assert (low, high) == pytest.approx((max(0.0, plain - error), plain + error), abs=1e-6)
+    assert embedding.mmd_now(a.sum(axis=0), 90.0, 90.0, delta=0.05)[0] == embedding.mmd(a.sum(axis=0), 90, delta=0.05)[0]
+
+
+@pytest.mark.parametrize("delta", [0.3, 0.05])
+def test_a_weighted_mean_stays_within_reach_at_one_moment(delta):
+    """Unit vectors of several laws, decaying weights; the expectation of the distance is what the bound's first part says, or less."""
+    rng = np.random.default_rng(8)
+    for size, shift in ((1, 0.0), (2, 0.0), (3, 1.0), (50, 0.0)):
+        unit = rng.standard_normal((1000, 100, size)) + shift
+        unit /= np.linalg.norm(unit, axis=2, keepdims=True)
+        middle = rng.standard_normal((10**5, size)) + shift
+        middle = (middle / np.linalg.norm(middle, axis=1, keepdims=True)).mean(axis=0) if shift else np.zeros(size)
+        weight = 0.5 ** (np.arange(100) / 15)
+        n = weight.sum() ** 2 / (weight @ weight)
+        distance = np.linalg.norm(weight @ unit / weight.sum() - middle, axis=1)
+        assert distance.mean() <= 1 / math.sqrt(n) + 0.01 and (distance > reach_now(n, delta)).mean() <= delta
+        assert (distance**2).mean() == pytest.approx((1 - middle @ middle) / n, rel=0.1)
+    assert reach_now(30.0, delta) < reach(30, delta) and Spread(1.0, 1.0).reach_now(30.0, delta=delta) == reach_now(30.0, delta)
+
+
+def test_the_interval_of_the_weighted_mmd_holds_at_one_moment():
+    """Streams of a law that changes never, or once so long ago that it no longer weighs; the truth is known from many samples."""
+    rng, misses, widths, weight = np.random.default_rng(4), 0, [], 0.5 ** (np.arange(2000)[::-1] / 200)
+    for _ in range(20):
+        real = rng.standard_normal((1000, 2))
+        embedding = Embedding(real)
+        middle = embedding(rng.standard_normal((20_000, 2))).mean(0)
+        for shift in (0.0, 0.5):
+            truth = np.linalg.norm(embedding(rng.standard_normal((20_000, 2)) + shift).mean(0) - middle) if shift else 0.0
+            total = weight @ embedding(rng.standard_normal((2000, 2)) + shift)
+            _, low, high = embedding.mmd_now(total, weight.sum(), weight @ weight, delta=0.05)
+            misses += not low - 0.01 <= truth <= high + 0.01
+            widths.append(high - low)
+    assert misses <= 2 and max(widths) < 0.6

@@ -72,20 +72,32 @@ def test_what_a_block_shows(seen, shown):
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, 700), max_size=5))
 def test_what_decays_weighs_as_it_should_whatever_the_split(cuts):
-    edges, decayed = [0, *sorted(cuts), 700], Decayed(4, 3)
+    edges, decayed = [0, *sorted(cuts), 700], Decayed(4, 3, 2)
     for a, b in zip(edges, edges[1:], strict=False):
-        decayed.add(CELLS[a:b], FEATURES[a:b])
+        decayed.add(CELLS[a:b], FEATURES[a:b], EMBEDDED[a:b])
     weight = 0.5 ** (np.arange(699, -1, -1) / HALF_LIFE)
     np.testing.assert_allclose(decayed.cells, np.bincount(CELLS[:700], weight, minlength=4))
     np.testing.assert_allclose(decayed.mean, np.average(FEATURES[:700], axis=0, weights=weight), atol=1e-6)
     np.testing.assert_allclose(decayed.covariance, np.cov(FEATURES[:700].T.astype(np.float64), aweights=weight, bias=True), atol=1e-6)
+    np.testing.assert_allclose(decayed.embedded_sum, weight @ EMBEDDED[:700], atol=1e-9)
+    assert (decayed.weight, decayed.squares) == pytest.approx((weight.sum(), (weight**2).sum()))
     assert decayed.effective == pytest.approx(weight.sum() ** 2 / (weight**2).sum())
 
 
 def test_in_the_long_run_a_decayed_stream_is_worth_three_half_lives():
     decayed = Decayed(4, 3)
-    decayed.add(CELLS, FEATURES)
+    decayed.add(CELLS, FEATURES, EMBEDDED[:, :0])
     assert decayed.effective == pytest.approx(2 / np.log(2) * HALF_LIFE, rel=0.01)
+
+
+def test_two_decayed_streams_add_up():
+    one, other, again = (Decayed(4, 3, 2) for _ in range(3))
+    one.add(CELLS[:300], FEATURES[:300], EMBEDDED[:300])
+    other.add(CELLS[300:1000], FEATURES[300:1000], EMBEDDED[300:1000])
+    again.restore({name: value for name, value in one.state().items()})
+    one.merge(other)
+    for name, value in one.state().items():
+        np.testing.assert_allclose(value, again.state()[name] + other.state()[name], rtol=1e-12)
 
 
 @settings(deadline=None)
