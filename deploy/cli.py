@@ -44,6 +44,8 @@ progress = Console(stderr=True, highlight=False, soft_wrap=True)
 answer = Console(highlight=False, soft_wrap=True)
 
 Fault = Literal["drop-modes", "off-manifold", "collapse", "truncated", "copies", "latent-fault", "int8", "checkpoint", "nothing"]
+MODES_SHOWN = 20  # modes that a report lists at most
+STATUSES = ("alarmed", "dropped", "unwatched", "uncertain", "covered")  # of a mode, worst first
 ACTION_PATIENCE = 120.0  # seconds for which `inject --act` waits for the monitor
 SettingsFlags = Annotated[Settings, tyro.conf.arg(name="")]
 _LABEL = re.compile(r"\([^)]*\)|[^,\s][^,]*(?<!\s)")  # cells are named by their centres, (0.71, -0.71), whose comma separates nothing
@@ -450,11 +452,11 @@ def replay(
     if as_json:
         return _print_json(report)
     print(f"{report['verdict']}: {report['words']}")
+    print(f"what to do: {report['advice']}")
     print(f"first alarm at sample {report['first_alarm']} of {report['samples']}" if report["first_alarm"] is not None else f"no alarm in {report['samples']} samples")
-    table = Table("gauge", "value", "low", "high", "n", "interval", box=None)
-    for name, g in report["gauges"].items():
-        table.add_row(name, *(f"{g[k]:.4g}" if g[k] is not None else "-" for k in ("value", "low", "high")), str(g["n"]), g["ci"])
-    answer.print(table)
+    for table in _tables(report["snapshot"]):
+        answer.print()
+        answer.print(table)
 
 
 def ack(model: str | None = None, as_json: JsonFlag = False) -> None:
@@ -697,6 +699,33 @@ def _summary(model: dict[str, Any]) -> dict[str, Any]:
         "version": model["version"], "verdict": verdict["id"], "words": verdict["words"], "modes": verdict["modes"],
         "stale": model["stale"], "monitored": snapshot["monitored"], "detectable": snapshot["detectable"],
     }  # fmt: skip
+
+
+def _tables(snapshot: dict[str, Any]) -> Iterator[Table]:
+    """What the page shows of a version: gauges of its fresh samples, modes, evidence. Of many modes those that are not plainly covered."""
+
+    def figures(row: dict[str, Any], *names: str) -> Iterator[str]:
+        return (f"{row[name]:.4g}" if row[name] is not None else "-" for name in names)
+
+    table = Table("gauge", "value", "low", "high", "n", "interval", box=None)
+    for name, gauge in snapshot["gauges"]["fresh"].items():
+        table.add_row(name, *figures(gauge, "value", "low", "high"), str(gauge["n"]), gauge["ci"])
+    yield table
+
+    modes, counts = snapshot["modes"], snapshot["coverage"]
+    shown = modes if len(modes) <= MODES_SHOWN else sorted((m for m in modes if m["status"] != "covered"), key=lambda m: STATUSES.index(m["status"]))[:MODES_SHOWN]
+    words = f"{counts['covered']} of {counts['real']} modes covered: {counts['certainly_covered']} certainly, {counts['certainly_dropped']} certainly dropped; {counts['unwatched']} unwatched"
+    left = f"; {len(modes) - len(shown)} rows are left out, --json has them" if len(shown) < len(modes) else ""
+    table = Table("mode", "reference", "certified", "served", "low", "high", "status", box=None, title=words + left, title_justify="left", title_style="")
+    for mode in shown:
+        table.add_row(escape(mode["name"]), *figures(mode, "reference", "certified", "served", "low", "high"), mode["status"])
+    yield table
+
+    words = f"evidence, log10; an alarm is raised where the families' sum reaches {snapshot['log10_threshold']:.2f}"
+    table = Table("family", "null", "evidence", box=None, title=words, title_justify="left", title_style="")
+    for family, budget in snapshot["budget"]["families"].items():
+        table.add_row(family, budget["null"], *figures(snapshot["evidence"], family))
+    yield table
 
 
 def _colour(verdict: str) -> str:

@@ -1,10 +1,9 @@
-"""The service's monitor over a recorded stream: the same code, guarantees and words, without the service."""
+"""The service's monitor over a recorded stream: the same code, guarantees and answer, without the service."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ def replay(bundle: Path, samples: Path, arl: float | str, *, test_rate: float | 
     """Feed `samples` [n, *sample_shape] in served form, a .npy or .parquet file, to a fresh monitor of `bundle`.
 
     A recorded stream has no clock: an `arl` that is a time is counted at `test_rate` samples a second, and all samples are tested.
+    Returns the verdict in short, and as `snapshot` all that /api/state would show under that name, its times being numbers of samples.
     Raises BundleError, and StackError where the stream is not what the bundle serves.
     """
     try:
@@ -56,21 +56,17 @@ def replay(bundle: Path, samples: Path, arl: float | str, *, test_rate: float | 
         if first_alarm is None and monitor.first_alarm is not None:  # the monitor counts only what it could look at
             first_alarm = done + int(monitor.look(batch).rows[monitor.first_alarm - eaten])
         done += len(batch)
-    verdict = monitor.verdict
+    snapshot = monitor.snapshot()
     return {
         "first_alarm": first_alarm,
-        "verdict": verdict.id,
-        "words": verdict.words,
-        "modes": list(verdict.modes),
-        "gauges": {name: {k: _finite(v) for k, v in asdict(gauge).items()} for name, gauge in monitor.gauges("fresh").items()},
+        "verdict": snapshot["verdict"]["id"],
+        **{name: snapshot["verdict"][name] for name in ("words", "advice", "modes")},
+        "gauges": snapshot["gauges"]["fresh"],
         "samples": count,
-        "rejected": monitor.rejected,
-        "arl": budget.samples,
         "arl_seconds": budget.seconds,
-        "slack": monitor.slack,
         "assumes": "the samples are independent draws of one law, in the order given, as you state; the guarantee rests on it",
-        "model": card.model,
-        "version": card.version,
+        **{name: snapshot[name] for name in ("rejected", "arl", "slack", "model", "version")},
+        "snapshot": snapshot,
     }
 
 
@@ -126,7 +122,3 @@ def _depth(kind: pa.DataType) -> tuple[int, str]:
 
 def _unfit(path: Path, found: str, card: Card) -> StackError:
     return StackError(f"{path} holds {found}; this bundle serves {card.sample_dtype} [n, {', '.join(map(str, card.sample_shape))}]")
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,11 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from deploy import cli
 from deploy.cli import Fault
 from deploy.inject import COPY_SHARE, DROPPED_AT_MOST, FAULTS, NOISE_SHARE, InjectError, inject
 from deploy.replay import replay
 from deploy.stack import StackError
+from monitoring.diagnosis import VERDICTS
+from monitoring.edetectors import FAMILIES
 from monitoring.features import Eye
+from monitoring.incidents import Incidents
+from monitoring.watch import Watch
+from serving.records import Record
 from serving.sampler import Sampler, Window
 from training.bundle import Bundle
 from training.registry import Registry, RegistryError
@@ -156,7 +162,42 @@ def test_replay_names_each_fault(registry: Registry, tmp_path: Path, fault: str,
     if fault != "nothing":
         assert report["first_alarm"] < 3000
     assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report["advice"] == VERDICTS[verdict].advice
     assert set(report["gauges"]["js"]) == {"value", "low", "high", "n", "ci", "floor"} and "independent" in report["assumes"]
+
+
+def test_replay_says_what_the_live_tap_would(registry: Registry, tmp_path: Path) -> None:
+    """The same samples served, and read where the page reads; only when it was differs."""
+    broken = made(registry, "drop-modes", tmp_path)
+    registry.set_alias("grid", "production", broken.card.version, reason="test")
+    stream = draw(broken, 9000)  # more than two blocks: what points say is read once more after the alarm
+    np.save(tmp_path / "stream.npy", stream)
+    replayed = replay(broken.path, tmp_path / "stream.npy", 1e6)["snapshot"]
+    watch = Watch(registry, Incidents(tmp_path / "incidents.db"), arl=5e5)  # half of which is production's
+    watch.follow(0.0)
+    watch.eat([Record("grid", broken.card.version, "server_seed", 5, 0, stream, 0.0)], 0.0)
+    live = watch.publish(0.0).state()["models"]["grid"]["snapshot"]
+    assert set(replayed) == set(live) and replayed["arl"] == 2 * live["arl"]
+    own = {"arl", "budget"}
+    verdict = [{key: value for key, value in snapshot.pop("verdict").items() if key != "since"} for snapshot in (replayed, live)]
+    assert verdict[0] == verdict[1] and verdict[0]["id"] == "mode_dropping"
+    assert {key: value for key, value in replayed.items() if key not in own} == {key: value for key, value in live.items() if key not in own}
+
+
+def test_the_report_is_readable(registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    broken = made(registry, "drop-modes", tmp_path)
+    np.save(tmp_path / "stream.npy", draw(broken, 6000))
+    for shown, few in ((20, False), (5, True)):
+        monkeypatch.setattr(cli, "MODES_SHOWN", shown)
+        cli.replay(broken.path, tmp_path / "stream.npy")
+        printed = capsys.readouterr().out
+        assert printed.startswith("mode_dropping: ") and f"what to do: {VERDICTS['mode_dropping'].advice}" in printed
+        assert "8 of 10 modes covered: 8 certainly, 2 certainly dropped; 0 unwatched" in printed and "reaches 9.41" in printed
+        rows = {words[0]: words[1:] for line in printed.splitlines() if (words := line.split())}
+        assert rows["3"][-1] == rows["8"][-1] == "alarmed" and len(rows["3"]) == 6 and float(rows["modes"][1]) > 9.41
+        assert ("1" in rows, "9 rows are left out" in printed) == (not few, few)
+        assert rows["mmd"][-1] == "exact" and set(FAMILIES) <= set(rows)
 
 
 def table(kind: str, stream: np.ndarray) -> pa.Table:
