@@ -29,7 +29,7 @@ RATIOS = {
     "off_manifold": "samples that look like nothing in the real data",
 }
 ALARMS = tuple(verdict for verdict in VERDICTS if verdict not in QUIET)
-DROPPED = ("queue_full", "unknown_model")  # why records that reached the monitor were not looked at
+DROPPED = ("queue_full", "unknown_model", "failed")  # why records that reached the monitor were not looked at
 
 TRAINING = {  # figure of a training run -> end of its series' name, what it is
     "critic_loss": ("critic_loss", "The critic's loss, without penalty"),
@@ -194,10 +194,10 @@ def _samples(view: View, dropped: Mapping[str, int], probes: Mapping[tuple[str, 
     yield _counter("ganwatch_samples_untested_total", "Fresh samples beyond as many a second as may be tested", untested)
     rates = _by_version(view, lambda live: live.tested_rate)
     yield _gauge("ganwatch_samples_tested_per_second", "Samples that were tested over the last hour, NaN before there is a rate", rates)
-    dropped = {**dropped, "unknown_model": view.unknown_model}
+    dropped = {**dropped, "unknown_model": view.unknown_model, "failed": view.failed}
     yield _counter(
         "ganwatch_records_dropped_total",
-        "Records the monitor did not look at",
+        "Records the monitor did not look at; failed: not to the end, for an error of its own",
         [({"reason": r}, dropped.get(r, 0)) for r in DROPPED],
     )
     asked = [({"model": model, "outcome": outcome}, count) for (model, outcome), count in probes.items()]

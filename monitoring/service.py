@@ -277,7 +277,7 @@ class Service:
                 noted.setdefault((record.model, record.version), []).append(record)
         for key, group in noted.items():
             if (bundle := self.watch.bundle(*key)) is not None:
-                self.reruns.offer(bundle, group)
+                self._step(self.reruns.offer, bundle, group)
 
     def _reran(self, rerun: Rerun, now: float) -> None:
         if self.watch.reran(rerun, now):

@@ -266,6 +266,7 @@ class View:
     actions: Mapping[tuple[str, str], int]  # (model, alias) -> changes made for an alarm
     clock_jumps: int  # how often the clock was set back
     unknown_model: int  # records of models that the registry does not hold
+    failed: int  # records that an unexpected error kept from being judged
     serving: Mapping[str, float | int]  # the replicas' counters, summed
     replicas: int
     heard_at: float | None
@@ -366,7 +367,7 @@ class Watch:
         self._latest, self._clock_jumps = -math.inf, 0
         self._replays: Counter[tuple[str, str]] = Counter()
         self._notices: deque[tuple[float, str]] = deque(maxlen=8)
-        self._unknown_model = 0
+        self._unknown_model = self._failed_records = 0
 
     def follow(self, at: float) -> None:
         """Bring the Monitors into line with the aliases. A bundle that fails to load leaves the version before it watched."""
@@ -694,8 +695,13 @@ class Watch:
         self.replicas.hear(heartbeat.replica, heartbeat.counters, at)
 
     def eat(self, records: Iterable[Record], at: float) -> None:
-        """Feed the Monitors. Records of one version are joined, since small batches cost a run of features.onnx each."""
+        """Feed the Monitors. Records of one version are joined, since small batches cost a run of features.onnx each.
+
+        What fails costs the others nothing: it is counted, and raised as an ExceptionGroup when all have had their turn. It is not
+        tried again, since a Monitor may have seen a part of it, and a sample that counts twice is no evidence.
+        """
         groups: dict[tuple[Any, ...], list[Record]] = {}
+        failures: list[tuple[str, Exception]] = []
         for record in records:
             model = self._models.get(record.model)
             if model is None:
@@ -707,22 +713,37 @@ class Watch:
             if record.origin == "server_seed" and record.is_fresh:
                 self._watched[record.model, record.version].drawn.append((at, len(record.samples)))
             if model.comparisons:
-                self._compare(record.model, model, record)
+                try:
+                    self._compare(record.model, model, record)
+                except Exception as error:  # the record is judged all the same
+                    failures.append((f"{record.model} {record.version}, compared", error))
             kind = (record.samples.dtype.str, record.samples.shape[1:], record.label is None)
             groups.setdefault((record.model, record.version, record.is_independent, kind), []).append(record)
-        for (name, version, fresh, (*_, unlabelled)), group in groups.items():
-            samples = np.concatenate([record.samples for record in group])
-            classes = None if unlabelled else np.concatenate([np.broadcast_to(np.asarray(r.label, np.int64), len(r.samples)) for r in group])
-            tested = self._watched[name, version].allowance.take(len(samples), self.budget.rate, at) if fresh else 0
-            if fresh:
-                self._untested[name] += len(samples) - tested
-            fed = self._fed(name, version, group) if tested else None
-            for start, stop in itertools.pairwise((*range(0, tested, CHUNK), *range(tested, len(samples), CHUNK), len(samples))):
-                part, noted = slice(start, stop), None
-                if fed is not None and start < tested:
-                    rows = slice(*np.searchsorted(fed.rows, (start, stop)))
-                    noted = Fed(fed.rows[rows] - start, fed.z[rows])
-                self._update(name, version, samples[part], start < tested, at, None if classes is None else classes[part], noted)
+        for (name, version, fresh, _), group in groups.items():
+            try:
+                self._eat_joined(name, version, group, fresh, at)
+            except Exception as error:  # whatever it is: the other groups are of other versions or other samples
+                self._failed_records += len(group)
+                failures.append((f"{name} {version}, {len(group)} records", error))
+        if failures:
+            words = dict.fromkeys(f"{where}: {type(error).__name__}: {error}" for where, error in failures)
+            raise ExceptionGroup("; ".join(words), [error for _, error in failures])
+
+    def _eat_joined(self, name: str, version: str, group: list[Record], fresh: bool, at: float) -> None:
+        """Feed one Monitor records whose samples have one form, all or none of which name classes."""
+        samples = np.concatenate([record.samples for record in group])
+        unlabelled = group[0].label is None
+        classes = None if unlabelled else np.concatenate([np.broadcast_to(np.asarray(r.label, np.int64), len(r.samples)) for r in group])
+        tested = self._watched[name, version].allowance.take(len(samples), self.budget.rate, at) if fresh else 0
+        if fresh:
+            self._untested[name] += len(samples) - tested
+        fed = self._fed(name, version, group) if tested else None
+        for start, stop in itertools.pairwise((*range(0, tested, CHUNK), *range(tested, len(samples), CHUNK), len(samples))):
+            part, noted = slice(start, stop), None
+            if fed is not None and start < tested:
+                rows = slice(*np.searchsorted(fed.rows, (start, stop)))
+                noted = Fed(fed.rows[rows] - start, fed.z[rows])
+            self._update(name, version, samples[part], start < tested, at, None if classes is None else classes[part], noted)
 
     def _fed(self, name: str, version: str, group: list[Record]) -> Fed | None:
         """The latents of records that are joined. Those that the model does not take are counted where they are run again."""
@@ -849,6 +870,7 @@ class Watch:
             actions={(name, alias): self._actions[name, alias] for name in self._models for alias in acting.ALIASES},
             clock_jumps=self._clock_jumps,
             unknown_model=self._unknown_model,
+            failed=self._failed_records,
             serving=self.replicas.totals(at),
             replicas=self.replicas.speaking(at),
             heard_at=self.replicas.heard_at,

@@ -190,7 +190,7 @@ def test_the_values_are_those_of_the_monitor(watch: Watch) -> None:
         == scraped("ganwatch_samples_observed_total", origin="server_seed")
     )
     assert scraped("ganwatch_estimate_timestamp_seconds") == START == scraped("ganwatch_model_loaded_timestamp_seconds")
-    assert scraped("ganwatch_records_dropped_total", reason="queue_full") == 3
+    assert scraped("ganwatch_records_dropped_total", reason="queue_full") == 3 and scraped("ganwatch_records_dropped_total", reason="failed") == 0
     assert scraped("ganwatch_probe_requests_total", outcome="ok") == 7
     assert scraped("ganwatch_serving_requests_total", status="200") == 42 and scraped("ganwatch_serving_replicas") == 2
     files = shown.cards["production"].files

@@ -218,6 +218,19 @@ def test_another_sites_page_may_not_post(world: World, run: Callable[..., Runnin
     assert service.http.post("/api/ack", json={"model": "grid"}, headers={"Origin": service.url}).status_code == 200
 
 
+def test_what_fails_in_one_version_is_told_and_leaves_the_rest_of_the_heartbeat(world: World, run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
+    world.registry.set_alias("grid", "canary", "v2", reason="test")
+    service = run()
+    monitors = service.server.config.app.state.service.watch._watched
+    monkeypatch.setattr(monitors["grid", "v2"].monitor, "update", lambda *_, **__: 1 / 0)
+    bad, good = world.heartbeat("v2"), world.heartbeat("v1")
+    service.post(Heartbeat("a", 0.0, bad.records + good.records, {}))
+    state = service.until(lambda s: monitored(s) == 100)
+    assert any("grid v2, 1 records: ZeroDivisionError" in words for words in state["errors"])
+    assert service.metric("ganwatch_records_dropped_total", reason="failed") == 1
+    assert service.metric("ganwatch_records_dropped_total", reason="queue_full") == 0
+
+
 def test_a_full_inbox_drops_and_counts(world: World, run: Callable[..., Running]) -> None:
     service = run(inbox=50)
     service.post(world.heartbeat(count=51))

@@ -144,6 +144,27 @@ def test_only_fresh_samples_of_aliased_versions_are_judged(scene: Scene) -> None
     assert scene.watch.publish(scene.now).unknown_model == 1
 
 
+def test_a_record_that_fails_costs_no_other_version_anything(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the error is: it is counted, told once the others have been taken, and what failed is not tried again."""
+    scene.alias("production", "v1")
+    scene.alias("canary", "v2")
+    rows = {version: scene.draw(bundle, 100, seed=9) for version, bundle in scene.bundles.items()}
+    records = [Record("grid", version, "server_seed", seed, 0, rows[version], scene.now) for seed in (1, 2) for version in ("v1", "v2")]
+    failing, fed = scene.watch._watched["grid", "v1"].monitor, []
+    monkeypatch.setattr(failing, "update", lambda samples, **_: fed.append(len(samples)) or np.zeros(2)[5])
+    monkeypatch.setattr("monitoring.comparison.Comparison.update", lambda *_: 1 / 0)
+    with pytest.raises(ExceptionGroup, match="grid v1, 2 records: IndexError.*") as raised:
+        scene.watch.eat(records, scene.now)
+    assert [type(error) for error in raised.value.exceptions] == [ZeroDivisionError, ZeroDivisionError, IndexError] and fed == [200]
+    view = scene.watch.publish(scene.now)
+    monitored = {live.version: live.snapshot["monitored"] for live in view.models["grid"].live}
+    assert monitored == {"v1": 0, "v2": 200} and view.failed == 2 and view.observed == {("grid", "server_seed"): 400}
+    monkeypatch.undo()
+    scene.watch.eat([Record("grid", "v1", "server_seed", 3, 0, rows["v1"], scene.now)], scene.now)
+    view = scene.watch.publish(scene.now)
+    assert view.models["grid"].snapshot["monitored"] == 100 and view.failed == 2
+
+
 def test_records_of_different_shapes_are_not_joined_and_misfits_are_counted(scene: Scene) -> None:
     scene.alias("production", "v1")
     samples = [
