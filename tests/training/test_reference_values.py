@@ -52,9 +52,3 @@ def test_the_gauges(case):
     assert kernel_distance(real[:size], fake[:size]) == near(golden["kid_of_all"])
     found = Cloud(real).neighbours(fake)
     assert [found["precision"], found["recall"]] == near(golden["prc"][str(NEIGHBOURS)])
-
-
-def test_the_generator_was_taken_in_and_judged_alike():
-    theirs, ours = GOLDEN["generator"]["torch-fidelity"], GOLDEN["generator"]["ours"]
-    assert {name: theirs[name] for name in ours} == {name: near(value) for name, value in ours.items()}
-    assert theirs["inception_score_mean"] > 5  # at most 10; five classes that are told apart would give 5
