@@ -188,6 +188,7 @@ def publish(
     reference: str | None = None,
     latent: str | None = None,
     model: str | None = None,
+    skip_bad_files: bool = False,
     force: bool = False,
     registry: Path | None = None,
     as_json: JsonFlag = False,
@@ -199,10 +200,12 @@ def publish(
 
     Args:
         bundle: a bundle directory, such as the one that a refused training run left.
-        onnx: a generator that was trained elsewhere: one float input of latents, one output of samples.
+        onnx: a generator that was trained elsewhere: one float input of latents; its first output is samples.
         reference: the real data to certify it against: npz, npy, IDX, parquet, a folder of images, s3://..., or a built-in name.
-        latent: the law of its input: normal:128, normal:64x0.5 for a standard deviation of 0.5, signs:16+normal:48.
+        latent: the law of its input: normal:128, normal:64x0.5 for a standard deviation of 0.5, signs:16+normal:48, uniform:100
+            from -1 to 1, uniform01:100 from 0 to 1.
         model: publish under this name; default: the name in its card, or that of the ONNX file.
+        skip_bad_files: leave out files of the real data that cannot be used.
         force: publish although the quality gate objects; the objections stay in the card.
         registry: directory of bundles.
     """
@@ -217,7 +220,10 @@ def publish(
 
         directory = ganwatch_home() / "adopted" / f"{time.strftime('%Y%m%dT%H%M%S')}-{onnx.stem}"
         with _stage(f"certifying {onnx.name} against {reference}") as show:
-            adopt(onnx, reference, latent, directory, model=model, progress=lambda done, most: show(f"{done:,} of at most {most:,} samples"))
+            adopt(
+                onnx, reference, latent, directory, model=model, skip_bad_files=skip_bad_files,
+                progress=lambda done, most: show(f"{done:,} of at most {most:,} samples"),
+            )  # fmt: skip
         published = publish_bundle(directory, _registry(registry), force=force)
     _tell({"model": published.card.model, "version": published.card.version, "path": str(published.path), "forced": published.card.forced}, as_json)
 
@@ -247,7 +253,7 @@ def reference(
 
     directory = ganwatch_home() / "references"
     with tempfile.TemporaryDirectory(prefix="ganwatch-") as cache, _stage(f"building the reference of {data}"):
-        dataset = open_dataset(data, cache=Path(cache), skip_bad_files=skip_bad_files, say=lambda line: progress.print(escape(line)))
+        dataset = open_dataset(data, cache=Path(cache), skip_bad_files=skip_bad_files, say=lambda line: progress.print(escape(line)), option="data")
         built = build(dataset, name or label(data), data, directory)
     if as_json:
         return _print_json({"path": str(built.path)} | built.about)

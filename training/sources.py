@@ -50,23 +50,29 @@ Chunk = tuple[ndarray, ndarray | None]  # samples as found, and their labels
 
 
 def open_dataset(
-    name: str, *, data: str | None = None, cache: Path, skip_bad_files: bool = False, say: Callable[[str], None] = print
+    name: str,
+    *,
+    data: str | None = None,
+    cache: Path,
+    skip_bad_files: bool = False,
+    say: Callable[[str], None] = print,
+    option: str = "--dataset",
 ) -> Dataset:
     """The built-in data set called `name`, or what lies at the path or URI `name`, read into the directory `cache` once.
 
-    `data` is where the files of the data sets ON_DISK lie. Raises DataError.
+    `data` is where the files of the data sets ON_DISK lie; `option` is what errors call `name`. Raises DataError.
     """
     if name in DATASETS:
         return DATASETS[name](*([data] if data is not None else []))
     if not (cache / "dataset.json").exists():
-        _read(name, cache, skip_bad_files=skip_bad_files, say=say)
+        _read(name, cache, skip_bad_files=skip_bad_files, say=say, option=option)
     about = json.loads((cache / "dataset.json").read_text())
     labels = np.load(cache / "labels.npy") if about["classes"] else None
     samples = np.load(cache / "samples.npy", mmap_mode="r")
     return Dataset(about["name"], samples, about["cells"], labels, tuple(about["classes"]))
 
 
-def find(name: str) -> tuple[FileSystem, str, list[str]]:
+def find(name: str, option: str = "--dataset") -> tuple[FileSystem, str, list[str]]:
     """The file system, the root and the files at a path or URI, sorted. Raises DataError where there is nothing to read."""
     try:
         system, root = FileSystem.from_uri(name) if "://" in name else (LocalFileSystem(), str(Path(name).absolute()))
@@ -74,16 +80,16 @@ def find(name: str) -> tuple[FileSystem, str, list[str]]:
         inside = system.get_file_info(FileSelector(root, recursive=True)) if about.type == FileType.Directory else [about]
     except (OSError, ValueError) as error:
         remedy = next((f"; {words}" for sign, words in _REMEDIES if sign in str(error)), "") if "://" in name else ""
-        raise DataError(f"--dataset is {name}, which cannot be opened: {error}{remedy}") from None
+        raise DataError(f"{option} is {name}, which cannot be opened: {error}{remedy}") from None
     if about.type == FileType.NotFound and "://" in name:
-        raise DataError(f"--dataset is {name}, and no bucket, folder or object of that name is there; look at its spelling, and at AWS_ENDPOINT_URL where the storage is not Amazon's")
+        raise DataError(f"{option} is {name}, and no bucket, folder or object of that name is there; look at its spelling, and at AWS_ENDPOINT_URL where the storage is not Amazon's")
     if about.type == FileType.NotFound:
         near = difflib.get_close_matches(name, DATASETS, n=1)
         words = f"did you mean {near[0]}? " if near else ""
-        raise DataError(f"--dataset is {name}, neither a path that exists nor built in; {words}built in are {', '.join(DATASETS)}")
+        raise DataError(f"{option} is {name}, neither a path that exists nor built in; {words}built in are {', '.join(DATASETS)}")
     files = sorted(f.path for f in inside if f.type == FileType.File and _kind(f.path) in READERS)
     if not files:
-        raise DataError(f"--dataset is {name}, where no file ends in {', '.join(READERS)}")
+        raise DataError(f"{option} is {name}, where no file ends in {', '.join(READERS)}")
     return system, root.rstrip("/"), files
 
 
@@ -267,11 +273,11 @@ def as_served(found: Shaped[ndarray, "n ..."], first: int = 0) -> Shaped[ndarray
 # Through Ray Data to disk ----------------------------------------------------------------------------------------------------
 
 
-def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], None]) -> None:
+def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], None], option: str) -> None:
     """Write samples.npy and labels.npy in a random order, and then dataset.json."""
     import ray
 
-    system, root, files = find(name)
+    system, root, files = find(name, option)
     folders = [file.removeprefix(f"{root}/").split("/")[:-1] for file in files]
     by_folder = len(files) > 1 and READERS[_kind(files[0])] is image and all(folders)
     items = [{"file": file, "folder": folder[0] if by_folder else ""} for file, folder in zip(files, folders, strict=True)]
@@ -314,7 +320,7 @@ def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], 
     for file, why in bad.items():
         say(f"left out {file}: {why}")
     if count < FEWEST:
-        raise DataError(f"--dataset is {name}, which holds {count} sample{'s' * (count != 1)}; at least {FEWEST} are needed")
+        raise DataError(f"{option} is {name}, which holds {count} sample{'s' * (count != 1)}; at least {FEWEST} are needed")
 
     order = np.random.default_rng(0).permutation(count)
     found = np.memmap(cache / "samples.raw", first[0].dtype, "r", shape=(count, *first[0].shape[1:]))

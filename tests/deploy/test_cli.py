@@ -38,7 +38,7 @@ def ganwatch(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     [
         ("sample", "nothing is up"), ("scale 2", "nothing is up"), ("scale 0", "replicas is 0"), ("ack", "nothing is up"), ("promote v1", "there is no model yet"), ("rollback --model m", "unknown model|no earlier version"),
         ("inject nothing", "there is no model yet"), ("publish /nowhere", "no card.json"), ("publish", "name a bundle directory"),
-        ("publish --onnx g.onnx", "--onnx takes --reference"), ("publish --onnx g.onnx --reference ring --latent uniform:2", "--latent is uniform:2"), ("replay --bundle /nowhere --samples x.npy", "no card.json"),
+        ("publish --onnx g.onnx", "--onnx takes --reference"), ("publish --onnx g.onnx --reference ring --latent gamma:2", "--latent is gamma:2"), ("replay --bundle /nowhere --samples x.npy", "no card.json"),
         ("inject drop-mode", "invalid choice 'drop-mode'"), ("up --device gpu", "invalid choice 'gpu'"), ("promte v1", "promte"), ("grafana apply", "GRAFANA_TOKEN"),
     ],
 )  # fmt: skip

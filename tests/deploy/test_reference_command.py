@@ -36,4 +36,4 @@ def test_a_reference_is_built_from_a_file_and_built_again(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_what_cannot_be_built_is_said(tmp_path: Path) -> None:
     done = reference(tmp_path, "/nowhere")
-    assert done.returncode == 2 and "neither a path that exists nor built in" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "data is /nowhere, neither a path that exists nor built in" in done.stderr and "Traceback" not in done.stderr
