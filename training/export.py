@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from numpy import ndarray
 from torch import Tensor, nn
 
@@ -45,10 +45,10 @@ from training.bundle import (
 from training.data import Dataset
 from training.evaluation import divergences, kid_excess, mixture_fit, prdc
 from training.features import Sight
-from training.moments import frechet
+from training.moments import frechet, transport
 
 CERTIFY_AT_LEAST, CERTIFY_CHUNK = 200_000, 2048
-MOMENT_SAMPLES, NEARLY = 128 * CERTIFY_CHUNK, 0.05  # their mean is known to a five-hundredth of a deviation; deviations
+MOMENT_SAMPLES, NEARLY = 128 * CERTIFY_CHUNK, 0.05  # their mean is known to a five-hundredth of a deviation; how far off they may be
 DELTA = 0.01
 LEVELS = 0.5 ** np.arange(1, 17)
 GOLDEN = 64
@@ -70,43 +70,58 @@ class ExportError(RuntimeError):
 class Served(nn.Module):
     """A generator that answers in served form: uint8 [n, h, w, c], or float32 [n, d] in data units.
 
-    Vectors without separate heaps get the data's mean and standard deviation in each coordinate where they nearly have them: the
-    last steps' noise leaves a generator's a hundredth off, and the whole with them. What is further off was not learned, which is
-    not hidden; and heaps lie where they were learned to be, from where unequal shares of them would draw all.
+    Vectors without separate heaps get the data's mean and covariance where they nearly have them: the last steps' noise leaves a
+    generator's a hundredth off, and the whole with them. What is further off was not learned, which is not hidden; and heaps lie
+    where they were learned to be, from where unequal shares of them would draw all.
     """
 
     shift: Tensor
     scale: Tensor
+    turn: Tensor | None
 
     def __init__(self, generator: nn.Module, dataset: Dataset, latent: SignGaussian, class_shares: tuple[float, ...] = ()) -> None:
         super().__init__()
         self.generator, self.shape, self.is_image = generator, dataset.shape, dataset.is_image
-        shift, scale = dataset.shift, dataset.scale
+        mean, turn = None, None
         if not dataset.is_image and not dataset.clusters.heaps:
-            mean, deviation = _moments(generator, latent, class_shares)  # the data's are 0 and 1, or constant
-            near = np.maximum(np.abs(mean), np.abs(deviation - 1)) < NEARLY
-            scale = scale / np.where(near, deviation, 1)
-            shift = shift - scale * np.where(near, mean, 0)
+            mean, covariance = _moments(_drawn(generator, latent, class_shares))
+            turn = transport(covariance, _moments(_normalised(dataset))[1])
+            if np.linalg.norm(mean) > NEARLY or np.linalg.norm(turn - np.eye(len(turn)), ord=2) > NEARLY:
+                mean, turn = None, None
+        shift = dataset.shift if mean is None else dataset.shift - dataset.scale * (mean @ turn)
         self.register_buffer("shift", torch.from_numpy(shift.astype(np.float32)))
-        self.register_buffer("scale", torch.from_numpy(scale.astype(np.float32)))
+        self.register_buffer("scale", torch.from_numpy(dataset.scale))
+        self.register_buffer("turn", None if turn is None else torch.from_numpy(turn.astype(np.float32)))
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
-        x = self.generator(z, y) * self.scale + self.shift
+        x = self.generator(z, y)
+        x = (x if self.turn is None else x @ self.turn) * self.scale + self.shift
         return x.round().clamp(0, 255).to(torch.uint8).unflatten(1, self.shape) if self.is_image else x
 
 
 @torch.no_grad()
-def _moments(generator: nn.Module, latent: SignGaussian, class_shares: tuple[float, ...]) -> tuple[Float[ndarray, "d"], Float[ndarray, "d"]]:
-    """Mean and standard deviation of MOMENT_SAMPLES samples in the networks' units, in float64."""
+def _drawn(generator: nn.Module, latent: SignGaussian, class_shares: tuple[float, ...]) -> Iterator[Float[ndarray, "n d"]]:
+    """MOMENT_SAMPLES samples in the networks' units."""
     generator.eval()
-    count, total, squares = 0, 0.0, 0.0
-    while count < MOMENT_SAMPLES:
-        window = {"seed": 0, "offset": count, "count": CERTIFY_CHUNK}
+    for offset in range(0, MOMENT_SAMPLES, CERTIFY_CHUNK):
+        window = {"seed": 0, "offset": offset, "count": CERTIFY_CHUNK}
         inputs = [latent.sample(**window)] + ([sample_classes(np.array(class_shares), **window)] if class_shares else [])
-        x = generator(*map(torch.from_numpy, inputs)).double().numpy()
-        count, total, squares = count + len(x), total + x.sum(axis=0), squares + (x**2).sum(axis=0)
+        yield generator(*map(torch.from_numpy, inputs)).numpy()
+
+
+def _normalised(dataset: Dataset) -> Iterator[Float[ndarray, "n d"]]:
+    """The training samples in the networks' units."""
+    for i in range(0, dataset.trained, CERTIFY_CHUNK):
+        yield dataset.normalised(slice(i, min(i + CERTIFY_CHUNK, dataset.trained)))
+
+
+def _moments(parts: Iterable[Float[ndarray, "n d"]]) -> tuple[Float64[ndarray, "d"], Float64[ndarray, "d d"]]:
+    count, total, squares = 0, 0.0, 0.0
+    for part in parts:
+        x = part.astype(np.float64)
+        count, total, squares = count + len(x), total + x.sum(axis=0), squares + x.T @ x
     mean = total / count
-    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0))
+    return mean, squares / count - np.outer(mean, mean)
 
 
 def session(path: Path | bytes) -> onnxruntime.InferenceSession:
