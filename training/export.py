@@ -68,30 +68,32 @@ class ExportError(RuntimeError):
 
 
 class Served(nn.Module):
-    """A generator that answers in served form: uint8 [n, h, w, c], or float32 [n, d] in data units.
-
-    Vectors without separate heaps get the data's mean and covariance where they nearly have them: the last steps' noise leaves a
-    generator's a hundredth off, and the whole with them. What is further off was not learned, which is not hidden; and heaps lie
-    where they were learned to be, from where unequal shares of them would draw all.
-    """
+    """A generator that answers in served form: uint8 [n, h, w, c], or float32 [n, d] in data units."""
 
     shift: Tensor
     scale: Tensor
     turn: Tensor | None
 
-    def __init__(self, generator: nn.Module, dataset: Dataset, latent: SignGaussian, class_shares: tuple[float, ...] = ()) -> None:
+    def __init__(self, generator: nn.Module, dataset: Dataset) -> None:
         super().__init__()
         self.generator, self.shape, self.is_image = generator, dataset.shape, dataset.is_image
-        mean, turn = None, None
-        if not dataset.is_image and not dataset.clusters.heaps:
-            mean, covariance = _moments(_drawn(generator, latent, class_shares))
-            turn = transport(covariance, _moments(_normalised(dataset))[1])
-            if np.linalg.norm(mean) > NEARLY or np.linalg.norm(turn - np.eye(len(turn)), ord=2) > NEARLY:
-                mean, turn = None, None
-        shift = dataset.shift if mean is None else dataset.shift - dataset.scale * (mean @ turn)
-        self.register_buffer("shift", torch.from_numpy(shift.astype(np.float32)))
+        self.register_buffer("shift", torch.from_numpy(dataset.shift))
         self.register_buffer("scale", torch.from_numpy(dataset.scale))
-        self.register_buffer("turn", None if turn is None else torch.from_numpy(turn.astype(np.float32)))
+        self.register_buffer("turn", None)
+
+    def settle(self, dataset: Dataset, latent: SignGaussian, class_shares: tuple[float, ...] = ()) -> None:
+        """Give vectors without separate heaps the data's mean and covariance, where they nearly have them.
+
+        The last steps' noise leaves a generator's a hundredth off, and the whole with them. What is further off was not learned,
+        which is not hidden; and heaps lie where they were learned to be, from where unequal shares of them would draw all.
+        """
+        if dataset.is_image or dataset.clusters.heaps:
+            return
+        mean, covariance = _moments(_drawn(self.generator, latent, class_shares))
+        turn = transport(covariance, _moments(_normalised(dataset))[1])
+        if np.linalg.norm(mean) < NEARLY and np.linalg.norm(turn - np.eye(len(turn)), ord=2) < NEARLY:
+            self.shift = torch.from_numpy((dataset.shift - dataset.scale * (mean @ turn)).astype(np.float32))
+            self.turn = torch.from_numpy(turn.astype(np.float32))
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         x = self.generator(z, y)
@@ -378,7 +380,8 @@ def write_bundle(
     if generator.classes:
         class_shares = tuple((np.bincount(dataset.labels, minlength=generator.classes) / len(dataset.labels)).tolist())
         inputs["y"] = torch.arange(64) % generator.classes
-    served = Served(generator, dataset, latent, class_shares)
+    served = Served(generator, dataset)
+    served.settle(dataset, latent, class_shares)
     export_onnx(served, directory / "model.onnx", inputs, ("samples",), tolerance=1e-5)
     return complete_bundle(
         directory,

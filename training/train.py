@@ -67,7 +67,7 @@ from training.clusters import Clusters
 from training.config import MAY_CHANGE, Config, InputError, check, check_shape
 from training.data import DATASETS, DataError, Dataset
 from training.diagnostics import ALARMS, Diagnosis, Look
-from training.export import ExportError, open_source, write_bundle
+from training.export import ExportError, Served, open_source, write_bundle
 from training.features import fit_eye
 from training.gate import QualityRefused, publish
 from training.journal import Journal
@@ -278,7 +278,7 @@ def train_worker(job: dict[str, Any]) -> None:
     world = context.get_world_size()
     logging.getLogger().setLevel(logging.WARNING)  # Ray announces each report under the name of a file, not of ray.train
     begin = said = kept = time.monotonic()
-    first = 0  # step at which progress was first heard of
+    first, drawn = 0, 0  # step at which progress was first heard of, and tenths of the run that have a picture
     up: dict[str, str] = {}
 
     def say(step: int, steps: int, alarms: dict[str, str], failing: list[str], **figures: float) -> None:
@@ -299,7 +299,12 @@ def train_worker(job: dict[str, Any]) -> None:
             up = alarms
 
     def save(state: State, step: int, metrics: dict[str, Any]) -> None:
-        nonlocal kept
+        nonlocal kept, drawn
+        if rank == 0 and (tenth := 10 * step // config.recipe.steps) > drawn:
+            drawn = tenth
+            with suppress(OSError):  # a full disk is the checkpoint's to report
+                pictures.mkdir(exist_ok=True)
+                shown(state.average, config, dataset).save(pictures / f"step-{step:07}.png")
         due = torch.tensor(step == config.recipe.steps or time.monotonic() - kept > config.checkpoint_seconds, device=device)
         if world > 1:
             torch.distributed.broadcast(due, 0)  # reporting is a barrier: all do it, or none
@@ -316,7 +321,7 @@ def train_worker(job: dict[str, Any]) -> None:
                 ray.train.report(metrics | clock, checkpoint=saved, checkpoint_dir_name=f"step-{step:07}")
             kept = time.monotonic()
 
-    found = ray.train.get_checkpoint()
+    found, pictures = ray.train.get_checkpoint(), Path(job["run"]) / "samples"
     try:
         dataset = replace(open_data(config, Path(job["run"])), counted=job["clusters"])
         with one_group(Path(job["run"]), device), found.as_directory() if found else nullcontext() as directory:
@@ -430,6 +435,15 @@ def picture(samples: np.ndarray) -> Image.Image:
     return Image.fromarray((255 * np.sqrt(density / density.max())).astype(np.uint8)).resize((512, 512), Image.Resampling.NEAREST)
 
 
+def shown(generator: nn.Module, config: Config, dataset: Dataset) -> Image.Image:
+    """The picture of a generator in training, always of the same latents, and of all classes in turn."""
+    count = 128 if dataset.is_image else 20_000
+    latent, device = latent_law(config.recipe, dataset.clusters, dataset.dim), next(generator.parameters()).device
+    y = torch.arange(count, device=device) % len(dataset.classes) if config.conditional else None
+    with torch.no_grad():
+        return picture(Served(generator, dataset).to(device)(torch.from_numpy(latent.sample(seed=0, count=count)).to(device), y).cpu().numpy())
+
+
 def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     """Train, certify, publish. Raises TrainingStopped, ExportError, QualityRefused; the last leaves `<run>/bundle` complete."""
     built_in = open_data(config, run) if config.dataset in DATASETS else None  # at once; the user's own are read through Ray
@@ -450,6 +464,7 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     found = "one cluster" if count == 1 else f"{count} separate {'curves or sheets' if hollow else 'clusters'}"
     chosen = f"{latent.signs} signs and {latent.normals} normals as latents, for the data are {found}"
     print(f"latent   {chosen}", flush=True)
+    print(f"pictures {run / 'samples'}, one for each tenth of the run", flush=True)
     journal.write("latent", signs=latent.signs, normals=latent.normals, clusters=count)
     with ThreadPoolExecutor(1) as beside:  # this process only waits while the workers train
         eye = beside.submit(fit_eye, dataset, seed=config.seed, remember=config.reference_points)

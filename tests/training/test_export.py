@@ -145,7 +145,9 @@ def test_what_is_served_has_the_moments_of_smooth_data_where_it_nearly_had_them(
     latent = SignGaussian(0, 2, 1.0)
     slanted = np.random.default_rng(0).multivariate_normal([3, 4], [[4, 0.06], [0.06, 1]], 100_000).astype(np.float32)
     dataset = Dataset("sheet", slanted, cells=4) if name == "sheet" else DATASETS[name]()
-    x = Served(Line(steep, off), dataset, latent, (0.5, 0.5))(torch.from_numpy(latent.sample(seed=1, count=200_000))).double().numpy()
+    served = Served(Line(steep, off), dataset)
+    served.settle(dataset, latent, (0.5, 0.5))
+    x = served(torch.from_numpy(latent.sample(seed=1, count=200_000))).double().numpy()
     x = (x - dataset.shift) / dataset.scale
     real = np.cov(dataset.normalised(slice(0, dataset.trained)).T)
     np.testing.assert_allclose(x.mean(axis=0), 0 if mended else off, atol=0.01)

@@ -100,6 +100,7 @@ def test_two_workers_train_what_one_does_and_force_publishes_it(tmp_path):
     stages = [json.loads(line)["stage"] for line in (run / "status.jsonl").read_text().splitlines()]
     assert [s for s in ("ray", "train", "certify", "publish") if s not in stages] == []
     assert (run / "samples.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in (run / "samples").iterdir()] == ["step-0000005.png"]  # while it trained: one for each tenth
 
 
 @pytest.mark.slow
