@@ -140,14 +140,14 @@ class Embedding:
         if self.count:
             some = points[:512]
             width = math.sqrt(max(float(np.median(squared_distances(some, some)[np.triu_indices(len(some), 1)])), 1e-300))
-            self._frequencies = np.random.default_rng(0).standard_normal((points.shape[1], FREQUENCIES)).astype(np.float32) / np.float32(width)
+            self.frequencies = np.random.default_rng(0).standard_normal((points.shape[1], FREQUENCIES)).astype(np.float32) / np.float32(width)
             self.sum = self(points).sum(axis=0, dtype=np.float64)
 
     def __call__(self, x: Float[ndarray, "n p"]) -> Float[ndarray, "n e"]:
         """Unit vectors [n, size]; of size 0 where there were not enough real points."""
         if not self.count:
             return np.empty((len(x), 0), np.float32)
-        phase = x.astype(np.float32) @ self._frequencies
+        phase = x.astype(np.float32) @ self.frequencies
         return np.concatenate([np.cos(phase), np.sin(phase)], axis=1) / np.float32(math.sqrt(FREQUENCIES))
 
     def mmd(self, served: Float64[ndarray, "e"], n: int, *, delta: float) -> tuple[float, float, float]:

@@ -46,5 +46,12 @@ def sliced_wasserstein(a: Law, b: Law, directions: ndarray) -> float:
     return float(total / len(directions))
 
 
+def embedded(law: Law, frequencies: ndarray) -> ndarray:
+    """The mean of (cos, sin)(x.w) / sqrt(F) over F frequencies w [p, F]: the law's characteristic function."""
+    (mean, covariance), w = law, frequencies.astype(np.float64)
+    damped = np.exp(-0.5 * (w * (covariance @ w)).sum(axis=0)) / math.sqrt(w.shape[1])
+    return np.concatenate([damped * np.cos(mean @ w), damped * np.sin(mean @ w)])
+
+
 def distances(a: Law, b: Law, directions: ndarray) -> dict[str, float]:
     return {"frechet": frechet(*a, *b)[0], "kid": kid(a, b), "sliced_wasserstein": sliced_wasserstein(a, b, directions)}

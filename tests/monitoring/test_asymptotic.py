@@ -14,7 +14,7 @@ from training.moments import frechet
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from bench_monitoring import asymptotic_intervals  # noqa: E402
+from bench_monitoring import asymptotic_intervals, embedded_intervals  # noqa: E402
 from gaussians import distances, draw, kid  # noqa: E402
 
 TURN = np.linalg.qr(np.random.default_rng(3).standard_normal((4, 4)))[0]
@@ -95,5 +95,5 @@ def test_far_laws_are_told_from_near_ones():
 
 @pytest.mark.slow
 def test_intervals_hold_at_every_look():
-    for row in asymptotic_intervals(12):
+    for row in asymptotic_intervals(12) + embedded_intervals(12):
         assert row["low_99"] <= row["delta"] and row["width"] < row["most"], row
