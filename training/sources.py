@@ -8,7 +8,7 @@ and AWS_ENDPOINT_URL where it is not Amazon's; gs:// by GOOGLE_APPLICATION_CREDE
 Ray's workers need the same variables: a cluster elsewhere gets them by `ray job submit --runtime-env-json`.
 
 Files stream through Ray's workers into one memory-mapped array, so data may be larger than memory. A file that cannot be used
-is named, with the reason. It knows neither networks nor training.
+is named, with the reason, and what is left out of one is said. It knows neither networks nor training.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Int64, Shaped
 from numpy import ndarray
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
@@ -35,6 +35,7 @@ from training.data import CELLS, DATASETS, DataError, Dataset
 FEWEST = 100  # samples: a fifth is held out, and the outermost hundredth of that is looked at
 CHUNK = 8 << 20  # bytes of samples that travel together
 NAMED = 20  # bad files named in an error
+SIDE_FILES = {"", ".txt", ".md", ".rst", ".html", ".csv", ".tsv", ".json", ".yaml", ".yml", ".xml", ".ini", ".log", ".db"}  # lie beside data
 
 
 @runtime_checkable
@@ -46,7 +47,12 @@ class Stream(Protocol):
     def seek(self, position: int, /) -> int: ...
 
 
-Chunk = tuple[ndarray, ndarray | None]  # samples as found, and their labels
+class Chunk(NamedTuple):
+    """Samples as found, [n, ...], and their labels, if any, [n]. `left_out`: what of the file is not read, for the words."""
+
+    samples: ndarray
+    labels: ndarray | None = None
+    left_out: str = ""
 
 
 def open_dataset(
@@ -72,8 +78,11 @@ def open_dataset(
     return Dataset(about["name"], samples, about["cells"], labels, tuple(about["classes"]))
 
 
-def find(name: str, option: str = "--dataset") -> tuple[FileSystem, str, list[str]]:
-    """The file system, the root and the files at a path or URI, sorted. Raises DataError where there is nothing to read."""
+def find(name: str, option: str = "--dataset") -> tuple[FileSystem, str, list[str], list[str]]:
+    """The file system, the root, the files at a path or URI that have a reader, and the others, both sorted.
+
+    Hidden files have none. Raises DataError where there is nothing to read.
+    """
     try:
         system, root = FileSystem.from_uri(name) if "://" in name else (LocalFileSystem(), str(Path(name).absolute()))
         about = system.get_file_info(root)
@@ -87,10 +96,11 @@ def find(name: str, option: str = "--dataset") -> tuple[FileSystem, str, list[st
         near = difflib.get_close_matches(name, DATASETS, n=1)
         words = f"did you mean {near[0]}? " if near else ""
         raise DataError(f"{option} is {name}, neither a path that exists nor built in; {words}built in are {', '.join(DATASETS)}")
-    files = sorted(f.path for f in inside if f.type == FileType.File and _kind(f.path) in READERS)
+    root, paths = root.rstrip("/"), sorted(f.path for f in inside if f.type == FileType.File)
+    files = [path for path in paths if _kind(path) in READERS and not _hidden(root, path)]
     if not files:
         raise DataError(f"{option} is {name}, where no file ends in {', '.join(READERS)}")
-    return system, root.rstrip("/"), files
+    return system, root, files, sorted(set(paths) - set(files))
 
 
 _REMEDIES = (  # what storage answers, and what to do
@@ -99,11 +109,21 @@ _REMEDIES = (  # what storage answers, and what to do
     ("PERMISSION_DENIED", "set GOOGLE_APPLICATION_CREDENTIALS to a key that may read it"),
 )
 _IDX_IMAGES = re.compile(r"images[-.]idx3-ubyte(\.gz)?$")
+_IDX_LABELS = re.compile(r"labels[-.]idx1-ubyte(\.gz)?$")
 
 
 def _kind(path: str) -> str:
     """The key of READERS for a file: its suffix, or .idx for IDX images, whose names have none."""
     return ".idx" if _IDX_IMAGES.search(path) else Path(path).suffix.lower()
+
+
+def _inside(root: str, path: str) -> list[str]:
+    """The names on the way from the root to a file; none where it is the root."""
+    return path.removeprefix(root).split("/")[1:]
+
+
+def _hidden(root: str, path: str) -> bool:
+    return any(part.startswith(".") for part in _inside(root, path))
 
 
 def label(name: str) -> str:
@@ -117,29 +137,47 @@ def label(name: str) -> str:
 
 def npy(file: Stream) -> Iterator[Chunk]:
     for part in _rows(file):
-        yield part, None
+        yield Chunk(part)
 
 
 def npz(file: Stream) -> Iterator[Chunk]:
-    """x (or samples, images, data) with y (or labels), or x_train, y_train, x_test, y_test."""
+    """x (or samples, images, data) with y (or labels, label), or x_train, y_train, x_test, y_test; or one array of any other name."""
     with zipfile.ZipFile(file) as archive:
-        names = {member.removesuffix(".npy") for member in archive.namelist()}
-        given = [(x, y) for x, y in _ARRAYS if x in names]
-        if not given and len(names) == 1:
-            given = [(names.pop(), "")]
-        if not given:
-            raise ValueError(f"it holds {', '.join(sorted(names))}; samples are looked for under {', '.join(x for x, _ in _ARRAYS)}")
+        names = sorted(member.removesuffix(".npy") for member in archive.namelist())
+        given = _paired(names)
+        others = [name for name in names if name not in sum(given, ())]
+        left_out = f"arrays {', '.join(others)}" if others else ""
         for x, y in given:
-            labels = np.lib.format.read_array(archive.open(f"{y}.npy"), allow_pickle=False) if y in names else None
+            labels = np.lib.format.read_array(archive.open(f"{y}.npy"), allow_pickle=False) if y else None
             done = 0
             for part in _rows(archive.open(f"{x}.npy")):
-                yield part, None if labels is None else labels[done : done + len(part)]
+                yield Chunk(part, None if labels is None else labels[done : done + len(part)], left_out)
                 done += len(part)
             if labels is not None and len(labels) != done:
                 raise ValueError(f"{y} holds {len(labels):,} labels and {x} {done:,} samples")
 
 
-_ARRAYS = [("x", "y"), ("samples", "labels"), ("images", "labels"), ("data", "labels"), ("x_train", "y_train"), ("x_test", "y_test")]
+_SAMPLES = "x", "samples", "images", "data", "x_train", "x_test"
+_LABELS = "y", "labels", "label", "y_train", "y_test"
+
+
+def _paired(names: list[str]) -> list[tuple[str, str]]:
+    """Arrays of samples, each with that of its labels or "". Raises ValueError where names allow of two readings, or of none."""
+    samples, labels = (tuple(name for name in known if name in names) for known in (_SAMPLES, _LABELS))
+    looked_for = f"samples are looked for under {', '.join(_SAMPLES)}"
+    if labels and set(names) == set(labels):
+        raise ValueError(f"it holds labels and no samples; {looked_for}")
+    if not samples and len(names) == 1:
+        return [(names[0], "")]
+    if not samples:
+        raise ValueError(f"it holds {', '.join(names)}; {looked_for}")
+    if samples == ("x_train", "x_test") and labels in ((), ("y_train", "y_test")):
+        return list(zip(samples, labels or ("", ""), strict=True))
+    crossed = samples + labels in (("x_train", "y_test"), ("x_test", "y_train"))
+    if len(samples) > 1 or len(labels) > 1 or crossed:
+        wanted = "give one array of samples and at most one of labels, or x_train, y_train, x_test and y_test"
+        raise ValueError(f"it holds {', '.join(samples + labels)}, and which of them are meant is not clear; {wanted}")
+    return [(samples[0], labels[0] if labels else "")]
 
 
 def _rows(file: Stream) -> Iterator[Shaped[ndarray, "n ..."]]:
@@ -173,6 +211,7 @@ def parquet(file: Stream) -> Iterator[Chunk]:
     for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
         names = batch.schema.names
         named = next((n for n in ("label", "labels", "y") if n in names), None)
+        others = [n for n in names if n not in ("image", named)]
         labels = None
         if named is not None:
             if batch[named].null_count:
@@ -180,15 +219,16 @@ def parquet(file: Stream) -> Iterator[Chunk]:
             labels = np.asarray(batch[named].to_pylist())
         if "image" in names:
             encoded = [v["bytes"] if isinstance(v, dict) else v for v in batch["image"].to_pylist()]
+            left_out = f"columns {', '.join(others)}" if others else ""
             for i, raw in enumerate(encoded):
-                for pixels, _ in image(io.BytesIO(raw)):
-                    yield pixels, None if labels is None else labels[i : i + 1]
+                for found in image(io.BytesIO(raw)):
+                    yield Chunk(found.samples, None if labels is None else labels[i : i + 1], left_out)
             continue
-        columns = {n: _numbers(batch[n]) for n in names if n != named}
+        columns = {n: _numbers(batch[n]) for n in others}
         wrong = [n for n, c in columns.items() if c.dtype.kind not in "iuf"]
         if wrong or not columns:
             raise ValueError(f"columns {', '.join(wrong) or 'with samples'} are no numbers; give coordinates, or encoded images in `image`")
-        yield np.concatenate([c[:, None] if c.ndim == 1 else c for c in columns.values()], axis=1), labels
+        yield Chunk(np.concatenate([c[:, None] if c.ndim == 1 else c for c in columns.values()], axis=1), labels)
 
 
 def _numbers(column: Any) -> Shaped[ndarray, "n ..."]:
@@ -208,7 +248,7 @@ def idx(file: Stream) -> Iterator[Chunk]:
     """MNIST's format, gzipped or not: two zero bytes, the code of unsigned bytes, the number of axes, each axis in big-endian."""
     values, shape = _idx(file)
     for part in _pieces(values, shape, np.dtype(np.uint8)):
-        yield part, None
+        yield Chunk(part)
 
 
 def _idx(file: Stream) -> tuple[Stream, tuple[int, ...]]:
@@ -223,14 +263,15 @@ def _idx(file: Stream) -> tuple[Stream, tuple[int, ...]]:
 
 
 def image(file: Stream) -> Iterator[Chunk]:
-    """Grey images stay grey [1, h, w, 1], all others become RGB [1, h, w, 3]; transparency is dropped."""
+    """Grey images stay grey [1, h, w, 1], all others, palettes too, become RGB [1, h, w, 3]. Transparency is dropped."""
     from PIL import Image
 
     with Image.open(file) as opened:
         if opened.mode.startswith(("I", "F")):
             raise ValueError(f"its pixels are {opened.mode}; 8 bits a channel are expected")
+        left_out = "all frames but the first" if getattr(opened, "n_frames", 1) > 1 else ""
         pixels = np.asarray(opened.convert("L" if opened.mode in ("1", "L", "LA") else "RGB"))
-    yield pixels.reshape(1, *pixels.shape[:2], -1), None
+    yield Chunk(pixels.reshape(1, *pixels.shape[:2], -1), left_out=left_out)
 
 
 def _check_finite(found: Shaped[ndarray, "n ..."], first: int) -> None:
@@ -243,7 +284,8 @@ def _check_finite(found: Shaped[ndarray, "n ..."], first: int) -> None:
 
 
 READERS: dict[str, Callable[[Stream], Iterator[Chunk]]] = {
-    ".npz": npz, ".npy": npy, ".idx": idx, ".parquet": parquet, ".png": image, ".jpg": image, ".jpeg": image, ".webp": image, ".bmp": image,
+    ".npz": npz, ".npy": npy, ".idx": idx, ".parquet": parquet,
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"), image),
 }  # fmt: skip
 
 
@@ -277,15 +319,16 @@ def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], 
     """Write samples.npy and labels.npy in a random order, and then dataset.json."""
     import ray
 
-    system, root, files = find(name, option)
-    folders = [file.removeprefix(f"{root}/").split("/")[:-1] for file in files]
-    by_folder = len(files) > 1 and READERS[_kind(files[0])] is image and all(folders)
-    items = [{"file": file, "folder": folder[0] if by_folder else ""} for file, folder in zip(files, folders, strict=True)]
+    system, root, files, others = find(name, option)
+    beside, bad = _unread(root, files, others)
+    total = len(files) + len(bad)
+    items, astray = _in_classes(root, files)
+    bad |= astray
 
     rows = _through_ray(items, system) if ray.is_initialized() else _here(items, system)
 
     cache.mkdir(parents=True, exist_ok=True)
-    bad: dict[str, str] = {}
+    left_out: dict[str, dict[str, None]] = {}  # what, and the files of which it is
     labels: list[ndarray] = []
     first: tuple[ndarray, str] | None = None
     count = 0
@@ -313,26 +356,26 @@ def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], 
             raw.write(samples.tobytes())
             count += len(samples)
             labels += [_unpacked(row["labels"])] if row["labels"] else []
+            if row["left_out"]:
+                left_out.setdefault(row["left_out"], {})[file] = None
     if bad and not (skip_bad_files and count):
         listed = "".join(f"\n  {file}: {why}" for file, why in list(bad.items())[:NAMED])
         more = f"\n  and {len(bad) - NAMED:,} more" if len(bad) > NAMED else ""
-        raise DataError(f"{len(bad):,} of {len(files):,} files cannot be used; mend them, or leave them out with --skip-bad-files:{listed}{more}")
+        raise DataError(f"{len(bad):,} of {total:,} files cannot be used; mend them, or leave them out with --skip-bad-files:{listed}{more}")
     for file, why in bad.items():
         say(f"left out {file}: {why}")
+    for what, of in left_out.items():
+        if kept := [file for file in of if file not in bad]:
+            say(f"left out {what} of {_some(kept)}")
+    if beside:
+        say(f"left out files that are no data: {_some(beside)}")
     if count < FEWEST:
         raise DataError(f"{option} is {name}, which holds {count} sample{'s' * (count != 1)}; at least {FEWEST} are needed")
 
     order = np.random.default_rng(0).permutation(count)
     found = np.memmap(cache / "samples.raw", first[0].dtype, "r", shape=(count, *first[0].shape[1:]))
-    shuffled = np.lib.format.open_memmap(cache / "samples.npy", "w+", found.dtype, found.shape)
-    step = max(1, CHUNK // found[0].nbytes)
-    for begin in range(0, count, step):
-        shuffled[begin : begin + step] = found[order[begin : begin + step]]
-        if begin // step % 32 == 31:  # pages that were touched count as this process's memory until they are let go
-            shuffled.flush()
-            for mapped in (found, shuffled):
-                mapped._mmap.madvise(mmap.MADV_DONTNEED)
-    shuffled.flush()
+    if not _shuffle(found, order, cache / "samples.npy"):
+        raise DataError(f"--dataset is {name}, in which all {count:,} samples are equal (as {found.dtype}); data that vary are expected")
     (cache / "samples.raw").unlink()
     classes: list[str] = []
     if labels:
@@ -343,7 +386,53 @@ def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], 
         np.save(cache / "labels.npy", index[order].astype(np.int64))
     cells = len(classes) or min(CELLS, count // 20)
     (cache / "dataset.json").write_text(json.dumps({"name": label(name), "cells": cells, "classes": classes, "source": name}))
-    say(f"read     {count:,} samples of {_form(first[0])} from {len(files) - len(bad):,} files")
+    say(f"read     {count:,} samples of {_form(first[0])} from {total - len(bad):,} files")
+
+
+def _unread(root: str, files: list[str], others: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Of the files that no reader takes: those that are no data, such as a README, and those that may be, with the reason."""
+    images = {file.removesuffix(".gz") for file in files}
+    beside, bad = [], {}
+    for path in others:
+        suffix = Path(path).suffix.lower()
+        if _IDX_LABELS.search(path):
+            folder, _, name = path.removesuffix(".gz").rpartition("/")
+            if f"{folder}/{name.replace('labels', 'images').replace('idx1', 'idx3')}" not in images:
+                bad[path] = "it holds labels, and no file of images lies beside it"
+        elif suffix in SIDE_FILES or _hidden(root, path):
+            beside.append(path)
+        else:
+            bad[path] = f"files that end in {suffix} are not read; {', '.join(READERS)} are"
+    return beside, bad
+
+
+def _in_classes(root: str, files: list[str]) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """Each file with the class that its folder is, "" where there are none, and the files that lie beside such folders, with the reason."""
+    folders = {file: [*_inside(root, file)[:-1], ""][0] for file in files}
+    classes = sorted({folder for file, folder in folders.items() if folder and READERS[_kind(file)] is image})
+    why = f"it lies beside the class folders {_some(classes)}; move it into one of them, or all images into one folder"
+    items = [{"file": file, "folder": folder if classes else ""} for file, folder in folders.items() if folder or not classes]
+    return items, {file: why for file, folder in folders.items() if classes and not folder}
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+
+
+def _shuffle(found: Shaped[ndarray, "n ..."], order: Int64[ndarray, "n"], path: Path) -> bool:
+    """Write the rows of an array that lies on disk to `path` in this order, in pieces. Whether any of them differ."""
+    shuffled, vary = np.lib.format.open_memmap(path, "w+", found.dtype, found.shape), False
+    step = max(1, CHUNK // found[0].nbytes)
+    for begin in range(0, len(found), step):
+        part = found[order[begin : begin + step]]
+        shuffled[begin : begin + step] = part
+        vary = vary or bool((part != found[0]).any())
+        if begin // step % 32 == 31:  # pages that were touched count as this process's memory until they are let go
+            shuffled.flush()
+            for mapped in (found, shuffled):
+                mapped._mmap.madvise(mmap.MADV_DONTNEED)
+    shuffled.flush()
+    return vary
 
 
 def _through_ray(items: list[dict[str, str]], system: FileSystem) -> Iterator[dict[str, Any]]:
@@ -368,16 +457,20 @@ def _here(items: list[dict[str, str]], system: FileSystem) -> Iterator[dict[str,
 def _decoded(files: dict[str, Any], system: FileSystem) -> Iterator[dict[str, list[Any]]]:
     """In a Ray worker: one row for each chunk, or for the problem that a file has."""
     for file, folder in zip(files["file"].tolist(), files["folder"].tolist(), strict=True):
-        row: dict[str, Any] = {"file": file, "samples": b"", "labels": b"", "problem": ""}
+        row: dict[str, Any] = {"file": file, "samples": b"", "labels": b"", "left_out": "", "problem": ""}
         try:
             beside, done = _beside(system, file), 0  # done: rows of the file
             with system.open_input_file(file) as opened:
-                for samples, labels in READERS[_kind(file)](opened):
+                for samples, labels, left_out in READERS[_kind(file)](opened):
                     labels = np.full(len(samples), folder) if folder else labels
                     if beside is not None:
                         labels = beside[done : done + len(samples)]
-                    packed = b"" if labels is None else _packed(labels)
-                    yield {k: [v] for k, v in (row | {"samples": _packed(as_served(samples, done)), "labels": packed}).items()}
+                    if labels is not None and labels.shape[1:] not in ((), (1,)):
+                        form = f"{labels.dtype} [n, {', '.join(map(str, labels.shape[1:]))}]"
+                        raise ValueError(f"labels are {form}; one whole number or word a sample is expected")
+                    packed = b"" if labels is None else _packed(labels.reshape(-1))
+                    chunk = {"samples": _packed(as_served(samples, done)), "labels": packed, "left_out": left_out}
+                    yield {k: [v] for k, v in (row | chunk).items()}
                     done += len(samples)
         except Exception as error:  # whatever a decoder raises on a damaged file
             yield {k: [v] for k, v in (row | {"problem": str(error) or type(error).__name__}).items()}
@@ -391,7 +484,7 @@ def _beside(system: FileSystem, file: str) -> ndarray | None:
     if not found:
         return None
     with system.open_input_file(found[0]) as opened:
-        labels = np.concatenate([part for part, _ in idx(opened)])
+        labels = np.concatenate([part for part, *_ in idx(opened)])
     with system.open_input_file(file) as opened:
         count = _idx(opened)[1][0]
     if labels.shape != (count,):

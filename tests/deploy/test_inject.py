@@ -105,7 +105,7 @@ def test_copies_are_samples_of_the_data(registry: Registry, tmp_path: Path) -> N
         inject(registry, "grid", "copies")
     with pytest.raises(InjectError, match="only copies takes data"):
         inject(registry, "grid", "nothing", data="data.npy")
-    np.save(tmp_path / "other.npy", np.zeros((2000, 3), np.float32))
+    np.save(tmp_path / "other.npy", np.eye(2000, 3, dtype=np.float32))
     with pytest.raises(InjectError, match="serves float32"):
         inject(registry, "grid", "copies", data=str(tmp_path / "other.npy"))
     card = registry.path("grid", "v1") / "card.json"  # of a generator that was trained on files of a built-in data set

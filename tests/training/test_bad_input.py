@@ -57,6 +57,8 @@ DATA = {
     "nan.npz": ({"x": np.where(PIXELS > 250, np.nan, PIXELS / 255)}, f"hold NaN or infinity, the first in row {(PIXELS > 250).any(axis=(1, 2)).argmax()}"),
     "shape.npz": ({"x": np.zeros((120, 3, 6, 6), np.uint8)}, "channels come last"),
     "range.npz": ({"x": PIXELS.astype(np.int64) * 4}, "uint8 from 0 to 255 is expected"),
+    "labels.npz": ({"y": LABELS}, "it holds labels and no samples; samples are looked for under x, samples"),
+    "equal.npz": ({"x": np.full((120, 2), 0.5)}, "in which all 120 samples are equal"),
     "orphans.npz": ({"x": PIXELS[:110], "y": LABELS}, "y holds 120 labels and x 110 samples"),
 }
 

@@ -20,8 +20,8 @@ rng = np.random.default_rng(0)
 def read(path):
     with open(path, "rb") as file:
         chunks = list(READERS[path.suffix](file))
-    labels = [y for _, y in chunks if y is not None]
-    return np.concatenate([x for x, _ in chunks]), np.concatenate(labels) if labels else None
+    labels = [y for _, y, _ in chunks if y is not None]
+    return np.concatenate([x for x, *_ in chunks]), np.concatenate(labels) if labels else None
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.sampled_from(["u1", "<i4", ">f4", "<f8"]))
@@ -29,7 +29,7 @@ def test_npy_gives_back_what_was_saved(shape, dtype):
     array, file = rng.integers(100, size=shape).astype(dtype), io.BytesIO()
     np.save(file, array)
     file.seek(0)
-    np.testing.assert_array_equal(np.concatenate([x for x, _ in READERS[".npy"](file)]), array)
+    np.testing.assert_array_equal(np.concatenate([x for x, *_ in READERS[".npy"](file)]), array)
 
 
 def test_large_arrays_come_in_pieces(tmp_path, monkeypatch):
@@ -37,7 +37,7 @@ def test_large_arrays_come_in_pieces(tmp_path, monkeypatch):
     x, y = rng.integers(256, size=(300, 4, 4), dtype=np.uint8), np.arange(300) % 7
     np.savez(tmp_path / "a.npz", x=x, y=y)
     with open(tmp_path / "a.npz", "rb") as file:
-        assert max(part.nbytes for part, _ in READERS[".npz"](file)) <= 1000
+        assert max(part.nbytes for part, *_ in READERS[".npz"](file)) <= 1000
     found, labels = read(tmp_path / "a.npz")
     np.testing.assert_array_equal(found, x)
     np.testing.assert_array_equal(labels, y)
@@ -88,6 +88,146 @@ def test_unknown_file_systems_are_refused():
         find("gopher://x")
 
 
+@pytest.fixture
+def opened(tmp_path, monkeypatch):
+    """Opens what lies at a path below tmp_path without Ray, and returns the data set and what was said of it."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+
+    def opened(name, **options):
+        said: list[str] = []
+        cache = tmp_path / "cache" / str(len(list(tmp_path.glob("cache/*"))))
+        return open_dataset(str(tmp_path / name), cache=cache, say=said.append, **options), said[:-1]  # the last is "read ..."
+
+    return opened
+
+
+X = rng.standard_normal((120, 2)).astype(np.float32)
+Y = np.arange(120) % 3
+
+
+@pytest.mark.parametrize("samples", ["x", "samples", "images", "data", "x_train", "x_test"])
+@pytest.mark.parametrize("labels", ["y", "labels", "label"])
+def test_any_name_of_samples_goes_with_any_name_of_labels(samples, labels, tmp_path, opened):
+    np.savez(tmp_path / "a.npz", **{samples: X, labels: Y})
+    dataset, said = opened("a.npz")
+    by_content = {x.tobytes(): int(y) for x, y in zip(X, Y, strict=True)}
+    assert dataset.classes == ("0", "1", "2") and [by_content[x.tobytes()] for x in dataset.samples] == dataset.labels.tolist()
+    assert not said
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        (("y",), "a.npz: it holds labels and no samples"),
+        (("label",), "it holds labels and no samples"),
+        (("y_train", "y_test"), "it holds labels and no samples"),
+        (("labels", "meta"), "it holds labels, meta; samples are looked for under x, samples"),
+        (("x", "data", "y"), "it holds x, data, y, and which of them are meant is not clear; give one array of samples and"),
+        (("x", "y", "label"), "it holds x, y, label, and which"),
+        (("x", "x_train", "x_test"), "it holds x, x_train, x_test, and which"),
+        (("x_train", "x_test", "y_test"), "it holds x_train, x_test, y_test, and which"),
+        (("x_train", "y_test"), "it holds x_train, y_test, and which"),
+    ],
+)
+def test_arrays_that_allow_of_two_readings_are_refused(arrays, words, tmp_path, opened):
+    np.savez(tmp_path / "a.npz", **{name: X if name[0] in "xd" else Y for name in arrays})
+    with pytest.raises(DataError, match=words):
+        opened("a.npz")
+
+
+def test_training_and_test_parts_are_read_both(tmp_path, opened):
+    np.savez(tmp_path / "a.npz", x_train=X, y_train=Y, x_test=X, y_test=Y[:, None])  # a column of labels is as good
+    dataset, said = opened("a.npz")
+    assert len(dataset.samples) == 240 and np.bincount(dataset.labels).tolist() == [80, 80, 80] and not said
+
+
+def test_what_is_left_out_of_a_file_is_said(tmp_path, opened):
+    np.savez(tmp_path / "a.npz", x=X, y=Y, meta=np.arange(3), id=np.arange(120))
+    assert opened("a.npz")[1] == [f"left out arrays id, meta of {tmp_path / 'a.npz'}"]
+    encoded = [picture(tmp_path / f"{k}").read_bytes() for k in range(100)]
+    pq.write_table(pa.table({"image": encoded, "id": range(100), "label": Y[:100]}), tmp_path / "a.parquet")
+    assert opened("a.parquet")[1] == [f"left out columns id of {tmp_path / 'a.parquet'}"]
+
+
+def test_labels_are_one_a_sample(tmp_path, opened):
+    np.savez(tmp_path / "a.npz", x=X, y=np.eye(3, dtype=int)[Y])
+    with pytest.raises(DataError, match=r"a\.npz: labels are int64 \[n, 3\]; one whole number or word a sample is expected"):
+        opened("a.npz")
+
+
+@pytest.mark.parametrize("same", [np.full((200, 2), 0.5), np.full((200, 4, 4), 7, np.uint8)])
+def test_data_that_never_vary_are_refused(same, tmp_path, opened):
+    np.save(tmp_path / "a.npy", same)
+    with pytest.raises(DataError, match=r"a\.npy, in which all 200 samples are equal"):
+        opened("a.npy")
+    same.reshape(200, -1)[199, 1] += 1  # one is different, in one coordinate
+    np.save(tmp_path / "a.npy", same)
+    assert len(opened("a.npy")[0].samples) == 200
+
+
+def picture(path, suffix="png", frames=1):
+    """Random pixels, grey, 6 x 5, written to a file, whose path is returned."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, *rest = (Image.fromarray(rng.integers(256, size=(6, 5), dtype=np.uint8)) for _ in range(frames))
+    path = path.with_suffix(f".{suffix}")
+    first.save(path, **({"save_all": True, "append_images": rest} if rest else {}))
+    return path
+
+
+@pytest.fixture
+def faces(tmp_path):
+    """120 pictures in the class folders a and b."""
+    for k in range(120):
+        picture(tmp_path / "faces" / "ab"[k % 2] / f"{k:03}")
+    return tmp_path / "faces"
+
+
+def test_a_stray_file_among_class_folders_is_named(faces, opened):
+    picture(faces / "stray")
+    with pytest.raises(DataError, match=r"1 of 121 files cannot be used(.|\n)*stray\.png: it lies beside the class folders a, b; move it into one of them"):
+        opened("faces")
+    dataset, said = opened("faces", skip_bad_files=True)
+    assert len(dataset.samples) == 120 and dataset.classes == ("a", "b") and "stray.png" in said[0] and said[0].startswith("left out")
+
+
+def test_tiff_and_gif_are_images_of_which_the_first_frame_counts(faces, opened):
+    for k in range(5):
+        picture(faces / "c" / f"{k}", "tif", frames=2)
+    dataset, said = opened("faces")
+    assert np.bincount(dataset.labels).tolist() == [60, 60, 5] and dataset.shape == (6, 5, 1)
+    assert said == [f"left out all frames but the first of {', '.join(f'{faces}/c/{k}.tif' for k in range(3))} and 2 more"]
+    with open(picture(faces / "moving", "gif", frames=2), "rb") as file:
+        ((pixels, _, left_out),) = READERS[".gif"](file)
+    assert pixels.shape == (1, 6, 5, 3) and left_out == "all frames but the first"
+
+
+def test_files_that_no_reader_takes_are_refused_unless_they_are_no_data(faces, opened):
+    for name in ("README.md", "LICENSE", ".DS_Store", "a/labels.csv", "b/.thumbnails/000.png"):
+        (faces / name).parent.mkdir(exist_ok=True)
+        (faces / name).write_text("no picture")
+    dataset, said = opened("faces")
+    assert len(dataset.samples) == 120 and dataset.classes == ("a", "b")
+    assert said == [f"left out files that are no data: {faces}/.DS_Store, {faces}/LICENSE, {faces}/README.md and 2 more"]
+    (faces / "a" / "x.heic").write_text("a picture")
+    with pytest.raises(DataError, match=r"1 of 121 files cannot be used(.|\n)*x\.heic: files that end in \.heic are not read; \.npz, .* are"):
+        opened("faces")
+    dataset, said = opened("faces", skip_bad_files=True)
+    assert len(dataset.samples) == 120 and any("x.heic" in words for words in said)
+
+
+def test_labels_without_their_images_are_named(tmp_path, opened):
+    pixels = rng.integers(256, size=(120, 6, 5), dtype=np.uint8)
+    for name, array in (("a-images-idx3", pixels), ("a-labels-idx1", Y), ("b-labels-idx1", Y)):
+        head = b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">u4").tobytes()
+        (tmp_path / "idx").mkdir(exist_ok=True)
+        (tmp_path / "idx" / f"{name}-ubyte").write_bytes(head + array.astype(np.uint8).tobytes())
+    with pytest.raises(DataError, match=r"1 of 2 files cannot be used(.|\n)*b-labels-idx1-ubyte: it holds labels, and no file of images lies beside it"):
+        opened("idx")
+    (tmp_path / "idx" / "b-labels-idx1-ubyte").unlink()
+    dataset, said = opened("idx")
+    assert np.bincount(dataset.labels).tolist() == [40, 40, 40] and not said
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning")  # Ray Data warns of its own doing
 def test_data_of_ones_own_go_through_ray(tmp_path, ray):
@@ -114,13 +254,17 @@ def test_data_of_ones_own_go_through_ray(tmp_path, ray):
     Image.fromarray(pixels[0, :4]).save(faces / "dog" / "small.png")
     with pytest.raises(DataError, match=r"2 of 121 files cannot be used(.|\n)*broken\.png: (.|\n)*small\.png: holds images of 4 x 5 x 1; .*holds images of 6 x 5 x 1"):
         open_dataset(str(faces), cache=tmp_path / "again", say=said.append)
+    (faces / "README.md").write_text("no picture")
     kept = open_dataset(str(faces), cache=tmp_path / "again", skip_bad_files=True, say=said.append)
     assert len(kept.samples) == 119 and [w for w in said if "left out" in w and "broken.png" in w]
+    assert f"left out files that are no data: {faces}/README.md" in said
 
     x = rng.standard_normal((150, 2)).astype(np.float32)
     np.save(tmp_path / "v.npy", x)
     unlabelled = opened("v.npy")
     assert unlabelled.labels is None and unlabelled.cells == 7 and np.isclose(unlabelled.samples.sum(), x.sum(), atol=1e-3)
+    np.savez(tmp_path / "more.npz", x=x, meta=x)
+    assert len(opened("more.npz").samples) == 150 and f"left out arrays meta of {tmp_path / 'more.npz'}" in said
     x[7, 1] = np.inf
     np.save(tmp_path / "bad.npy", x)
     late = np.zeros((600_000, 4), np.float32)  # more than travels together
