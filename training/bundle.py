@@ -178,6 +178,11 @@ class Card:
     def is_image(self) -> bool:
         return self.sample_dtype == "uint8"
 
+    @property
+    def dataset(self) -> str | None:
+        """The real data that it was trained on or adopted with, as --dataset names them; None where nobody wrote that down."""
+        return self.training.get("config", self.training).get("dataset") or self.training.get("reference")
+
     def latents(self, *, seed: int, offset: int = 0, count: int, truncation: float = 1.0) -> Float32[ndarray, "count d"]:
         return self.latent.sample(seed=seed, offset=offset, count=count, truncation=truncation)
 

@@ -206,6 +206,7 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "stacked-mnist": stacked_mnist,
     "fashion-mnist": fashion_mnist,
 }
+STACKED = ("stacked-digits", "stacked-mnist")  # see Dataset.stacked
 ON_DISK = ("mnist", "stacked-mnist", "fashion-mnist")  # these take the place where their files lie
 
 

@@ -3,14 +3,15 @@
     python -m training.evaluation --bundle .ganwatch/registry/digits/v1          the served ONNX against its own real data
     python -m training.evaluation --real real.npy --fake fake.npy                two arrays of features, one sample a row
 
-Each figure is printed beside what a perfect sampler would have at the same number of samples, where that is known. Whether a
-generator may be published is gate.py's question; whether it still behaves, the monitor's.
+Beside each figure of a bundle stands what a perfect sampler would have at the same number of samples, where that is known; arrays
+are compared as they are. Whether a generator may be published is gate.py's question; whether it still behaves, the monitor's.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist, pdist, squareform
 from scipy.stats import chi2, norm
 
-from training.data import Mixture
+from training.bundle import Card, open_bundle
+from training.data import DATASETS, STACKED, Mixture
 from training.moments import frechet
 
 PERFECT = chi2.cdf(9, 2)  # 98.89 %: what a perfect sampler has within 3 sigma in the plane
+FEWEST = 100  # samples: with less, most figures are noise, and some are not defined
 CONFIDENT = 0.8  # probability above which a sample belongs to a class beyond argument
 
 
@@ -211,6 +214,17 @@ def mixture_fit(mixture: Mixture, samples: Float[ndarray, "n d"]) -> dict[str, f
     }
 
 
+def mixture_floor(mixture: Mixture, n: int) -> dict[str, float]:
+    """The figures of mixture_fit that n samples of the mixture itself have on average; reverse_kl by the first term of its series."""
+    k, radius = len(mixture.centres), chi2.ppf(PERFECT, mixture.rank)
+    return {
+        "high_quality": float(PERFECT),
+        "modes": float(-k * np.expm1(n * np.log1p(-PERFECT / k))),
+        "reverse_kl": (k - 1) / (2 * n * PERFECT),
+        "spread": float(np.sqrt(chi2.cdf(radius, mixture.rank + 2) / PERFECT)),  # E[r^2; r^2 < radius] = rank P(chi2_(rank + 2) < radius)
+    }
+
+
 def compare(real: Float[ndarray, "n d"], fake: Float[ndarray, "m d"]) -> dict[str, float]:
     """Every figure that needs no more than two arrays of features."""
     mean, deviation = kid(real, fake)
@@ -219,21 +233,45 @@ def compare(real: Float[ndarray, "n d"], fake: Float[ndarray, "m d"]) -> dict[st
     return figures | {"vendi_ratio": vendi_ratio(real, fake), "sliced_wasserstein": sliced_wasserstein(real, fake)}
 
 
-def judge(directory: Path, samples: int, seed: int) -> dict[str, float | int]:
-    """The figures of a bundle's model.onnx in the eyes of its features.onnx. Raises BundleError or ValueError."""
-    from training.bundle import open_bundle
+def judge(directory: Path, samples: int, seed: int) -> tuple[dict[str, float | int], dict[str, float]]:
+    """The figures of a bundle's model.onnx in the eyes of its features.onnx, and those of a perfect sampler, where they are known.
+
+    Generated samples are compared with held-out data, and so are as many training samples: they are what a perfect sampler gives.
+    The law of a mixture and the shares of classes have floors in closed form. Raises BundleError or ValueError.
+    """
     from training.export import open_source
 
+    if samples < FEWEST:
+        raise ValueError(f"--samples is {samples}; at least {FEWEST} are needed")
     bundle = open_bundle(directory)
-    if not len(bundle.reference.held_out_points):
+    train, held_out = bundle.reference.train_points, bundle.reference.held_out_points
+    if not len(held_out):
         raise ValueError(f"{directory} was certified without reference points; compare arrays with --real and --fake")
     source = open_source(bundle.path, bundle.card)
-    seen = [source.features.run(["features", "probability"], {"x": source.samples(seed=seed, offset=i, count=min(2048, samples - i))})
-            for i in range(0, samples, 2048)]  # fmt: skip
+    mixture, parts = law_of(bundle.card)
+
+    def drawn() -> Iterator[ndarray]:
+        return (source.samples(seed=seed, offset=i, count=min(2048, samples - i)) for i in range(0, samples, 2048))
+
+    seen = [source.features.run(["features", "probability"], {"x": part}) for part in drawn()]
     features, probability = (np.concatenate(column) for column in zip(*seen, strict=True))
     share = bundle.reference.cell_share[:-1] / bundle.reference.cell_share[:-1].sum()
-    train, held_out = bundle.reference.train_points, bundle.reference.held_out_points
-    return class_fit(probability, share) | compare(held_out, features) | {"nearest_ratio": nearest_ratio(train, held_out, features)}
+    equal = min(samples, len(train))
+    figures = class_fit(probability, share, parts) | compare(held_out, features[:equal])
+    figures["nearest_ratio"] = nearest_ratio(train, held_out, features)
+    perfect = compare(held_out, train[:equal]) | {"nearest_ratio": 1.0}
+    for name, floor in (("modes", "modes_expected"), ("class_kl", "class_kl_floor"), ("bin_js", "bin_js_floor")):
+        perfect[name] = figures.pop(floor)
+    if mixture is not None:
+        figures |= {f"mixture_{name}": value for name, value in mixture_fit(mixture, np.concatenate([*drawn()])).items()}
+        perfect |= {f"mixture_{name}": value for name, value in mixture_floor(mixture, samples).items()}
+    return figures, {name: perfect[name] for name in figures if name in perfect}
+
+
+def law_of(card: Card) -> tuple[Mixture | None, int]:
+    """The law of the data behind a bundle, where they are built in and it is known, and how many images one of its samples stacks."""
+    mixture = DATASETS[card.dataset]().mixture if card.dataset in DATASETS and not card.is_image else None
+    return mixture, card.sample_shape[-1] if card.dataset in STACKED else 1
 
 
 @dataclass(frozen=True)
@@ -247,7 +285,7 @@ class Wish:
     fake: Path | None = None
     """.npy of features of samples [m, d]."""
     samples: int = 10_000
-    """Drawn from the bundle."""
+    """Drawn from the bundle, 100 at least. No more are compared with held-out data than there are training samples to compare."""
     seed: int = 0
     """Of the samples that are drawn."""
     json: bool = False
@@ -260,19 +298,28 @@ def main() -> None:
     wish = tyro.cli(Wish, description=__doc__)
     try:
         if wish.bundle is not None:
-            figures = judge(wish.bundle, wish.samples, wish.seed)
+            figures, perfect = judge(wish.bundle, wish.samples, wish.seed)
         elif wish.real is not None and wish.fake is not None:
             real, fake = _features(wish.real), _features(wish.fake)
             if real.shape[1] != fake.shape[1]:
                 raise ValueError(f"{wish.real} has {real.shape[1]} columns and {wish.fake} {fake.shape[1]}; the same features are expected")
-            figures = compare(real, fake)
+            figures, perfect = compare(real, fake), {}
         else:
             raise ValueError("give --bundle DIR, or --real and --fake")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    finite: dict[str, Any] = {name: value if np.isfinite(value) else None for name, value in figures.items()}
-    print(json.dumps(finite) if wish.json else "\n".join(f"{name:<20} {value:.6g}" for name, value in figures.items()))
+    if wish.json:
+        print(json.dumps(_finite(figures) | ({"perfect": _finite(perfect)} if perfect else {})))
+        return
+    if perfect:
+        print(f"{'':<24} {'generated':<12} perfect")
+    for name, value in figures.items():
+        print(f"{name:<24} {value:<12.6g} {f'{perfect[name]:.6g}' if name in perfect else ''}".rstrip())
+
+
+def _finite(figures: dict[str, Any]) -> dict[str, Any]:
+    return {name: value if np.isfinite(value) else None for name, value in figures.items()}
 
 
 def _features(path: Path) -> Float64[ndarray, "n d"]:
@@ -280,8 +327,8 @@ def _features(path: Path) -> Float64[ndarray, "n d"]:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error})") from None
-    if array.ndim < 2 or len(array) < 100 or not np.isfinite(array).all():
-        raise ValueError(f"{path} holds {array.dtype} {array.shape}; at least 100 rows of finite numbers are expected")
+    if array.ndim < 2 or len(array) < FEWEST or not np.isfinite(array).all():
+        raise ValueError(f"{path} holds {array.dtype} {array.shape}; at least {FEWEST} rows of finite numbers are expected")
     return array.reshape(len(array), -1).astype(np.float64)
 
 

@@ -1,3 +1,4 @@
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def train_bundle(config: Config, directory: Path, *, samples: int) -> Path:
         generator=generator,
         latent=build(config, dataset)[0],
         sight=fit_eye(dataset, seed=0),
-        training={},
+        training={"config": asdict(config)},
         certify_samples=samples,
         certify_seconds=30.0,
         keep_points=True,

@@ -6,7 +6,7 @@ import pytest
 from scipy.spatial.distance import pdist
 from sklearn.datasets import load_sample_image
 
-from training.data import DATASETS, DEBIAN, ON_DISK, DataError, mnist
+from training.data import DATASETS, DEBIAN, ON_DISK, STACKED, DataError, mnist
 from training.evaluation import mixture_fit, sliced_wasserstein
 from training.recipes import RECIPES
 
@@ -23,6 +23,7 @@ def test_a_data_set_is_the_same_every_time_and_holds_out_a_fifth(name):
     np.testing.assert_array_equal(dataset.samples, again.samples)
     assert dataset.trained == pytest.approx(0.8 * len(dataset.samples), abs=1)
     assert dataset.samples.dtype == (np.uint8 if dataset.is_image else np.float32)
+    assert dataset.stacked == (name in STACKED)
     x = dataset.normalised()
     assert x.shape == (len(dataset.samples), dataset.dim)
     assert np.abs(x.mean(axis=0)).max() < 1.01
