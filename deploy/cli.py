@@ -222,6 +222,7 @@ def publish(
         with _stage(f"certifying {onnx.name} against {reference}") as show:
             adopt(
                 onnx, reference, latent, directory, model=model, skip_bad_files=skip_bad_files,
+                say=lambda line: progress.print(escape(line)),
                 progress=lambda done, most: show(f"{done:,} of at most {most:,} samples"),
             )  # fmt: skip
         published = publish_bundle(directory, _registry(registry), force=force)

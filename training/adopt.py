@@ -70,15 +70,16 @@ def adopt(
     skip_bad_files: bool = False,
     certify_samples: int = 1_000_000,
     certify_seconds: float = 10.0,
+    say: Callable[[str], None] = lambda words: None,
     progress: Callable[[int, int], None] = lambda done, most: None,
 ) -> Card:
-    """Write a complete bundle into the new `directory`, or nothing.
+    """Write a complete bundle into the new `directory`, or nothing. `say` hears what of the reference is left out.
 
     Raises DataError where generator, data and latents do not fit together.
     """
     (law, steps), generator = read_law(latent), _load(path)
     with _whole(directory), tempfile.TemporaryDirectory(prefix="data-", dir=directory) as cache:
-        dataset = open_dataset(reference, cache=Path(cache), skip_bad_files=skip_bad_files, say=lambda words: None, option="--reference")
+        dataset = open_dataset(reference, cache=Path(cache), skip_bad_files=skip_bad_files, say=say, option="--reference")
         onnx.save(as_served(generator, path, dataset, law, steps), directory / "model.onnx")
         _check(directory / "model.onnx", path, dataset, law)
         return complete_bundle(

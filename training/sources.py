@@ -375,7 +375,7 @@ def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], 
     order = np.random.default_rng(0).permutation(count)
     found = np.memmap(cache / "samples.raw", first[0].dtype, "r", shape=(count, *first[0].shape[1:]))
     if not _shuffle(found, order, cache / "samples.npy"):
-        raise DataError(f"--dataset is {name}, in which all {count:,} samples are equal (as {found.dtype}); data that vary are expected")
+        raise DataError(f"{option} is {name}, in which all {count:,} samples are equal (as {found.dtype}); data that vary are expected")
     (cache / "samples.raw").unlink()
     classes: list[str] = []
     if labels:
