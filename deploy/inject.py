@@ -93,7 +93,12 @@ class Graph:
         graph = helper.make_graph(self.nodes, "ganwatch", list(self.model.graph.input), list(self.model.graph.output), self.initializers)
         opsets = [helper.make_opsetid(domain, version) for domain, version in self.opsets.items()]
         model = helper.make_model(graph, opset_imports=opsets, functions=self.functions, ir_version=self.model.ir_version)
-        onnx.checker.check_model(model)
+        try:
+            onnx.checker.check_model(model)
+        except onnx.checker.ValidationError as error:
+            card = self.bundle.card
+            words = f"{card.model} {card.version} is a graph into which this fault cannot be put ({str(error).splitlines()[0]})"
+            raise InjectError(f"{words}; export it for opset 18, without If, to try faults on it") from None
         return model
 
 

@@ -185,7 +185,7 @@ def _latents(model: onnx.ModelProto, path: Path, law: SignGaussian) -> tuple[onn
     nodes = (node for part in (model.graph, *model.functions) for graph in _graphs(part) for node in graph.node)
     if drawn := sorted({node.op_type for node in nodes if RANDOM.fullmatch(node.op_type)}):
         raise DataError(f"{path} draws random numbers itself ({', '.join(drawn)}); give it all its randomness as input, so that seeds repeat")
-    batch, *known = [d.dim_value for d in inputs[0].type.tensor_type.shape.dim] or [0]  # 0: any
+    batch, *known = [max(0, d.dim_value) for d in inputs[0].type.tensor_type.shape.dim] or [0]  # 0: any; some exporters write -1
     shape = [size or law.dim for size in known] or [law.dim]
     if int(np.prod(shape)) != law.dim:
         form = " x ".join(str(size or "any") for size in known)

@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from training.data import DATASETS, ON_DISK, Dataset
+from training.diagnostics import ROWS
 from training.networks import family
 from training.objectives import OBJECTIVES
 from training.penalties import CONSTRAINT, PENALTIES, critical_gamma
@@ -224,11 +226,11 @@ def check_shape(config: Config, dataset: Dataset) -> None:
     recipe, which for a user's data is known only now."""
     for reason in conflicts(config):
         raise InputError(reason)
-    if config.packing > (held_out := len(dataset.samples) - dataset.trained):
-        raise InputError(f"--packing is {config.packing}, and {dataset.name} has {held_out} held-out samples to judge a critic by; use at most {held_out}")
+    if config.packing > (held_out := min(ROWS, len(dataset.samples) - dataset.trained)):
+        raise InputError(f"--packing is {config.packing}, and a critic of {dataset.name} is judged by {held_out} held-out samples; use at most {held_out}")
     if config.conditional:
-        unseen = sorted(set(dataset.labels.tolist()) - set(dataset.labels[: dataset.trained].tolist()))
-        if unseen:
+        unseen = np.setdiff1d(dataset.labels, dataset.labels[: dataset.trained])
+        if len(unseen):
             names = ", ".join(dataset.classes[i] for i in unseen[:5])
             raise InputError(f"--conditional needs samples of each class to train on; all of class {names} are held out; add some, or drop the class")
     wishes = {"--augment": config.augment, f"--network {config.recipe.network}": family(config.recipe.network).images_only}

@@ -137,7 +137,8 @@ class Look:
     gradient_norm    of the generator's loss by its weights
     tail_index       Hill's, of those pulls over the fakes
     signal_to_noise  of the mean pull
-    mode_coverage    share of the data's modes that have at least a quarter of their real share, of A_MODE fakes a mode at least
+    mode_coverage    share of the data's modes that have at least a quarter of their real share, of A_MODE fakes a mode at least, by
+                     what as many real samples would reach
     forward_kl, reverse_kl   between the real and the generated shares of the modes, in nats
     precision        share of the fakes that lie among the held-out data; real_precision, what the training samples reach
     dimension        intrinsic dimension of the fakes
@@ -155,6 +156,8 @@ class Look:
         labels = [torch.from_numpy(dataset.labels[r]) if conditional else None for r in rows]
         self.train_labels, self.labels = labels
         self.cells, self.manifold = Cells(dataset), Manifold(self.held_out)
+        parts = math.ceil(A_MODE * self.cells.count / n)  # of n fakes each; classes of those after the first are drawn, as latents are
+        self.more_labels = [torch.from_numpy(rng.choice(dataset.labels, n)) if conditional else None for _ in range(1, parts)]
         self.real_precision = self.manifold.precision(self.train)
         self.data_dimension = two_nn(self.held_out.numpy())
 
@@ -179,7 +182,8 @@ class Look:
             divergence /= max(float(np.linalg.norm(pull, axis=1).max()), 1e-300)
         x, accuracy = fakes.detach().cpu().numpy(), pairs_told_apart(real, fake)
         with torch.no_grad():
-            more = [generator(self._latents(i, device), y).cpu().numpy() for i in range(1, math.ceil(A_MODE * self.cells.count / len(x)))]
+            drawn = [(self._latents(i, device), None if y is None else y.to(device)) for i, y in enumerate(self.more_labels, 1)]
+            more = [generator(z, y).cpu().numpy() for z, y in drawn]
         return {
             "divergence": divergence,
             "accuracy": accuracy,

@@ -48,6 +48,7 @@ from training.features import Sight
 from training.moments import frechet, transport
 
 CERTIFY_AT_LEAST, CERTIFY_CHUNK = 200_000, 2048
+SETTLED = 512
 MOMENT_SAMPLES, NEARLY = 128 * CERTIFY_CHUNK, 0.05  # their mean is known to a five-hundredth of a deviation; how far off they may be
 DELTA = 0.01
 LEVELS = 0.5 ** np.arange(1, 17)
@@ -85,13 +86,17 @@ class Served(nn.Module):
         """Give vectors without separate heaps the data's mean and covariance, where they nearly have them.
 
         The last steps' noise leaves a generator's a hundredth off, and the whole with them. What is further off was not learned,
-        which is not hidden; and heaps lie where they were learned to be, from where unequal shares of them would draw all.
+        which is not hidden; and heaps lie where they were learned to be, from where unequal shares of them would draw all. Coordinates
+        that never vary stay, and so does everything beyond SETTLED dimensions, where as many samples say less than is to be mended.
         """
-        if dataset.is_image or dataset.clusters.heaps:
+        if dataset.is_image or dataset.dim > SETTLED or dataset.clusters.heaps:
             return
         mean, covariance = _moments(_drawn(self.generator, latent, class_shares))
-        turn = transport(covariance, _moments(_normalised(dataset))[1])
-        if np.linalg.norm(mean) < NEARLY and np.linalg.norm(turn - np.eye(len(turn)), ord=2) < NEARLY:
+        real, turn = _moments(_normalised(dataset))[1], np.eye(dataset.dim)
+        vary = np.flatnonzero(np.diag(real) > 0)
+        mean[np.diag(real) <= 0] = 0
+        turn[np.ix_(vary, vary)] = transport(covariance[np.ix_(vary, vary)], real[np.ix_(vary, vary)])
+        if np.abs(mean).max() < NEARLY and np.linalg.norm(turn - np.eye(len(turn)), ord=2) < NEARLY:
             self.shift = torch.from_numpy((dataset.shift - dataset.scale * (mean @ turn)).astype(np.float32))
             self.turn = torch.from_numpy(turn.astype(np.float32))
 

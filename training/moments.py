@@ -28,10 +28,10 @@ def frechet(
 
 
 def transport(cov1: Float64[ndarray, "p p"], cov2: Float64[ndarray, "p p"]) -> Float64[ndarray, "p p"]:
-    """The symmetric A with A cov1 A = cov2: of all maps of one Gaussian to the other, that which moves least.
+    """The symmetric A with A cov1 A = cov2, nearly: of all maps of one Gaussian to the other, that which moves least.
 
-    A = R^-1 (R cov2 R)^1/2 R^-1 with R R = cov1 (Dowson and Landau 1982). To both a millionth of the mean variance is added,
-    so that what varies in neither stays as it is.
+    A = R^-1 (R cov2 R)^1/2 R^-1 with R R = cov1 (Dowson and Landau 1982). To both a millionth of the mean variance is added first,
+    so that there is an inverse, and what varies in neither stays as it is.
     """
     ridge = 1e-6 * max(np.trace(cov1), np.trace(cov2)) / len(cov1) * np.eye(len(cov1))
 

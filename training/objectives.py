@@ -158,7 +158,7 @@ F_DIVERGENCES: dict[str, FDivergence] = {
         conjugate=lambda v: v.square() / 4 + v,
         optimal=lambda t: 2 * torch.expm1(t),
         largest=math.inf,
-        ratio=lambda v: torch.log1p(v.clamp(min=-2) / 2),  # no ratio gives a logit below -2
+        ratio=lambda v: torch.log1p(v.clamp(min=-2 + 1e-6) / 2),  # no ratio gives a logit below -2
     ),
     "f_neyman": FDivergence(
         name="Neyman's chi-squared",

@@ -429,19 +429,27 @@ def picture(samples: np.ndarray) -> Image.Image:
         h, w, c = samples.shape[1:]
         tiles = samples.reshape(8, 16, h, w, c).transpose(0, 2, 1, 3, 4).reshape(8 * h, 16 * w, c)
         image = Image.fromarray(tiles[..., 0] if c == 1 else tiles)
-        return image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST)
+        larger = 4 if max(h, w) <= 32 else 1
+        return image.resize((image.width * larger, image.height * larger), Image.Resampling.NEAREST)
     reach = 1.1 * float(np.abs(samples).max())
     density, _, _ = np.histogram2d(-samples[:, 1], samples[:, 0], bins=256, range=[[-reach, reach]] * 2)
     return Image.fromarray((255 * np.sqrt(density / density.max())).astype(np.uint8)).resize((512, 512), Image.Resampling.NEAREST)
 
 
 def shown(generator: nn.Module, config: Config, dataset: Dataset) -> Image.Image:
-    """The picture of a generator in training, always of the same latents, and of all classes in turn."""
-    count = 128 if dataset.is_image else 20_000
-    latent, device = latent_law(config.recipe, dataset.clusters, dataset.dim), next(generator.parameters()).device
+    """The picture of a generator in training, always of the same latents, and of all classes in turn.
+
+    It is drawn by a copy, in batches no larger than those of training; what is not finite is drawn as nothing.
+    """
+    count, device = 128 if dataset.is_image else 20_000, next(generator.parameters()).device
+    latent, served = latent_law(config.recipe, dataset.clusters, dataset.dim), Served(copy.deepcopy(generator), dataset).eval().to(device)
+    z = torch.from_numpy(latent.sample(seed=0, count=count)).to(device)
     y = torch.arange(count, device=device) % len(dataset.classes) if config.conditional else None
+    size, drawn = config.recipe.batch, []
     with torch.no_grad():
-        return picture(Served(generator, dataset).to(device)(torch.from_numpy(latent.sample(seed=0, count=count)).to(device), y).cpu().numpy())
+        for i in range(0, count, size):
+            drawn.append(served(z[i : i + size], None if y is None else y[i : i + size]).nan_to_num(0, 0, 0).cpu().numpy())
+    return picture(np.concatenate(drawn))
 
 
 def execute(config: Config, run: Path, journal: Journal) -> Bundle:

@@ -203,6 +203,31 @@ def test_laws_that_do_not_overlap_saturate_every_objective_and_one_law_none(line
     assert ALARMS["perfect_critic"].fires(apart | {"gradient_share": 1.0}) and not ALARMS["perfect_critic"].fires(one)
 
 
+def test_a_logit_that_no_ratio_gives_hides_no_perfect_critic(line):
+    look = Look(line, SignGaussian(0, 1, 1.0), OBJECTIVES["f_pearson"], conditional=False, packing=1, seed=0)
+    logits = torch.full((512,), 1e6)
+    logits[0] = -2.1
+    assert 0.9 < look._saturation(0.0, logits, torch.full((512,), -1.9999)) <= 1
+
+
+class ByClass(nn.Module):
+    """G(z, y) is the mean of class y."""
+
+    def __init__(self, dataset):
+        super().__init__()
+        x = dataset.normalised()
+        self.x = nn.Parameter(torch.from_numpy(np.stack([x[dataset.labels == k].mean(axis=0) for k in range(len(dataset.classes))])))
+
+    def forward(self, z, y):
+        return self.x[y] + 0 * z.sum()
+
+
+def test_classes_of_a_conditional_generator_are_all_asked_for(stacked):
+    look = Look(stacked, SignGaussian(0, 3, 1.0), OBJECTIVES["relativistic"], conditional=True, packing=1, seed=0)
+    critic = FAMILIES["perceptron"].critic(stacked.shape, width=8, classes=1000, packing=1, fourier=0, frequency=(1.0,))
+    assert look(ByClass(stacked), critic)["mode_coverage"] > 0.8  # some means lie nearer to another of those that cells are made of
+
+
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if OBJECTIVES[name].ratio])
 def test_a_ratio_is_read_back_from_the_optimal_logit(name):
     t = torch.linspace(-6, 6, 25, dtype=torch.float64)

@@ -89,7 +89,7 @@ def test_what_needs_images_is_refused_for_vectors(wish):
 def test_what_data_of_a_users_own_cannot_grant_is_refused_once_they_are_read():
     few = Dataset("few", np.random.default_rng(0).normal(size=(600, 2)).astype(np.float32), cells=4)
     check_shape(Config(dataset="few.npy", like="grid", packing=64), few)
-    with pytest.raises(InputError, match="--packing is 128, and few has 120 held-out samples .* use at most 120"):
+    with pytest.raises(InputError, match="--packing is 128, and a critic of few is judged by 120 held-out samples; use at most 120"):
         check_shape(Config(dataset="few.npy", like="grid", packing=128), few)
     with pytest.raises(InputError, match="linear without noise"):  # the recipe is known only now, and has none
         check_shape(Config(dataset="few.npy", like="grid", noise_schedule="linear"), few)
