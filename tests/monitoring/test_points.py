@@ -104,19 +104,24 @@ def test_the_embedded_distance_is_an_mmd():
     assert low <= value <= high
 
 
-def test_the_interval_of_the_mmd_holds_at_every_sample():
-    """Streams of the real law itself, whose MMD is 0, and of a shifted one, whose MMD is known from many samples; looked at often."""
-    rng, misses, narrow = np.random.default_rng(3), 0, []
-    for _ in range(10):
+def streams(rng, runs, length):
+    """Embedded streams of the real law itself, whose MMD is 0, and of a shifted one, whose MMD is known from many samples."""
+    for _ in range(runs):
         real = rng.standard_normal((1000, 2))
         embedding = Embedding(real)
         middle = embedding(rng.standard_normal((20_000, 2))).mean(0)
         for shift in (0.0, 0.5):
             truth = np.linalg.norm(embedding(rng.standard_normal((20_000, 2)) + shift).mean(0) - middle) if shift else 0.0
-            path = embedding(rng.standard_normal((1024, 2)) + shift).astype(np.float64).cumsum(axis=0)
-            bounds = [embedding.mmd(path[n - 1], n, delta=0.05) for n in range(2, 1025, 7)]
-            misses += any(not low - 0.01 <= truth <= high + 0.01 for _, low, high in bounds)
-            narrow.append(bounds[-1][2] - bounds[-1][1])
+            yield embedding, embedding(rng.standard_normal((length, 2)) + shift), truth
+
+
+def test_the_interval_of_the_mmd_holds_at_every_sample():
+    misses, narrow = 0, []
+    for embedding, stream, truth in streams(np.random.default_rng(3), 10, 1024):
+        path = stream.astype(np.float64).cumsum(axis=0)
+        bounds = [embedding.mmd(path[n - 1], n, delta=0.05) for n in range(2, 1025, 7)]
+        misses += any(not low - 0.01 <= truth <= high + 0.01 for _, low, high in bounds)
+        narrow.append(bounds[-1][2] - bounds[-1][1])
     assert misses <= 1 and np.max(narrow) < 0.75
     assert reach(1024, 0.05) < 3 * reach(8192, 0.05) < 3 * reach(4096, 0.05)
 
@@ -154,16 +159,9 @@ def test_a_weighted_mean_stays_within_reach_at_one_moment(delta):
 
 
 def test_the_interval_of_the_weighted_mmd_holds_at_one_moment():
-    """Streams of a law that changes never, or once so long ago that it no longer weighs; the truth is known from many samples."""
-    rng, misses, widths, weight = np.random.default_rng(4), 0, [], 0.5 ** (np.arange(2000)[::-1] / 200)
-    for _ in range(20):
-        real = rng.standard_normal((1000, 2))
-        embedding = Embedding(real)
-        middle = embedding(rng.standard_normal((20_000, 2))).mean(0)
-        for shift in (0.0, 0.5):
-            truth = np.linalg.norm(embedding(rng.standard_normal((20_000, 2)) + shift).mean(0) - middle) if shift else 0.0
-            total = weight @ embedding(rng.standard_normal((2000, 2)) + shift)
-            _, low, high = embedding.mmd_now(total, weight.sum(), weight @ weight, delta=0.05)
-            misses += not low - 0.01 <= truth <= high + 0.01
-            widths.append(high - low)
+    misses, widths, weight = 0, [], 0.5 ** (np.arange(2000)[::-1] / 200)
+    for embedding, stream, truth in streams(np.random.default_rng(4), 20, 2000):
+        _, low, high = embedding.mmd_now(weight @ stream, weight.sum(), weight @ weight, delta=0.05)
+        misses += not low - 0.01 <= truth <= high + 0.01
+        widths.append(high - low)
     assert misses <= 2 and max(widths) < 0.6
