@@ -19,6 +19,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell does that to wh
 
 ROOT = Path(__file__).resolve().parent.parent
 
+_BROKE: list[str] = []
+
+
+def pytest_internalerror(excrepr: object) -> None:
+    _BROKE.append(str(excrepr))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """What broke a test process is said once more at the very end: all that xdist says there is which test it was at."""
+    if _BROKE and not hasattr(config, "workerinput"):
+        print("\nwhat broke the run, in the process where it happened first:\n" + "\n".join(_BROKE[0].splitlines()[-25:]))
+
 
 settings.register_profile("ganwatch", deadline=None)  # a loaded machine is no failure
 settings.load_profile("ganwatch")
