@@ -45,11 +45,9 @@ from training.bundle import (
 from training.data import Dataset
 from training.evaluation import divergences, kid_excess, mixture_fit, prdc
 from training.features import Sight
-from training.moments import frechet, transport
+from training.moments import frechet
 
 CERTIFY_AT_LEAST, CERTIFY_CHUNK = 200_000, 2048
-SETTLED = 512
-MOMENT_SAMPLES, NEARLY = 128 * CERTIFY_CHUNK, 0.05  # their mean is known to a five-hundredth of a deviation; how far off they may be
 DELTA = 0.01
 LEVELS = 0.5 ** np.arange(1, 17)
 GOLDEN = 64
@@ -73,62 +71,16 @@ class Served(nn.Module):
 
     shift: Tensor
     scale: Tensor
-    turn: Tensor | None
 
     def __init__(self, generator: nn.Module, dataset: Dataset) -> None:
         super().__init__()
         self.generator, self.shape, self.is_image = generator, dataset.shape, dataset.is_image
         self.register_buffer("shift", torch.from_numpy(dataset.shift))
         self.register_buffer("scale", torch.from_numpy(dataset.scale))
-        self.register_buffer("turn", None)
-
-    def settle(self, dataset: Dataset, latent: SignGaussian, class_shares: tuple[float, ...] = ()) -> None:
-        """Give vectors without separate heaps the data's mean and covariance, where they nearly have them.
-
-        The last steps' noise leaves a generator's a hundredth off, and the whole with them. What is further off was not learned,
-        which is not hidden; and heaps lie where they were learned to be, from where unequal shares of them would draw all. Coordinates
-        that never vary stay, and so does everything beyond SETTLED dimensions, where as many samples say less than is to be mended.
-        """
-        if dataset.is_image or dataset.dim > SETTLED or dataset.clusters.heaps:
-            return
-        mean, covariance = _moments(_drawn(self.generator, latent, class_shares))
-        real, turn = _moments(_normalised(dataset))[1], np.eye(dataset.dim)
-        vary = np.flatnonzero(np.diag(real) > 0)
-        mean[np.diag(real) <= 0] = 0
-        turn[np.ix_(vary, vary)] = transport(covariance[np.ix_(vary, vary)], real[np.ix_(vary, vary)])
-        if np.abs(mean).max() < NEARLY and np.linalg.norm(turn - np.eye(len(turn)), ord=2) < NEARLY:
-            self.shift = torch.from_numpy((dataset.shift - dataset.scale * (mean @ turn)).astype(np.float32))
-            self.turn = torch.from_numpy(turn.astype(np.float32))
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
-        x = self.generator(z, y)
-        x = (x if self.turn is None else x @ self.turn) * self.scale + self.shift
+        x = self.generator(z, y) * self.scale + self.shift
         return x.round().clamp(0, 255).to(torch.uint8).unflatten(1, self.shape) if self.is_image else x
-
-
-@torch.no_grad()
-def _drawn(generator: nn.Module, latent: SignGaussian, class_shares: tuple[float, ...]) -> Iterator[Float[ndarray, "n d"]]:
-    """MOMENT_SAMPLES samples in the networks' units."""
-    generator.eval()
-    for offset in range(0, MOMENT_SAMPLES, CERTIFY_CHUNK):
-        window = {"seed": 0, "offset": offset, "count": CERTIFY_CHUNK}
-        inputs = [latent.sample(**window)] + ([sample_classes(np.array(class_shares), **window)] if class_shares else [])
-        yield generator(*map(torch.from_numpy, inputs)).numpy()
-
-
-def _normalised(dataset: Dataset) -> Iterator[Float[ndarray, "n d"]]:
-    """The training samples in the networks' units."""
-    for i in range(0, dataset.trained, CERTIFY_CHUNK):
-        yield dataset.normalised(slice(i, min(i + CERTIFY_CHUNK, dataset.trained)))
-
-
-def _moments(parts: Iterable[Float[ndarray, "n d"]]) -> tuple[Float64[ndarray, "d"], Float64[ndarray, "d d"]]:
-    count, total, squares = 0, 0.0, 0.0
-    for part in parts:
-        x = part.astype(np.float64)
-        count, total, squares = count + len(x), total + x.sum(axis=0), squares + x.T @ x
-    mean = total / count
-    return mean, squares / count - np.outer(mean, mean)
 
 
 def session(path: Path | bytes) -> onnxruntime.InferenceSession:
@@ -386,7 +338,6 @@ def write_bundle(
         class_shares = tuple((np.bincount(dataset.labels, minlength=generator.classes) / len(dataset.labels)).tolist())
         inputs["y"] = torch.arange(64) % generator.classes
     served = Served(generator, dataset)
-    served.settle(dataset, latent, class_shares)
     export_onnx(served, directory / "model.onnx", inputs, ("samples",), tolerance=1e-5)
     return complete_bundle(
         directory,

@@ -27,22 +27,6 @@ def frechet(
     return max(0.0, float(distance)), clipped1 + clipped2
 
 
-def transport(cov1: Float64[ndarray, "p p"], cov2: Float64[ndarray, "p p"]) -> Float64[ndarray, "p p"]:
-    """The symmetric A with A cov1 A = cov2, nearly: of all maps of one Gaussian to the other, that which moves least.
-
-    A = R^-1 (R cov2 R)^1/2 R^-1 with R R = cov1 (Dowson and Landau 1982). To both a millionth of the mean variance is added first,
-    so that there is an inverse, and what varies in neither stays as it is.
-    """
-    ridge = 1e-6 * max(np.trace(cov1), np.trace(cov2)) / len(cov1) * np.eye(len(cov1))
-
-    def power(square: Float64[ndarray, "p p"], exponent: float) -> Float64[ndarray, "p p"]:
-        values, vectors = np.linalg.eigh(square)
-        return (vectors * values**exponent) @ vectors.T
-
-    root, inverse = power(cov1 + ridge, 0.5), power(cov1 + ridge, -0.5)
-    return inverse @ power(root @ (cov2 + ridge) @ root, 0.5) @ inverse
-
-
 def _root(covariance: Float64[ndarray, "p p"]) -> tuple[Float64[ndarray, "p p"], int]:
     """R with R R^T = covariance, and the number of clipped eigenvalues; directions that only rounding filled are left empty."""
     values, vectors = np.linalg.eigh(covariance)
@@ -51,4 +35,4 @@ def _root(covariance: Float64[ndarray, "p p"]) -> tuple[Float64[ndarray, "p p"],
     return vectors * np.sqrt(np.where(values > noise, values, 0.0)), clipped
 
 
-__all__ = ["frechet", "transport"]
+__all__ = ["frechet"]

@@ -52,7 +52,7 @@ RECIPES = {
     "mixture1200": Recipe(5000, 6, 16, 1.0, 512, 0, (2e-3, 2e-5), (100.0, 0.1), 0.0),
     # the mean and the width of the whole must be right to a hundredth of it, which a small batch blurs
     "s-curve": CONTINUOUS,
-    "moons": replace(CONTINUOUS, doublings=4),
+    "moons": CONTINUOUS,
     "flower": CONTINUOUS,
     "digits": IMAGES,
     "stacked-digits": replace(IMAGES, steps=40_000, signs=72, width=384, hold=0.6),

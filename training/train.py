@@ -69,6 +69,7 @@ from training.data import DATASETS, DataError, Dataset
 from training.diagnostics import ALARMS, Diagnosis, Look
 from training.export import ExportError, Served, open_source, write_bundle
 from training.features import fit_eye
+from training.finish import finished, is_smooth
 from training.gate import QualityRefused, publish
 from training.journal import Journal
 from training.networks import family
@@ -482,6 +483,13 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
 
     said = 0.0
 
+    def finishing(done: int, most: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > 2.0:
+            said = time.monotonic()
+            journal.write("finish", done=done, most=most)
+            print(f"finish   step {done} of {most} of the last ones, without a critic", flush=True)
+
     def certified(drawn: int, most: int) -> None:
         nonlocal said
         if time.monotonic() - said > 2.0 or drawn == most:
@@ -491,6 +499,10 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
 
     generator = build(config, dataset)[1]
     generator.load_state_dict(weights)
+    if is_smooth(dataset):
+        generator, *distance = finished(generator, dataset, latent, seed=config.seed, progress=finishing)
+        print("finish   sliced Wasserstein distance to held-out data {:.4f}, {:.4f} before".format(*distance[::-1]), flush=True)
+        journal.done("finish", before=distance[0], after=distance[1])
     card = write_bundle(
         run / "bundle",
         model=config.model or label(config.dataset),

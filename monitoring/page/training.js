@@ -8,7 +8,7 @@ const RUN = { // state -> its shape, its colour, what it is called
   failed: ["alarm", "--red", "not published"],
   interrupted: ["stale", "--grey", "interrupted"],
 };
-const STAGES = { begin: "starts", ray: "reads its data", train: "trains", certify: "counts samples to certify" };
+const STAGES = { begin: "starts", ray: "reads its data", train: "trains", finish: "makes its last steps, without a critic", certify: "counts samples to certify" };
 const CURVES = { // of a run's history -> its name, what it tells, its highest value (null: whatever is largest), how it is written
   divergence: ["Divergence", "what the critic's loss on held-out data says; for most objectives JS in nats, log 2 at most", null, number],
   accuracy: ["Held-out accuracy", "pairs of a real and a generated sample that the critic puts in order; half is chance", 1, percent],

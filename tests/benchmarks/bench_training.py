@@ -31,6 +31,7 @@ from training.data import DATASETS, Dataset
 from training.evaluation import PERFECT, class_fit, mixture_fit, nearest_ratio, prdc, sliced_wasserstein
 from training.export import Served, Source, export_onnx, session
 from training.features import Sight, fit_eye
+from training.finish import finished, is_smooth
 from training.objectives import OBJECTIVES
 from training.registry import ganwatch_home
 from training.train import TrainingStopped, adversarial_training, build, picture
@@ -106,16 +107,16 @@ def row(dataset: Dataset, config: Config, out: Path) -> dict[str, Any]:
     try:
         with wide_products(config.recipe.width):
             generator, last = adversarial_training(config, dataset)
+        latent = build(config, dataset)[0]
+        if is_smooth(dataset):
+            generator, _, _ = finished(generator, dataset, latent)
     except TrainingStopped as stopped:
         return {"stopped": str(stopped)}
     spent = {"seconds": time.monotonic() - begin, "cpu_seconds": time.process_time() - cpu}
-    latent = build(config, dataset)[0]
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.onnx"
         example = {"z": torch.from_numpy(latent.sample(seed=0, count=64))}
-        served = Served(generator, dataset)
-        served.settle(dataset, latent)
-        export_onnx(served, path, example, ("samples",), tolerance=1e-5)
+        export_onnx(Served(generator, dataset), path, example, ("samples",), tolerance=1e-5)
         source = Source(session(path), session(path), latent, ())
         draws = FRESH if dataset.name in CONTINUOUS else 1
         samples = np.concatenate([source.samples(seed=7, offset=i, count=2000) for i in range(0, draws * MANY, 2000)])

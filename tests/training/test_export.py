@@ -4,9 +4,8 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from training.bundle import DUPLICATE_BLOCK, SignGaussian, open_bundle, sample_classes
-from training.data import DATASETS, Dataset
-from training.export import ExportError, Served, certify_more, check_law, detours, export_onnx, open_source
+from training.bundle import DUPLICATE_BLOCK, open_bundle, sample_classes
+from training.export import ExportError, certify_more, check_law, detours, export_onnx, open_source
 
 pytestmark = pytest.mark.slow
 
@@ -118,40 +117,6 @@ def test_export_refuses_a_graph_of_another_law(ring):
 
     with pytest.raises(ExportError, match="another law than torch"):
         check_law(Shifted(), source)
-
-
-class Line(torch.nn.Module):
-    """z times `steep`, moved by `off`."""
-
-    def __init__(self, steep, off=0.0):
-        super().__init__()
-        self.steep, self.off = torch.tensor(steep), torch.tensor(off)
-
-    def forward(self, z, y=None):
-        return z * self.steep + self.off
-
-
-@pytest.mark.parametrize(
-    ("name", "steep", "off", "mended"),
-    [
-        ("sheet", [0.98, 1.03], [0.02, -0.01], True),
-        ("sheet", [0.98, 0.0], [0.02, 0.0], False),  # a coordinate that was not learned is not stretched
-        ("sheet", [0.98, 1.03], [0.2, -0.01], False),
-        ("flower", [0.98, 1.03], [0.02, -0.01], False),  # nor is their correlation, -.1
-        ("grid", [0.98, 1.03], [0.02, -0.01], False),  # heaps
-    ],
-)
-def test_what_is_served_has_the_moments_of_smooth_data_where_it_nearly_had_them(name, steep, off, mended):
-    latent = SignGaussian(0, 2, 1.0)
-    slanted = np.random.default_rng(0).multivariate_normal([3, 4], [[4, 0.06], [0.06, 1]], 100_000).astype(np.float32)
-    dataset = Dataset("sheet", slanted, cells=4) if name == "sheet" else DATASETS[name]()
-    served = Served(Line(steep, off), dataset)
-    served.settle(dataset, latent, (0.5, 0.5))
-    x = served(torch.from_numpy(latent.sample(seed=1, count=200_000))).double().numpy()
-    x = (x - dataset.shift) / dataset.scale
-    real = np.cov(dataset.normalised(slice(0, dataset.trained)).T)
-    np.testing.assert_allclose(x.mean(axis=0), 0 if mended else off, atol=0.01)
-    np.testing.assert_allclose(np.cov(x.T), real if mended else np.diag(np.square(steep)), atol=0.015)
 
 
 def test_a_certificate_grows_by_what_is_drawn_besides(ring, tmp_path):

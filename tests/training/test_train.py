@@ -12,6 +12,7 @@ import torch
 from training.bundle import open_bundle
 from training.config import Config, InputError, check
 from training.data import DATASETS, DataError
+from training.finish import STEPS
 from training.recipes import RECIPES
 from training.registry import Registry
 from training.train import TrainingStopped, adversarial_training, build, decayed, open_data
@@ -101,6 +102,18 @@ def test_two_workers_train_what_one_does_and_force_publishes_it(tmp_path):
     assert [s for s in ("ray", "train", "certify", "publish") if s not in stages] == []
     assert (run / "samples.png").read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in (run / "samples").iterdir()] == ["step-0000005.png"]  # while it trained: one for each tenth
+
+
+@pytest.mark.slow
+def test_smooth_vectors_get_last_steps_that_bring_them_nearer_and_are_told_about(tmp_path):
+    done = train(tmp_path, "--dataset", "moons", "--steps", "300", "--certify-samples", "2000", "--no-reference-points", "--force")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    lines = [json.loads(line) for line in (run / "status.jsonl").read_text().splitlines()]
+    *steps, ended = (line for line in lines if line["stage"] == "finish")
+    assert all(0 < line["done"] <= line["most"] == STEPS for line in steps)
+    assert 0 < ended["after"] < ended["before"] and ended["seconds"] > 0
+    assert f"distance to held-out data {ended['after']:.4f}, {ended['before']:.4f} before" in done.stdout
 
 
 @pytest.mark.slow
