@@ -226,6 +226,7 @@ def publish(
                 progress=lambda done, most: show(f"{done:,} of at most {most:,} samples"),
             )  # fmt: skip
         published = publish_bundle(directory, _registry(registry), force=force)
+        shutil.rmtree(directory)  # a copy by now; where it was refused it stays, for --force
     _tell({"model": published.card.model, "version": published.card.version, "path": str(published.path), "forced": published.card.forced}, as_json)
 
 

@@ -25,6 +25,7 @@ from training.bundle import Card, SignGaussian
 from training.data import DataError, Dataset
 from training.export import complete_bundle, session
 from training.features import fit_eye
+from training.registry import checked_name
 from training.sources import label, open_dataset
 
 
@@ -75,8 +76,9 @@ def adopt(
 ) -> Card:
     """Write a complete bundle into the new `directory`, or nothing. `say` hears what of the reference is left out.
 
-    Raises DataError where generator, data and latents do not fit together.
+    Raises DataError where generator, data and latents do not fit together, RegistryError where `model` is no name for one.
     """
+    model = checked_name(model or label(str(path))[:64], "model")
     (law, steps), generator = read_law(latent), _load(path)
     with _whole(directory), tempfile.TemporaryDirectory(prefix="data-", dir=directory) as cache:
         dataset = open_dataset(reference, cache=Path(cache), skip_bad_files=skip_bad_files, say=say, option="--reference")
@@ -84,7 +86,7 @@ def adopt(
         _check(directory / "model.onnx", path, dataset, law)
         return complete_bundle(
             directory,
-            model=model or label(str(path)),
+            model=model,
             dataset=dataset,
             latent=law,
             sight=fit_eye(dataset, seed=0),

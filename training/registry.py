@@ -59,7 +59,7 @@ class Registry:
 
     def versions(self, model: str) -> list[str]:
         """Complete versions, oldest first."""
-        directory = self.root / _checked(model, "model")
+        directory = self.root / checked_name(model, "model")
         found = [e.name for e in directory.iterdir() if _NAME.fullmatch(e.name) and (e / "card.json").is_file()] if directory.is_dir() else []
         return sorted(found, key=lambda v: (len(v), v))
 
@@ -97,7 +97,7 @@ class Registry:
 
     def history(self, model: str) -> list[AliasChange]:
         """Every change of an alias, oldest first."""
-        path = self.root / _checked(model, "model") / "aliases.json"
+        path = self.root / checked_name(model, "model") / "aliases.json"
         try:
             return [AliasChange(**change) for change in json.loads(path.read_text())["history"]]
         except FileNotFoundError:
@@ -132,7 +132,7 @@ class Registry:
     @contextmanager
     def staging(self, model: str) -> Iterator[Path]:
         """An empty directory on the registry's own file system, removed again unless it is published."""
-        directory = self.root / _checked(model, "model") / f".staging-{uuid.uuid4().hex[:12]}"
+        directory = self.root / checked_name(model, "model") / f".staging-{uuid.uuid4().hex[:12]}"
         directory.mkdir(parents=True)
         try:
             yield directory
@@ -198,7 +198,7 @@ class Registry:
 
     @contextmanager
     def _locked(self, model: str) -> Iterator[None]:
-        directory = self.root / _checked(model, "model")
+        directory = self.root / checked_name(model, "model")
         directory.mkdir(parents=True, exist_ok=True)
         with open(directory / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -215,10 +215,11 @@ def _go(way: list[str], version: str) -> list[str]:
     return left
 
 
-def _checked(name: str, what: str) -> str:
+def checked_name(name: str, what: str) -> str:
+    """`name`, which becomes part of paths and of metrics. Raises RegistryError where it cannot."""
     if not _NAME.fullmatch(name):
         raise RegistryError(f"{what} name is {name!r}; use letters, digits, '-' and '_', at most 64, starting with a letter or digit")
     return name
 
 
-__all__ = ["ALIASES", "AliasChange", "BundleError", "Registry", "RegistryError", "ganwatch_home"]
+__all__ = ["ALIASES", "AliasChange", "BundleError", "Registry", "RegistryError", "checked_name", "ganwatch_home"]

@@ -72,6 +72,7 @@ def test_a_generator_from_elsewhere_is_certified_and_published(tmp_path: Path) -
     done = ganwatch(tmp_path, "publish", "--onnx", str(tmp_path / "cloud.onnx"), "--reference", str(tmp_path / "real.npy"), "--latent", "normal:2", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["model"] == "cloud" and json.loads(done.stdout)["forced"] is None
+    assert list((tmp_path / "adopted").iterdir()) == []
     before = Registry(tmp_path / "registry").open("cloud", "v1").certificate.count
     done = ganwatch(tmp_path, "certify", "v1", "--more", "3000", "--json")
     assert json.loads(done.stdout)["version"] == "v2" and json.loads(done.stdout)["samples"] == before + 3000, done.stderr

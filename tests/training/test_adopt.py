@@ -9,6 +9,7 @@ from training.adopt import INNER, _load, adopt, as_served, read_law
 from training.bundle import SignGaussian, open_bundle
 from training.data import DataError, Dataset
 from training.export import open_source, session
+from training.registry import RegistryError
 
 rng = np.random.default_rng(0)
 LAW = SignGaussian(0, 6)
@@ -272,6 +273,9 @@ def test_a_refused_generator_leaves_nothing_behind(tmp_path):
         with pytest.raises(DataError, match=words):
             adopt(path, reference, "normal:6", home / "adopted" / "now")
         assert not home.exists()
+    with pytest.raises(RegistryError, match="model name is 'of mine'; use letters"):
+        adopt(path, real, "normal:6", home / "adopted" / "now", model="of mine")
+    assert not home.exists()
     (home / "adopted" / "before").mkdir(parents=True)
     with pytest.raises(DataError, match="--reference is"):
         adopt(path, "nope.npz", "normal:6", home / "adopted" / "now")
