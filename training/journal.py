@@ -7,8 +7,8 @@ Each line has `at` (seconds since 1970) and `stage`, and by stage:
     latent   signs, normals, clusters: the latent law, and what in the data it was chosen for
     train    at each look: step, steps, seconds_left, alarms {name: what is wrong and what to do}, failing [those that forbid
              to publish], losses and the figures of diagnostics.py (null: not finite); at the end of training, without `step`: seconds and the last figures
-    finish   done, most: last steps made and to make, on smooth vectors alone (finish.py); at the end: seconds, before, after: the
-             sliced Wasserstein distance to held-out data
+    finish   done, most: last steps made and to make, on smooth vectors alone (finish.py); at the end: seconds, before and after (the
+             sliced Wasserstein distance to held-out data), kept
     certify  done, most: samples counted so far and at most; at the end: seconds
     publish  version, forced: why it should not have been, where --force overrode that
     failed, interrupted   reason, of the former; the run has ended without a new version

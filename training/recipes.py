@@ -48,9 +48,8 @@ RECIPES = {
     # thirds of the steps and a first gamma of 3, 76 % of the samples were good; ten, twelve or thirteen signs were worse.
     "grid100": replace(PLANE, steps=30_000, width=256, fourier=128, gamma=(1.0, 1e-4), frequencies=(48.0, 12.0)),
     # Its modes are 44 units of the networks apart, in the plane one: slopes are as much smaller. With few signs nearly every pattern
-    # finds a mode; of ten signs' patterns a tenth stayed between them.
-    "mixture1200": Recipe(5000, 6, 16, 1.0, 512, 0, (2e-3, 2e-5), (100.0, 0.1), 0.0),
-    # the mean and the width of the whole must be right to a hundredth of it, which a small batch blurs
+    # finds a mode, and normals of .5 stay within it: with those of 1 modes were lost, with .25 patterns stayed between them.
+    "mixture1200": Recipe(8000, 6, 16, 0.5, 512, 0, (2e-3, 2e-5), (100.0, 0.1), 0.0),
     "s-curve": CONTINUOUS,
     "moons": CONTINUOUS,
     "flower": CONTINUOUS,

@@ -499,10 +499,13 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
 
     generator = build(config, dataset)[1]
     generator.load_state_dict(weights)
+    ending = None
     if is_smooth(dataset):
-        generator, *distance = finished(generator, dataset, latent, seed=config.seed, progress=finishing)
-        print("finish   sliced Wasserstein distance to held-out data {:.4f}, {:.4f} before".format(*distance[::-1]), flush=True)
-        journal.done("finish", before=distance[0], after=distance[1])
+        with wide_products(config.recipe.width):
+            generator, ending = finished(generator, dataset, latent, seed=config.seed, steps=config.recipe.steps, progress=finishing)
+        words = "{after:.4f} from held-out data by sliced Wasserstein distance, {before:.4f} before".format(**ending)
+        print(f"finish   {words}{'' if ending['kept'] else ': left as it was before'}", flush=True)
+        journal.done("finish", **ending)
     card = write_bundle(
         run / "bundle",
         model=config.model or label(config.dataset),
@@ -514,6 +517,7 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
             "config": asdict(config),
             "recipe": asdict(config.recipe),
             "latent": chosen,
+            "finish": ending,
             "metrics": metrics,
             "failing": metrics["failing"],
         },

@@ -107,9 +107,9 @@ def row(dataset: Dataset, config: Config, out: Path) -> dict[str, Any]:
     try:
         with wide_products(config.recipe.width):
             generator, last = adversarial_training(config, dataset)
-        latent = build(config, dataset)[0]
-        if is_smooth(dataset):
-            generator, _, _ = finished(generator, dataset, latent)
+            latent = build(config, dataset)[0]
+            if is_smooth(dataset):
+                generator, _ = finished(generator, dataset, latent, seed=config.seed, steps=config.recipe.steps)
     except TrainingStopped as stopped:
         return {"stopped": str(stopped)}
     spent = {"seconds": time.monotonic() - begin, "cpu_seconds": time.process_time() - cpu}
