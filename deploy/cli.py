@@ -218,7 +218,7 @@ def publish(
             raise StackError("--onnx takes --reference DATA and --latent LAW, and no bundle directory")
         from training.adopt import adopt
 
-        home = _registry(registry)
+        target = _registry(registry)
         directory = ganwatch_home() / "adopted" / f"{time.strftime('%Y%m%dT%H%M%S')}-{onnx.stem}"
         with _stage(f"certifying {onnx.name} against {reference}") as show:
             adopt(
@@ -226,7 +226,7 @@ def publish(
                 say=lambda line: progress.print(escape(line)),
                 progress=lambda done, most: show(f"{done:,} of at most {most:,} samples"),
             )  # fmt: skip
-        published = publish_bundle(directory, home, force=force)
+        published = publish_bundle(directory, target, force=force)
         shutil.rmtree(directory, ignore_errors=True)  # a copy by now; where it was refused it stays, for --force
     _tell({"model": published.card.model, "version": published.card.version, "path": str(published.path), "forced": published.card.forced}, as_json)
 
