@@ -70,7 +70,8 @@ class Critic(nn.Module):
 
     The first layer sees lift(x) = [x, sin(xB), cos(xB), one-hot y] with a fixed B of `fourier` columns, which are N(0, f^2)
     with each f of `frequency` in turn: low ones alone cannot tell narrow modes apart (Tancik et al., Fourier features, 2020).
-    `push_forward` and `pull_back` apply the Jacobian of lift at x and its transpose.
+    `push_forward` and `pull_back` apply the Jacobian of lift and its transpose at the x of which lift(x) is given: its sines and
+    cosines are what they need.
     """
 
     frequencies: Tensor
@@ -96,17 +97,19 @@ class Critic(nn.Module):
             parts.append(one_hot(y, self.classes).to(x.dtype))
         return torch.cat(parts, dim=1)
 
-    def push_forward(self, x: Tensor, tangent: Tensor) -> Tensor:
+    def push_forward(self, lifted: Tensor, tangent: Tensor) -> Tensor:
         """The change of lift(x), [n, lifted], when x moves by `tangent` [n, d]."""
-        phase, turn = x @ self.frequencies, tangent @ self.frequencies
-        return torch.cat([tangent, phase.cos() * turn, -phase.sin() * turn, tangent.new_zeros(len(x), self.classes)], dim=1)
+        (_, sin, cos, _), turn = self._parts(lifted), tangent @ self.frequencies
+        return torch.cat([tangent, cos * turn, -sin * turn, tangent.new_zeros(len(lifted), self.classes)], dim=1)
 
-    def pull_back(self, x: Tensor, cotangent: Tensor) -> Tensor:
+    def pull_back(self, lifted: Tensor, cotangent: Tensor) -> Tensor:
         """The gradient by x, [n, d], where the gradient by lift(x) is `cotangent` [n, lifted]."""
+        (_, sin, cos, _), (by_x, by_sin, by_cos, _) = self._parts(lifted), self._parts(cotangent)
+        return by_x + (cos * by_sin - sin * by_cos) @ self.frequencies.T
+
+    def _parts(self, lifted: Tensor) -> tuple[Tensor, ...]:
         f = self.frequencies.shape[1]
-        phase = x @ self.frequencies
-        by_x, by_sin, by_cos, _ = cotangent.split([self.dim, f, f, self.classes], dim=1)
-        return by_x + (phase.cos() * by_sin - phase.sin() * by_cos) @ self.frequencies.T
+        return lifted.split([self.dim, f, f, self.classes], dim=1)
 
 
 def even_normals(count: int, dim: int) -> Float32[Tensor, "count dim"]:
@@ -175,10 +178,10 @@ class ConvCritic(nn.Module):
     def lift(self, x: Tensor, y: Tensor | None) -> Tensor:
         return self.look(x)
 
-    def push_forward(self, x: Tensor, tangent: Tensor) -> Tensor:
+    def push_forward(self, lifted: Tensor, tangent: Tensor) -> Tensor:
         return self.look(tangent)
 
-    def pull_back(self, x: Tensor, cotangent: Tensor) -> Tensor:
+    def pull_back(self, lifted: Tensor, cotangent: Tensor) -> Tensor:
         return self.look.back(cotangent)
 
 

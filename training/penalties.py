@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.func import functional_call, grad
-from torch.nn.functional import conv2d, leaky_relu, linear
+from torch.nn.functional import conv2d, leaky_relu, linear, normalize
 from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.nn.utils import parametrizations, parametrize
 
@@ -43,6 +43,10 @@ class Penalty:
 
     def price(self, slope: Float[Tensor, "m d"]) -> Float[Tensor, "m"]:
         return (slope.norm(dim=1) - self.target).square() if self.target else slope.square().sum(dim=1)
+
+    def by_slope(self, slope: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+        """The derivative of the price; 0 where there is no slope."""
+        return 2 * (slope - self.target * normalize(slope)) if self.target else 2 * slope
 
     def points_between(
         self, real: Float[Tensor, "n d"], fake: Float[Tensor, "n d"], rng: torch.Generator | None = None
@@ -172,16 +176,13 @@ def closed_form(
     for layer, h_k, a in zip(reversed(critic.hidden), reversed(fed), reversed(bent), strict=True):
         by_preactivation.insert(0, _times_slope(v, a))
         v = _pulled(layer, by_preactivation[0], h_k)
-    by_input = critic.pull_back(x, v)
+    by_input = critic.pull_back(fed[0], v)
 
     by_real, by_fake, critic_loss = _by_logits(objective.critic_loss, logit[:n], logit[n : 2 * n])
     weight = torch.cat([by_real, by_fake, logit.new_zeros(len(between))])
     charged = gamma / 2 * penalty.charged(n, len(between), x)
-    with torch.enable_grad():
-        slope = by_input.detach().requires_grad_()
-        price = (charged * penalty.price(slope)).sum()
-        (by_slope,) = torch.autograd.grad(price, slope)
-    tangent = critic.push_forward(x, by_slope)
+    price = (charged * penalty.price(by_input)).sum()
+    tangent = critic.push_forward(fed[0], charged[:, None] * penalty.by_slope(by_input))
     for layer, h_k, a, v in zip(critic.hidden, fed, bent, by_preactivation, strict=True):
         layer.weight.grad = _by_weight(layer, v, torch.addcmul(tangent, h_k, weight.view(-1, *[1] * (h_k.ndim - 1))))
         layer.bias.grad = (weight @ v.flatten(1)).view(v.shape[1], -1).sum(dim=1)
@@ -193,7 +194,7 @@ def closed_form(
         critic.head.of_class.weight.grad = torch.zeros_like(critic.head.of_class.weight).index_add_(0, y, rows)
 
     _, pull, generator_loss = _by_logits(objective.generator_loss, logit[:n], logit[n : 2 * n])
-    return Gradients(critic_loss, generator_loss, price.detach(), pull[:, None] * by_input[n : 2 * n])
+    return Gradients(critic_loss, generator_loss, price, pull[:, None] * by_input[n : 2 * n])
 
 
 def gradients_for(critic: nn.Module, *, compiled: bool = False) -> Callable[..., Gradients]:

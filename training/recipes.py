@@ -44,9 +44,9 @@ RECIPES = {
     # eight modes far apart need no gentler start, and get one from fewer steps
     "ring": replace(PLANE, steps=6000, gamma=(1.0, 1e-4)),
     "grid": PLANE,
-    # By the whole, its modes are half as wide as the grid's: twice the frequencies, and networks that tell so many apart. With two
-    # thirds of the steps and a first gamma of 3, 76 % of the samples were good; ten, twelve or thirteen signs were worse.
-    "grid100": replace(PLANE, steps=30_000, width=256, fourier=128, gamma=(1.0, 1e-4), frequencies=(48.0, 12.0)),
+    # By the whole, its modes are half as wide as the grid's: twice the frequencies, narrower normals, and networks that tell so many
+    # apart. With two thirds of the steps and a first gamma of 3, 76 % of the samples were good; ten, twelve or thirteen signs were worse.
+    "grid100": replace(PLANE, steps=30_000, scale=0.22, width=256, fourier=128, gamma=(1.0, 1e-4), frequencies=(48.0, 12.0)),
     # Its modes are 44 units of the networks apart, in the plane one: slopes are as much smaller. With few signs nearly every pattern
     # finds a mode, and normals of .5 stay within it: with those of 1 modes were lost, with .25 patterns stayed between them.
     "mixture1200": Recipe(8000, 6, 16, 0.5, 512, 0, (2e-3, 2e-5), (100.0, 0.1), 0.0),
