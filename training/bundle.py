@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int64, UInt64
 from numpy import ndarray
-from scipy.special import ndtri
-from scipy.stats import beta
+from scipy.special import betaincinv, ndtri
 
 SCHEMA = 1
 FILES = ("model.onnx", "features.onnx", "reference.npz", "certificate.npz")
@@ -252,8 +251,8 @@ def clopper_pearson(hits: Any, count: int, delta: float) -> tuple[Float64[ndarra
     """One-sided exact binomial bounds, each wrong with probability <= delta (Clopper and Pearson, Biometrika 1934)."""
     hits = np.asarray(hits, np.float64)
     with np.errstate(invalid="ignore"):
-        low = np.where(hits > 0, beta.ppf(delta, np.maximum(hits, 1), count - hits + 1), 0.0)
-        high = np.where(hits < count, beta.ppf(1 - delta, hits + 1, np.maximum(count - hits, 1)), 1.0)
+        low = np.where(hits > 0, betaincinv(np.maximum(hits, 1), count - hits + 1, delta), 0.0)
+        high = np.where(hits < count, betaincinv(hits + 1, np.maximum(count - hits, 1), 1 - delta), 1.0)
     return low, high
 
 

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
-from sklearn.neighbors import NearestNeighbors
 
 NEIGHBOURS = 20  # an estimated log density then varies by about 1 / sqrt(20), and no cluster has fewer samples
 PROMINENCE = 2.0  # in nats: a peak counts where on every way to a higher one the density falls to less than a seventh of its own
@@ -43,6 +42,8 @@ def clusters(x: Float[ndarray, "n d"]) -> Clusters:
     as prominent as its log density lies above that meeting. The density is k / r^m, with r the distance to the k-th neighbour
     and m the intrinsic dimension (Levina and Bickel 2005, averaged as by MacKay and Ghahramani).
     """
+    from sklearn.neighbors import NearestNeighbors  # slow to import, and every command line imports this file
+
     k = min(NEIGHBOURS, len(x) - 1)
     distance, index = NearestNeighbors(n_neighbors=k).fit(x).kneighbors()
     radius = np.maximum(distance, 1e-6)  # of exact repeats

@@ -437,12 +437,17 @@ def picture(samples: np.ndarray) -> Image.Image:
     return Image.fromarray((255 * np.sqrt(density / density.max())).astype(np.uint8)).resize((512, 512), Image.Resampling.NEAREST)
 
 
+def pictured(dataset: Dataset) -> int:
+    """How many samples a picture of such data is of."""
+    return 128 if dataset.is_image else 20_000
+
+
 def shown(generator: nn.Module, config: Config, dataset: Dataset) -> Image.Image:
     """The picture of a generator in training, always of the same latents, and of all classes in turn.
 
     It is drawn by a copy, in batches no larger than those of training; what is not finite is drawn as nothing.
     """
-    count, device = 128 if dataset.is_image else 20_000, next(generator.parameters()).device
+    count, device = pictured(dataset), next(generator.parameters()).device
     latent, served = latent_law(config.recipe, dataset.clusters, dataset.dim), Served(copy.deepcopy(generator), dataset).eval().to(device)
     z = torch.from_numpy(latent.sample(seed=0, count=count)).to(device)
     y = torch.arange(count, device=device) % len(dataset.classes) if config.conditional else None
@@ -451,6 +456,20 @@ def shown(generator: nn.Module, config: Config, dataset: Dataset) -> Image.Image
         for i in range(0, count, size):
             drawn.append(served(z[i : i + size], None if y is None else y[i : i + size]).nan_to_num(0, 0, 0).cpu().numpy())
     return picture(np.concatenate(drawn))
+
+
+def telling(journal: Journal, stage: str, words: str) -> Callable[[int, int], None]:
+    """The progress of a stage, for the journal and in `words` for the terminal: every two seconds, and its end."""
+    said = 0.0
+
+    def progress(done: int, most: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > 2.0 or done == most:
+            said = time.monotonic()
+            journal.write(stage, done=done, most=most)
+            print(f"{stage:<8} {words.format(done=done, most=most)}", flush=True)
+
+    return progress
 
 
 def execute(config: Config, run: Path, journal: Journal) -> Bundle:
@@ -481,28 +500,13 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
         sight = eye.result()
     journal.done("train", **metrics)
 
-    said = 0.0
-
-    def finishing(done: int, most: int) -> None:
-        nonlocal said
-        if time.monotonic() - said > 2.0:
-            said = time.monotonic()
-            journal.write("finish", done=done, most=most)
-            print(f"finish   step {done} of {most} of the last ones, without a critic", flush=True)
-
-    def certified(drawn: int, most: int) -> None:
-        nonlocal said
-        if time.monotonic() - said > 2.0 or drawn == most:
-            said = time.monotonic()
-            journal.write("certify", done=drawn, most=most)
-            print(f"certify  {drawn:>9,} of at most {most:,} samples drawn, a fifth of them to set thresholds", flush=True)
-
     generator = build(config, dataset)[1]
     generator.load_state_dict(weights)
     ending = None
     if is_smooth(dataset):
+        progress = telling(journal, "finish", "step {done} of {most} of the last ones, without a critic")
         with wide_products(config.recipe.width):
-            generator, ending = finished(generator, dataset, latent, seed=config.seed, steps=config.recipe.steps, progress=finishing)
+            generator, ending = finished(generator, dataset, latent, seed=config.seed, steps=config.recipe.steps, progress=progress)
         words = "{after:.4f} from held-out data by sliced Wasserstein distance, {before:.4f} before".format(**ending)
         print(f"finish   {words}{'' if ending['kept'] else ': left as it was before'}", flush=True)
         journal.done("finish", **ending)
@@ -524,9 +528,9 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
         certify_samples=config.certify_samples,
         certify_seconds=config.certify_seconds,
         keep_points=config.reference_points,
-        progress=certified,
+        progress=telling(journal, "certify", "{done:>9,} of at most {most:,} samples drawn, a fifth of them to set thresholds"),
     )
-    samples = open_source(run / "bundle", card).samples(seed=0, count=128 if dataset.is_image else 20_000)
+    samples = open_source(run / "bundle", card).samples(seed=0, count=pictured(dataset))
     picture(samples).save(run / "samples.png")
     journal.done("certify")
     table = Table("figure", "value", title=f"{card.model}, on {card.certified['samples']:,} certified samples")

@@ -52,7 +52,7 @@ def test_steps_are_timed_beside_a_plain_loop_and_with_a_second_worker(tmp_path, 
     monkeypatch.syspath_prepend(SCRIPT.parent)  # where the workers find it, too
     import bench_steps
 
-    monkeypatch.setattr(bench_steps, "NETWORKS", {"dcgan": 8})
+    monkeypatch.setattr(bench_steps, "GAMES", {"dcgan": Config(dataset="mnist", network="dcgan", width=8)})
     bench_steps.main(bench_steps.Bench(rounds=1, out=tmp_path))
     found = json.loads((tmp_path / "steps.json").read_text())["dcgan"]
     assert found["by plain loop"] == pytest.approx(found["ms a step"] / found["ms of the plain loop"]) and found["ms a step"] > 0
