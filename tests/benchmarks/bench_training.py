@@ -12,6 +12,7 @@ methods side by side to ring.svg and grid.svg.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -228,14 +229,30 @@ def plot(name: str, rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+def over_seeds(values: list[Any]) -> str:
+    """The one figure, or the lowest and the highest of several; of alarms, each that was up, and in how many runs."""
+    if any(isinstance(v, list) for v in values):
+        names = [alarm.split(":")[0] for alarms in values for alarm in alarms or ()]
+        return "; ".join(f"{name} {names.count(name)}" for name in dict.fromkeys(names))
+    known = [v for v in values if v is not None and math.isfinite(v)]
+    low, high = (f"{of(known):.4g}" if known else "-" for of in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
 def show(name: str, rows: list[dict[str, Any]]) -> None:
-    columns = [c for c in dict.fromkeys(c for r in rows for c in r) if c not in ("dataset", "method", "seed", "recipe", "stopped")]
+    """One row a method, over its seeds."""
+    columns = [c for c in dict.fromkeys(c for r in rows for c in r) if c not in ("dataset", "method", "seed", "steps", "recipe", "stopped")]
     aims = "; ".join(f"{figure} {low:g}-{high:g}" for figure, (low, high) in AIMS.get(name, {}).items())
     caption = "\n".join(words for words in (aims and f"aims, on every seed: {aims}", PUBLISHED.get(name)) if words)
-    table = Table("method", "seed", "aims", *columns, title=name, caption=caption)
-    for r in rows:
-        cells = [f"{v:.4g}" if isinstance(v, float | int) else "; ".join(a.split(":")[0] for a in v or []) for v in map(r.get, columns)]
-        table.add_row(r["method"] + (f" (stopped: {r['stopped']})" if "stopped" in r else ""), str(r["seed"]), judged(name, r), *cells)
+    table = Table("method", "runs", "aims", *columns, title=name, caption=caption)
+    for method, steps in dict.fromkeys((r["method"], r["steps"]) for r in rows):
+        mine = [r for r in rows if (r["method"], r["steps"]) == (method, steps)]
+        stopped = sum("stopped" in r for r in mine)
+        words = method + (f", {steps} steps" if steps else "") + (f" ({stopped} stopped, the first: {next(r['stopped'] for r in mine if 'stopped' in r)})" if stopped else "")
+        verdicts = [(r["seed"], judged(name, r)) for r in mine]
+        missed = "; ".join(f"seed {seed} {verdict}" for seed, verdict in verdicts if verdict.startswith("miss"))
+        cells = [over_seeds([r.get(column) for r in mine]) for column in columns]
+        table.add_row(words, str(len(mine)), missed or verdicts[0][1], *cells)
     Console(width=240).print(table)
 
 

@@ -47,6 +47,12 @@ def test_a_row_is_judged_by_the_aims_of_its_data_set(bench):
     assert bench.judged("ring", good | {"method": "perfect sampler"}) == bench.judged("nothing", good) == ""
 
 
+def test_a_method_has_one_row_over_its_seeds(bench):
+    assert bench.over_seeds([0.97, float("nan"), 0.99, None]) == "0.97 to 0.99" and bench.over_seeds([8, 8]) == "8"
+    assert bench.over_seeds([None, float("nan")]) == "-"  # training was stopped, or nothing was good
+    assert bench.over_seeds([["off_manifold: far"], None, ["off_manifold: near", "mode_dropping: 2"]]) == "off_manifold 2; mode_dropping 1"
+
+
 @pytest.mark.slow
 def test_steps_are_timed_beside_a_plain_loop_and_with_a_second_worker(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPT.parent)  # where the workers find it, too
