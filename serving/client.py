@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,8 @@ from numpy import ndarray
 
 from serving.errors import ServingError
 
-_PAGE = 65536  # rows a server gives in one answer
+_PAGE, _PAGE_BYTES = 65536, 1 << 30  # rows, and bytes of them, that a server gives in one answer
+_FEW = 256  # rows that are fewer than that whatever they are
 _NPY = {"Accept": "application/x-npy"}
 _BACKOFF_S = 0.2  # doubled with each attempt, where the server names no time itself
 _LONGEST_WAIT_S = 30.0
@@ -69,12 +71,24 @@ class _Ask:
         fields |= {"truncation": self.truncation} if self.truncation != 1.0 else {}
         return f"/v1/models/{quote(self.model, safe='')}{version}/sample", {k: v for k, v in fields.items() if v is not None}
 
+    @property
+    def is_one_page(self) -> bool:
+        """Latents and paths are: their rows are not those of a seed."""
+        return self.n < 1 or self.z is not None or self.interpolate is not None
+
     def pages(self, size: int) -> Iterator[tuple[int, int]]:
-        """(rows before it, rows) of each page. Latents and paths are of one page: their rows are not those of a seed."""
-        if self.n < 1 or self.z is not None or self.interpolate is not None:
+        """(rows before it, rows) of each page."""
+        if self.is_one_page:
             size = max(self.n, 1)
         for done in range(0, max(self.n, 1), size):
             yield done, min(size, self.n - done)
+
+    def fitting(self, models: list[dict[str, Any]]) -> int:
+        """The largest page of this model, by what the server says of its models."""
+        known = next((model for model in models if model["name"] == self.model and model["sample_shape"]), None)
+        if known is None:
+            return _PAGE
+        return max(1, min(_PAGE, _PAGE_BYTES // (math.prod(known["sample_shape"]) * np.dtype(known["dtype"]).itemsize)))
 
     def page(self, done: int, count: int, first: Samples | None) -> _Ask:
         """The question for one page; `first`, the page that began at row 0, pins seed and version."""
@@ -135,13 +149,13 @@ class Client:
         """
         return _join(list(self.pages(model, n, **law)))
 
-    def pages(self, model: str, n: int, *, size: int = _PAGE, **law: Any) -> Iterator[Samples]:
-        """The samples of `sample` in pages of `size`, of which one must not exceed a gigabyte; the next page is fetched while
-        this one is used."""
+    def pages(self, model: str, n: int, *, size: int | None = None, **law: Any) -> Iterator[Samples]:
+        """The samples of `sample` in pages of `size`, by default as many as a server gives at once, 65,536 or a gigabyte; the next
+        page is fetched while this one is used."""
         ask, first = _Ask(model, _rows(n, law), **law), None
         with ThreadPoolExecutor(1, thread_name_prefix="pages") as ahead:
             waiting = None
-            for done, count in ask.pages(size):
+            for done, count in ask.pages(size or self._size(ask)):
                 if first is None:
                     first = self._page(ask.page(done, count, None))
                     page = first
@@ -172,6 +186,9 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _size(self, ask: _Ask) -> int:
+        return _FEW if ask.n <= _FEW or ask.is_one_page else ask.fitting(self.models())
+
     def _page(self, ask: _Ask) -> Samples:
         path, body = ask.request()
         return _read(self._send("POST", path, json=body, headers=_NPY))
@@ -199,11 +216,11 @@ class AsyncClient:
         """As Client.sample."""
         return _join([page async for page in self.pages(model, n, **law)])
 
-    async def pages(self, model: str, n: int, *, size: int = _PAGE, **law: Any) -> AsyncIterator[Samples]:
+    async def pages(self, model: str, n: int, *, size: int | None = None, **law: Any) -> AsyncIterator[Samples]:
         """As Client.pages. Closing the iterator cancels the page that is under way."""
         ask, first, waiting = _Ask(model, _rows(n, law), **law), None, None
         try:
-            for done, count in ask.pages(size):
+            for done, count in ask.pages(size or await self._size(ask)):
                 if first is None:
                     first = page = await self._page(ask.page(done, count, None))
                 else:
@@ -235,6 +252,9 @@ class AsyncClient:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+    async def _size(self, ask: _Ask) -> int:
+        return _FEW if ask.n <= _FEW or ask.is_one_page else ask.fitting(await self.models())
 
     async def _page(self, ask: _Ask) -> Samples:
         path, body = ask.request()

@@ -15,18 +15,19 @@ if TYPE_CHECKING:
     from torch.utils.data import IterableDataset
 
 
-def dataset(url: str, model: str, n: int, *, size: int = 4096, **law: Any) -> IterableDataset[Tensor]:
+def dataset(url: str, model: str, n: int, *, size: int | None = None, **law: Any) -> IterableDataset[Tensor]:
     """`n` samples of `model`, one tensor each as they are served: uint8 [h, w, c] of images, float32 [d] of vectors.
 
-    `size`: rows fetched at a time. `law`: what Client.sample takes, but no list of labels, no `z` and no `interpolate`. Seed and
-    version are fixed now, so that all workers and epochs agree; each process of a distributed training asks for rows of its own by
-    `offset`. Raises what Client raises.
+    `size`: rows fetched at a time; by default 4,096, or as many as are 64 MiB. `law`: what Client.sample takes, but no list of
+    labels, no `z` and no `interpolate`. Seed and version are fixed now, so that all workers and epochs agree; each process of a
+    distributed training asks for rows of its own by `offset`. Raises what Client raises.
     """
     from torch import from_numpy
     from torch.utils.data import IterableDataset, get_worker_info
 
     with Client(url) as client:
         first = client.sample(model, 1, **law)
+    size = size or max(1, min(4096, 2**26 // first.array.nbytes))
     law = {**law, "seed": first.seed, "offset": first.offset, "version": first.version}
 
     class Generated(IterableDataset):

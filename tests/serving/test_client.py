@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import uvicorn
 
+from serving import client as client_module
+from serving import openapi
 from serving.batcher import Batcher
 from serving.client import AsyncClient, Client
 from serving.dataset import dataset
@@ -278,6 +280,24 @@ def test_pages_make_up_the_whole(address, samplers, n):
         np.testing.assert_array_equal(np.concatenate([page.array for page in found]), expected)
         assert [page.offset for page in found] == list(range(2, 2 + n, 30))
     np.testing.assert_array_equal(clothes.array, samplers["clothes"].sample([Window(5, 0, n, label=1)]))
+
+
+def test_a_page_is_no_larger_than_what_the_server_gives_of_such_samples(address, samplers, monkeypatch):
+    for module, name in ((openapi, "MAX_BYTES"), (client_module, "_PAGE_BYTES")):
+        monkeypatch.setattr(module, name, 64 * 300)  # as if images were large
+    expected = samplers["digits"].sample([Window(5, 0, 1000)])
+
+    async def scene():
+        async with AsyncClient(address[0]) as client:
+            return [page.array async for page in client.pages("digits", 1000, seed=5)]
+
+    with Client(address[0]) as client:
+        pages = [page.array for page in client.pages("digits", 1000, seed=5)]
+        with pytest.raises(ServingError, match="nothing"):
+            client.sample("nothing", 1000)
+    for found in (pages, asyncio.run(scene())):
+        assert [len(page) for page in found] == [300, 300, 300, 100]
+        np.testing.assert_array_equal(np.concatenate(found), expected)
 
 
 def test_the_next_page_is_fetched_while_this_one_is_used(address):
