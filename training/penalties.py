@@ -228,7 +228,8 @@ def _by_weight(layer: nn.Linear | nn.Conv2d, v: Tensor, h: Tensor) -> Tensor:
     """The gradient of the sum of v * layer(h) by the layer's weight."""
     if isinstance(layer, nn.Linear):
         return v.T @ h
-    return conv2d_weight(h, layer.weight.shape, v, layer.stride, layer.padding)
+    # laid out as the weight is: h has its channels last, the gradient then has, too, and fused Adam reads memory, not strides
+    return conv2d_weight(h, layer.weight.shape, v, layer.stride, layer.padding).contiguous()
 
 
 def _labels(y: Int64[Tensor, "n"] | None, rows: int) -> Int64[Tensor, "m"] | None:

@@ -70,6 +70,22 @@ def compare(critic, real, fake, objective, penalty, classes):
         torch.testing.assert_close(getattr(found, name), getattr(oracle, name), rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("way", [closed_form, functional, autograd])
+@pytest.mark.parametrize("name", ["perceptron", "dcgan"])
+def test_every_way_to_the_gradients_is_the_same_step_of_the_optimiser(name, way):
+    """Which reads the memory of a gradient: strides other than its weight's would move other weights."""
+    moved, real, fake = [], *torch.randn(2, 8, 32 * 32 * 3)
+    for gradients in (way, autograd):
+        torch.manual_seed(1)
+        critic = FAMILIES[name].critic((32, 32, 3), width=16, classes=0, packing=1, fourier=0, frequency=(1.0,))
+        before = [p.detach().clone() for p in critic.parameters()]
+        gradients(critic, OBJECTIVES["relativistic"], PENALTIES["r1r2"], real, fake, real[:0], None, 0.7)
+        torch.optim.Adam(critic.parameters(), lr=1e-3, fused=True).step()
+        moved.append([p.detach() - old for p, old in zip(critic.parameters(), before, strict=True)])
+    for found, expected in zip(*(steps[:-1] for steps in moved), strict=True):  # pairs leave the last bias where it is
+        assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.99
+
+
 @pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
 @pytest.mark.parametrize(("name", "classes"), [("perceptron", 0), ("dcgan", 4), ("resnet", 0)])
 def test_one_function_of_the_weights_gives_the_same_gradients(objective, penalty, name, classes):
