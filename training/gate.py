@@ -13,8 +13,8 @@ from shlex import quote
 
 import numpy as np
 
-from training.bundle import FILES, MODE_FLOOR, OFF_MANIFOLD_EXCESS, Bundle, Certificate, Reference, open_bundle
-from training.registry import AliasChange, Registry
+from training.bundle import FILES, MODE_FLOOR, OFF_MANIFOLD_EXCESS, Bundle, BundleError, Certificate, Reference, open_bundle
+from training.registry import AliasChange, Registry, RegistryError
 
 TV_LIMIT = 0.4  # total variation between real and generated shares of the cells, off-manifold included
 TOLERANCE = 0.1  # by how much each figure of a new version may be worse than production's
@@ -117,14 +117,19 @@ def promote(
     """Point `alias` at a version. One that is proven worse than what is in production does not become production.
 
     Raises QualityRefused where the gate objects and `force` is not set; forced, the objections are kept in the registry's history.
-    Canary and shadow are how a doubtful version is tried: they are not gated. Raises ValueError for a tolerance below 0.
+    Canary and shadow are how a doubtful version is tried: they are not gated, and neither is what takes the place of a version that
+    cannot be opened any more. Raises ValueError for a tolerance below 0.
     """
     if not tolerance >= 0:
         raise ValueError(f"tolerance is {tolerance}; it must be 0 or more")
     before = registry.aliases(model).get("production")
     objections: list[str] = []
     if alias == "production" and before is not None and (wanted := registry.resolve(model, version)) != before:
-        objections = promotion_objections(registry.open(model, wanted), registry.open(model, before), tolerance)
+        candidate = registry.open(model, wanted)
+        try:
+            objections = promotion_objections(candidate, registry.open(model, before), tolerance)
+        except (RegistryError, BundleError):  # damaged or deleted: there is nothing to compare with, and every reason to leave it
+            objections = []
     if objections and not force:
         remedy = f"ganwatch promote {quote(version)} --model {quote(model)} --force --registry {quote(str(registry.root.resolve()))}"
         raise QualityRefused(objections, remedy, "promoted")

@@ -183,18 +183,26 @@ class Registry:
         """Point `alias` back at the version it named before the present one. Raises RegistryError where there is none.
 
         Rolling back twice goes back twice: versions that were left by a rollback are not returned to, and neither are versions
-        that carry a deliberate fault. A canary or shadow that was none before is none again.
+        that are damaged or carry a deliberate fault. A canary or shadow that was none before is none again.
         """
         way: list[str] = []
-        for change in self.history(model):
-            if change.alias == alias and change.version is not None:
-                _go(way, change.version)
-        earlier = [version for version in way[:-1] if version in self.versions(model) and self.card(model, version).fault is None]
-        if not earlier and alias != "production" and way:
+        named = [change for change in self.history(model) if change.alias == alias and change.version is not None]
+        for change in named:
+            _go(way, change.version)
+        earlier = next((version for version in reversed(way[:-1]) if self._can_serve(model, version)), None)
+        if earlier is None and alias != "production" and way:
             return self.set_alias(model, alias, None, reason=reason)
-        if not earlier:
+        if earlier is None:
             raise RegistryError(f"{alias} of model {model!r} has no earlier version to roll back to; versions: {self.versions(model)}")
-        return self.set_alias(model, alias, earlier[-1], reason=reason)
+        forced = next(change.forced for change in reversed(named) if change.version == earlier)
+        return self.set_alias(model, alias, earlier, reason=reason, forced=forced)
+
+    def _can_serve(self, model: str, version: str) -> bool:
+        """Whether it is there, whole, and no fault was put into it."""
+        try:
+            return self.open(model, version).card.fault is None
+        except (RegistryError, BundleError):
+            return False
 
     @contextmanager
     def _locked(self, model: str) -> Iterator[None]:

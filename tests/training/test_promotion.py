@@ -8,7 +8,7 @@ import pytest
 from tests.serving.conftest import publish
 from training.bundle import clopper_pearson
 from training.gate import QualityRefused, promote, promotion_objections, quality_figures
-from training.registry import Registry
+from training.registry import Registry, RegistryError
 
 
 @pytest.fixture
@@ -79,3 +79,26 @@ def test_the_version_in_production_and_the_first_one_are_not_compared(registry):
     assert promote(registry, "digits", "v2").version == "v2"
     with pytest.raises(ValueError, match=r"tolerance is -1\.0"):
         promote(registry, "digits", "v1", tolerance=-1.0)
+
+
+def test_a_damaged_version_bars_neither_the_way_forward_nor_the_way_back(registry):
+    publish(registry, "digits", promote=False)
+    for version in ("v2", "v3"):
+        promote(registry, "digits", version, force=True)
+    (registry.root / "digits" / "v2" / "card.json").write_text("{")
+    assert registry.rollback("digits").version == "v1"
+    (registry.root / "digits" / "v1" / "model.onnx").write_bytes(b"")
+    assert promote(registry, "digits", "v3").version == "v3"
+    with pytest.raises(RegistryError, match="no earlier version"):
+        registry.rollback("digits")
+
+
+def test_what_the_gate_said_of_a_version_is_known_after_the_way_back_to_it(registry, monkeypatch):
+    publish(registry, "digits", promote=False)
+    monkeypatch.setattr("training.gate.promotion_objections", lambda *_: ["worse"])
+    promote(registry, "digits", "v2", force=True)
+    monkeypatch.setattr("training.gate.promotion_objections", lambda *_: [])
+    promote(registry, "digits", "v3")
+    assert registry.forced("digits") is None
+    registry.rollback("digits")
+    assert registry.forced("digits") == "worse"
