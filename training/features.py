@@ -52,7 +52,7 @@ class Lens(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(torch.float32)
         if self.pool > 1:
-            x = nn.functional.avg_pool2d(x.permute(0, 3, 1, 2), self.pool).permute(0, 2, 3, 1)
+            x = nn.functional.avg_pool2d(x.permute(0, 3, 1, 2), self.pool, ceil_mode=True).permute(0, 2, 3, 1)  # no edge is left out
         x = (x.flatten(1) - self.shift) / self.scale
         return x.unflatten(1, (-1, self.parts)).transpose(1, 2).flatten(0, 1) if self.parts > 1 else x
 
@@ -211,7 +211,8 @@ def fit_eye(dataset: Dataset, *, seed: int, remember: bool = True) -> Sight:
     found = KMeans(count, n_init=4, random_state=seed).fit(train)
     centres = found.cluster_centers_
     if not dataset.classes:
-        places = np.round(centres * dataset.scale + dataset.shift, 2) + 0.0 if dataset.dim <= 3 else centres  # no -0.00 in names
+        decimals = max(2, 1 - math.floor(math.log10(dataset.scale.min())))
+        places = np.round(centres * dataset.scale + dataset.shift, decimals) + 0.0 if dataset.dim <= 3 else centres  # no -0.00 in names
         centres = centres[np.lexsort(places.T[::-1])]
     within = _whitener(train - found.cluster_centers_[found.labels_])
     eye = Eye(lens, within, centres, _whitener(train), train.mean(axis=0))
@@ -236,11 +237,17 @@ def fit_eye(dataset: Dataset, *, seed: int, remember: bool = True) -> Sight:
     distance = np.concatenate([scores[:, 0].numpy() for _, scores, _, _ in held_out])
     eye.threshold.fill_(float(np.quantile(distance, MANIFOLD_QUANTILE)))
     if dataset.labels is None:
-        low = dataset.dim <= 3
-        names = tuple(f"({', '.join(f'{v:.2f}' for v in place)})" if low else f"cell-{k}" for k, place in enumerate(sorted(places.tolist())))
+        names = named(places[np.lexsort(places.T[::-1])], decimals) if dataset.dim <= 3 else tuple(f"cell-{k}" for k in range(count))
         return Sight(eye, names, scores, None)
     seen = np.concatenate([probability.argmax(dim=1).numpy() for *_, probability in held_out])
     return Sight(eye, dataset.classes, scores, float(np.mean(seen == dataset.labels[dataset.trained :])))
+
+
+def named(places: Float[ndarray, "k d"], decimals: int) -> tuple[str, ...]:
+    """Each place as (x, y), with a number where it is not the first of that name."""
+    spelled = [f"({', '.join(f'{v:.{decimals}f}' for v in place)})" for place in places]
+    before = [spelled[:k].count(name) for k, name in enumerate(spelled)]
+    return tuple(f"{name} #{n + 1}" if n else name for name, n in zip(spelled, before, strict=True))
 
 
 def _whitener(x: Float32[ndarray, "n d"]) -> Float[ndarray, "d d"]:

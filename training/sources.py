@@ -351,6 +351,7 @@ def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], 
                 raw.seek(position)
                 raw.truncate()
                 del labels[kept:]
+                first = None if count == 0 else first  # the others are not to be like a file that does not count
                 continue
             first = first or (samples[:1], file)
             raw.write(samples.tobytes())

@@ -5,7 +5,7 @@ import torch
 from training.bundle import NEARER_TRAIN, NEAREST_TRAIN
 from training.data import DATASETS, Dataset
 from training.export import export_onnx, session
-from training.features import COPIED, Copies, fit_eye
+from training.features import COPIED, Copies, Lens, fit_eye, named
 
 pytestmark = pytest.mark.slow
 
@@ -114,3 +114,22 @@ def test_large_images_and_long_vectors_keep_features_short():
         points, _, mode, _ = sight.eye(torch.from_numpy(samples))
         assert points.shape == (300, 64) and sight.modes == ("cell-0", "cell-1", "cell-2")
         assert float((mode < 0).float().mean()) < 0.3
+
+
+@pytest.mark.parametrize("scale", [1e-6, 0.001, 1.0, 1e5])
+def test_every_mode_of_the_plane_has_a_name_of_its_own(scale):
+    sight = fit_eye(Dataset("noise", scale * np.random.default_rng(0).standard_normal((2000, 2)), cells=20), seed=0)
+    assert len(set(sight.modes)) == 20
+    assert max(map(len, sight.modes)) < 30
+
+
+def test_modes_whose_places_cannot_be_told_apart_are_numbered():
+    assert named(np.array([[0.5], [0.5], [0.7]]), decimals=2) == ("(0.50)", "(0.50) #2", "(0.70)")
+
+
+@pytest.mark.parametrize("shape", [(50, 50, 3), (218, 178, 3), (400, 3, 1)])
+def test_every_pixel_of_a_large_image_is_seen(shape):
+    lens = Lens(Dataset("noise", np.random.default_rng(0).integers(256, size=(10, *shape), dtype=np.uint8), cells=2))
+    x = torch.zeros(1, *shape, dtype=torch.float32, requires_grad=True)
+    lens(x).sum().backward()
+    assert (x.grad != 0).all()

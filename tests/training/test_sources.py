@@ -155,6 +155,18 @@ def test_labels_are_one_a_sample(tmp_path, opened):
         opened("a.npz")
 
 
+def test_a_first_file_that_turns_out_bad_late_is_no_measure_of_the_others(tmp_path, opened):
+    (tmp_path / "tables").mkdir()
+    many = np.tile(X, (20, 1))
+    many[-1] = np.nan
+    pq.write_table(pa.table({"x": many[:, 0], "y": many[:, 1], "label": np.arange(2400) % 3}), tmp_path / "tables" / "a.parquet")
+    pq.write_table(pa.table({"x": X[:, 0], "y": X[:, 1], "label": Y}), tmp_path / "tables" / "b.parquet")
+    with pytest.raises(DataError, match=r"(?s)1 of 2 files.*a\.parquet"):
+        opened("tables")
+    dataset, said = opened("tables", skip_bad_files=True)
+    assert len(dataset.samples) == 120 and len(said) == 1 and "a.parquet" in said[0]
+
+
 @pytest.mark.parametrize("same", [np.full((200, 2), 0.5), np.full((200, 4, 4), 7, np.uint8)])
 def test_data_that_never_vary_are_refused(same, tmp_path, opened):
     np.save(tmp_path / "a.npy", same)
