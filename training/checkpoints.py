@@ -34,7 +34,7 @@ class State:
 
     def save(self, directory: Path, step: int, metrics: dict[str, Any], *, rank: int, world: int) -> None:
         """Write what worker `rank` contributes after `step` steps: rank 0 the state, everyone its random numbers."""
-        torch.save(self.rng.get_state(), directory / f"random-{rank}-of-{world}.pt")
+        torch.save(self.rng.get_state(), directory / self._random(rank, world))
         if rank == 0:
             networks = {name: getattr(self, name).state_dict() for name in ("generator", "critic", "average")}
             optimisers = [optimiser.state_dict() for optimiser in self.optimisers]
@@ -44,7 +44,7 @@ class State:
     def load(self, directory: Path, *, rank: int, world: int) -> tuple[int, dict[str, Any]]:
         """Go back to what was saved; returns the steps that were done, and what was last measured. Raises CheckpointError.
 
-        Where the number of workers changed, their random numbers begin anew, from the seed of each and the step.
+        Where the number of workers or their kind of device changed, random numbers begin anew, from the seed of each and the step.
         """
         state = read_state(directory)
         for name in ("generator", "critic", "average"):
@@ -53,12 +53,16 @@ class State:
             optimiser.load_state_dict(saved)
         self.noise.sigma = state["noise"]
         vars(self.diagnosis).update(state["diagnosis"])
-        own = directory / f"random-{rank}-of-{world}.pt"
+        own = directory / self._random(rank, world)
         if own.exists():
             self.rng.set_state(torch.load(own, weights_only=True))
         else:
             self.rng.manual_seed(self.rng.initial_seed() + (state["step"] << 32))
         return state["step"], state["metrics"]
+
+    def _random(self, rank: int, world: int) -> str:
+        """The file of a worker's random state, which another kind of device cannot read."""
+        return f"random-{self.rng.device.type}-{rank}-of-{world}.pt"
 
 
 def read_state(directory: Path) -> dict[str, Any]:
@@ -66,7 +70,20 @@ def read_state(directory: Path) -> dict[str, Any]:
     try:
         return torch.load(directory / "state.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # a cut-off file raises whatever the unpickler met
-        raise CheckpointError(f"{directory / 'state.pt'} cannot be read ({error}); delete that checkpoint and resume from the one before") from None
+        raise CheckpointError(f"{directory / 'state.pt'} cannot be read ({error}); --resume the run: it goes on from the checkpoint before") from None
+
+
+def newest_readable(directory: Path) -> Path:
+    """The checkpoint at `directory` or, where that is damaged, the newest one before it. Raises CheckpointError where none can be read."""
+    problem = None
+    for candidate in sorted((found for found in directory.parent.glob("step-*") if found.name <= directory.name), reverse=True):
+        try:
+            read_state(candidate)
+        except CheckpointError as error:
+            problem = problem or error
+        else:
+            return candidate
+    raise problem or CheckpointError(f"there is no checkpoint at {directory}")
 
 
 def refuse_other(saved: dict[str, Any], wanted: dict[str, Any], free: tuple[str, ...]) -> None:

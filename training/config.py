@@ -56,11 +56,11 @@ class Config:
     """Ray Train workers, one CPU or one GPU each. The batch is split over them evenly, so that their number changes neither the
     gradient nor the learning rate."""
     min_workers: int | None = None
-    """Go on with as few as this while the cluster lacks workers, and take more as they come; by default all are waited for."""
+    """Start and go on with as few as this while the cluster lacks workers, and take more as they come; by default all are needed."""
     max_failures: int = 3
     """Workers that may die before the run does; training then goes on from the last checkpoint."""
     checkpoint_seconds: float = 10.0
-    """Time between checkpoints: what a killed worker costs, at most."""
+    """Time between checkpoints, which are made at the looks of diagnostics, a hundred a run: what a killed worker costs."""
     resume: str | None = None
     """Directory of an interrupted run to go on with, in its own settings."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -181,6 +181,7 @@ def check(config: Config) -> None:
         raise InputError(f"--device is cuda, but torch {torch.__version__} is built without CUDA; use --device cpu")
     registry = Registry(config.registry)
     model = config.model or label(config.dataset)
+    registry.history(model)  # which publishing reads, hours later
     try:
         with registry.staging(model):
             pass

@@ -12,6 +12,7 @@ monitoring: its product is a bundle (bundle.py).
 from __future__ import annotations
 
 import copy
+import fcntl
 import json
 import logging
 import math
@@ -30,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # started as a script, sys.path[0] is training/
@@ -61,8 +62,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from training.arithmetic import Bf16, Unsupported, check_compiler, takes_bf16, wide_products
-from training.bundle import Bundle, SignGaussian
-from training.checkpoints import CheckpointError, State, read_state, refuse_other
+from training.bundle import Bundle, BundleError, SignGaussian
+from training.checkpoints import CheckpointError, State, newest_readable, read_state, refuse_other
 from training.clusters import Clusters
 from training.config import MAY_CHANGE, Config, InputError, check, check_shape
 from training.data import DATASETS, DataError, Dataset
@@ -152,8 +153,8 @@ def adversarial_training(
     """Train worker `rank` of `world` to the end. Returns the averaged generator, and the last losses and figures of diagnostics
     with the reasons not to publish (`failing`); `say` hears of progress.
 
-    `save` gets the state, the step and what would be returned a hundred times a run, to keep it in a directory, from which
-    `resume` goes on.
+    `save` gets the state, the step and what would be returned a hundred times a run, for it to keep where that is due, in a
+    directory from which `resume` goes on.
     Where world > 1 a process group must exist. Raises TrainingStopped, in every worker alike, where the numbers blow up,
     or with stop_on_alarm where an alarm says why this cannot end well.
     """
@@ -326,7 +327,7 @@ def train_worker(job: dict[str, Any]) -> None:
     try:
         dataset = replace(open_data(config, Path(job["run"])), counted=job["clusters"])
         with one_group(Path(job["run"]), device), found.as_directory() if found else nullcontext() as directory:
-            resume = Path(directory) if directory else None
+            resume = newest_readable(Path(directory)) if directory else None
             if resume and rank == 0:
                 print(f"goes on from {resume.name} with {world} worker{'s' * (world > 1)}", flush=True)
             with wide_products(config.recipe.width):
@@ -371,13 +372,34 @@ def start_ray(config: Config) -> bool:
         ray.init(logging_level="error", **how)
     except Exception as error:  # Ray raises bare Exceptions where a process of its own does not come up in time
         raise ConnectionError(f"{where} ({(str(error).strip() or repr(error)).splitlines()[0]})") from error
-    have = ray.cluster_resources()
-    gpus, cpus = have.get("GPU", 0), have.get("CPU", 0)
-    if config.device == "cuda" and gpus < config.workers:
-        raise InputError(f"--device is cuda with --workers {config.workers}, but Ray has {gpus:.0f} GPUs; use --device cpu")
-    if cpus < config.workers:
-        raise InputError(f"--workers is {config.workers}, but the Ray cluster has {cpus:.0f} CPUs; use fewer workers")
-    return config.device != "cpu" and gpus >= config.workers
+    have, fewest = ray.cluster_resources(), config.min_workers or config.workers
+    gpus, cpus, asked = have.get("GPU", 0), have.get("CPU", 0), "--min-workers" if config.min_workers else "--workers"
+    if config.device == "cuda" and gpus < fewest:
+        raise InputError(f"--device is cuda with {asked} {fewest}, but Ray has {gpus:.0f} GPUs; use --device cpu")
+    if cpus < fewest:
+        raise InputError(f"{asked} is {fewest}, but the Ray cluster has {cpus:.0f} CPUs; use fewer workers")
+    return config.device != "cpu" and gpus >= fewest
+
+
+@contextmanager
+def interrupts_heard() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed within. Ray Train handles it by itself, and ends as it does where its controller died."""
+    heard, told = socket.socketpair()
+    heard.setblocking(False)
+    told.setblocking(False)
+    before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+
+    def pressed() -> bool:
+        with suppress(BlockingIOError):
+            return signal.SIGINT in heard.recv(4096)
+        return False
+
+    try:
+        yield pressed
+    finally:
+        signal.set_wakeup_fd(before)
+        heard.close()
+        told.close()
 
 
 def train(config: Config, run: Path, use_gpu: bool, *, clusters: Clusters) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -390,7 +412,8 @@ def train(config: Config, run: Path, use_gpu: bool, *, clusters: Clusters) -> tu
     trainer = DataParallelTrainer(
         train_worker,
         train_loop_config={"config": asdict(config), "run": str(run), "clusters": clusters},
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+        # A worker a GPU, of which it leaves a tenth to the replicas that serve beside it.
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1, "GPU": 0.9} if use_gpu else None),
         run_config=RunConfig(
             name="ray",
             storage_path=str(run),
@@ -400,13 +423,18 @@ def train(config: Config, run: Path, use_gpu: bool, *, clusters: Clusters) -> tu
         ),
     )
     try:
-        result = trainer.fit()
+        with interrupts_heard() as pressed:
+            try:
+                result = trainer.fit()
+            except (SystemExit, RayActorError) as error:
+                if pressed():
+                    raise KeyboardInterrupt from None
+                words = (str(error).strip() or repr(error)).splitlines()
+                raise TrainingStopped(f"Ray Train's controller died: {words[0]} .. {words[-1]}") from None
     except TrainingFailedError as error:
         died = getattr(error, "worker_failures", {}) or {0: error}
         words = "; ".join(f"worker {rank}: {(str(why).strip() or repr(why)).splitlines()[-1]}" for rank, why in died.items())
         raise TrainingStopped(f"workers died more than {config.max_failures} times, the last time {words}") from None
-    except (SystemExit, RayActorError):  # how Ray's own handler of Ctrl-C ends
-        raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if (run / STOPPED).exists():
@@ -577,10 +605,23 @@ def begin_run(config: Config) -> tuple[Config, Path]:
     return config, run
 
 
+def taken(run: Path) -> TextIO:
+    """The run's lock, held until this process ends. Raises CheckpointError where another one trains it, InputError where it cannot be written."""
+    try:
+        lock = open(run / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CheckpointError(f"--resume is {run}, which another process is training now; wait for it, or stop it first") from None
+    except OSError as error:
+        raise InputError(f"{run} cannot be written ({error.strerror})") from None
+    return lock
+
+
 def main() -> None:
     config, begin = tyro.cli(Config, description=__doc__), time.monotonic()
     try:
         config, run = begin_run(config)
+        _lock = taken(run)
     except (InputError, DataError, RegistryError, CheckpointError) as error:
         _end(f"error: {error}", status=2)
     root, model = Registry(config.registry).root, config.model or label(config.dataset)
@@ -605,12 +646,16 @@ def main() -> None:
     except QualityRefused as failure:
         words = f"not published, the quality gate objects:\n{failure}\nto publish it all the same: {failure.remedy}"
         end(words, status=1, reason=str(failure))
-    except (TrainingStopped, ExportError, CheckpointError) as failure:
+    except (TrainingStopped, ExportError, CheckpointError, RegistryError, BundleError) as failure:
         end(f"not published: {failure}", status=1, reason=str(failure))
     except OSError as error:
         end(f"not published: {error}; {again}", status=1, reason=str(error))
     except KeyboardInterrupt:
         end(f"interrupted; {again}", status=130, stage="interrupted")
+    except Exception as error:  # nobody foresaw it: told as it is, and the page does not wait for more
+        with suppress(OSError):
+            journal.write("failed", reason=f"{type(error).__name__}: {error}")
+        raise
     print(f"published {model} {bundle.card.version} at {bundle.path.resolve()} after {time.monotonic() - begin:.0f} s")
 
 

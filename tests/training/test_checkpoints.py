@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from training.checkpoints import CheckpointError, read_state, refuse_other
+from training.checkpoints import CheckpointError, newest_readable, read_state, refuse_other
 from training.config import Config
 from training.data import DATASETS
 from training.train import adversarial_training
@@ -44,10 +44,12 @@ def test_a_finished_run_resumes_at_its_end(tmp_path, digits):
     assert losses == same and all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
 
 
-def test_another_number_of_workers_goes_on_with_other_noise(tmp_path, digits):
+def test_another_number_of_workers_or_kind_of_device_goes_on_with_other_noise(tmp_path, digits):
     config = Config(steps=60)
     adversarial_training(config, digits, save=lambda state, step, losses: step == 50 and state.save(tmp_path, step, losses, rank=0, world=1))
-    (tmp_path / "random-0-of-1.pt").unlink()
+    own = tmp_path / "random-cpu-0-of-1.pt"
+    torch.save(torch.zeros(16, dtype=torch.uint8), tmp_path / "random-cuda-0-of-1.pt")  # of the size that a GPU's has
+    own.unlink()
     adversarial_training(config, digits, resume=tmp_path)
 
 
@@ -55,6 +57,21 @@ def test_damaged_checkpoints_are_named(tmp_path):
     (tmp_path / "state.pt").write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(CheckpointError, match=r"state\.pt cannot be read"):
         read_state(tmp_path)
+
+
+def test_the_newest_checkpoint_that_can_be_read_is_gone_on_from(tmp_path):
+    for step in (50, 100, 150):
+        (tmp_path / f"step-{step:07}").mkdir()
+        torch.save({"step": step}, tmp_path / f"step-{step:07}" / "state.pt")
+    newest = tmp_path / "step-0000150"
+    assert newest_readable(newest) == newest
+    (newest / "state.pt").write_bytes(b"PK\x03\x04 cut off")
+    assert newest_readable(newest) == tmp_path / "step-0000100"
+    assert newest_readable(tmp_path / "step-0000050") == tmp_path / "step-0000050"  # later ones are not its business
+    for step in (50, 100):
+        (tmp_path / f"step-{step:07}" / "state.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"step-0000150/state\.pt cannot be read"):
+        newest_readable(newest)
 
 
 def test_other_settings_are_refused_with_the_differences():
@@ -83,6 +100,9 @@ def test_a_killed_worker_costs_seconds_and_an_interrupted_run_goes_on(tmp_path):
 
         until("step ")
         worker = next(p for p in psutil.Process(run.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline()))
+        directory = next(line for line in said if line.startswith("run ")).split()[1]
+        second = subprocess.run([*script, "--resume", directory], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        assert second.returncode == 2 and "another process is training" in second.stderr, second.stderr
         until("step ")
         worker.kill()
         kept = int(until("goes on from step-").split("step-")[1].split()[0])
@@ -94,7 +114,7 @@ def test_a_killed_worker_costs_seconds_and_an_interrupted_run_goes_on(tmp_path):
         run.communicate()
     assert run.returncode == 130, errors
     assert "Traceback" not in errors, errors
-    directory = re.search(r"interrupted; go on with: python training/train.py --resume (\S+)", errors)[1]
+    assert re.search(r"interrupted; go on with: python training/train.py --resume (\S+)", errors)[1] == directory
 
     other = subprocess.run([*script, "--resume", directory, "--steps", "7"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert other.returncode == 2 and "--steps is 7, the run has 20000" in other.stderr

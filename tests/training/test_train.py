@@ -92,7 +92,7 @@ def test_two_workers_train_what_one_does_and_force_publishes_it(tmp_path):
 
     (run,) = (tmp_path / "home" / "runs").iterdir()
     (checkpoint,) = run.glob("ray/step-*/state.pt")
-    assert {p.name for p in checkpoint.parent.glob("random-*")} == {"random-0-of-2.pt", "random-1-of-2.pt"}
+    assert {p.name for p in checkpoint.parent.glob("random-*")} == {"random-cpu-0-of-2.pt", "random-cpu-1-of-2.pt"}
     weights = torch.load(checkpoint, weights_only=True)["average"]
     alone, _ = adversarial_training(Config(dataset="ring", steps=5), DATASETS["ring"]())
     for name, value in alone.state_dict().items():
