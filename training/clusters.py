@@ -38,8 +38,8 @@ def clusters(x: Float[ndarray, "n d"]) -> Clusters:
     """The separate clusters of rows; those of no more than NEIGHBOURS rows are not seen.
 
     Persistence-based clustering (ToMATo, Chazal et al., Journal of the ACM 60, 2013) on the graph of nearest neighbours: points
-    are added from the densest on, a point that touches no component begins one, and where two meet the lower peak ends; it was
-    as prominent as its log density lies above that meeting. The density is k / r^m, with r the distance to the k-th neighbour
+    are added from the densest on, a point that touches no component begins one, and where two meet the lower peak ends, unless its
+    log density lies PROMINENCE above that meeting. The density is k / r^m, with r the distance to the k-th neighbour
     and m the intrinsic dimension (Levina and Bickel 2005, averaged as by MacKay and Ghahramani).
     """
     from sklearn.neighbors import NearestNeighbors  # slow to import, and every command line imports this file
@@ -64,21 +64,16 @@ def clusters(x: Float[ndarray, "n d"]) -> Clusters:
             i = above[i]
         return i
 
-    count = 0
     for i in order:
-        touched = {summit(j) for j in neighbours[i] if rank[j] < rank[i]}
-        if not touched:
-            count += 1
-            continue
-        highest = min(touched, key=rank.__getitem__)
+        touched = {summit(j) for j in neighbours[i] if rank[j] < rank[i]} or {i}
+        above[i] = highest = min(touched, key=rank.__getitem__)
         for lower in touched - {highest}:
-            above[lower] = highest
-            count -= height[lower] - height[i] < PROMINENCE
-        above[i] = highest
+            if height[lower] - height[i] < PROMINENCE:
+                above[lower] = highest
     peaks = np.array([summit(i) for i in range(len(x))])
     found, rows = np.unique(peaks, return_counts=True)
     empty = sum(int(inside.sum()) for peak in found if _is_hollow(x[inside := peaks == peak], radius[inside, -1]))
-    return Clusters(count, 2 * empty > len(x), signs_for(rows / len(x)))
+    return Clusters(len(found), 2 * empty > len(x), signs_for(rows / len(x)))
 
 
 def signs_for(shares: Float[ndarray, "k"]) -> int:

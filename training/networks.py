@@ -376,9 +376,9 @@ def _linear(inputs: int, outputs: int, gain: float) -> nn.Module:
     return _initialised(nn.Linear(inputs, outputs), gain)
 
 
-def _initialised(layer: nn.Module, gain: float = math.sqrt(2 / (1 + SLOPE**2)), fan_in: int | None = None) -> nn.Module:
+def _initialised(layer: nn.Module, gain: float = math.sqrt(2 / (1 + SLOPE**2))) -> nn.Module:
     """Variance gain^2 / fan-in keeps the scale of activations (He et al. 2015); biases zero."""
-    nn.init.normal_(layer.weight, std=gain / math.sqrt(fan_in or math.prod(layer.weight.shape[1:])))
+    nn.init.normal_(layer.weight, std=gain / math.sqrt(math.prod(layer.weight.shape[1:])))
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from numpy import ndarray
 from scipy.stats import ks_2samp
 
@@ -54,7 +54,7 @@ def build(dataset: Dataset, name: str, source: str, root: Path, *, seed: int = 0
     reference = describe_reals(dataset, session(directory / "features.onnx"), keep_points=True)
     write_arrays(directory / "reference.npz", reference)
     if dataset.labels is None:
-        counts = np.rint(reference.cell_share[:-1] / reference.cell_share[:-1].sum() * reference.count).astype(int)
+        counts = _of_modes(reference.cell_share, reference.count)
     else:
         counts = np.bincount(dataset.labels, minlength=len(dataset.classes))
     about = {
@@ -101,25 +101,25 @@ def compare(before: Built, now: dict[str, Any], dataset: Dataset) -> dict[str, A
         return changes | {"form": form}  # nothing else can be compared
     eye = session(before.path / "features.onnx")
     features, nearest = _seen(eye, dataset)
+    with np.load(before.path / "reference.npz", allow_pickle=False) as arrays:
+        points, share, rows = arrays["held_out_points"], arrays["cell_share"], int(arrays["count"])
+    was, counts = old["counts"], now["counts"]
     if old["labelled"] and now["labelled"]:
-        counts = now["counts"]
-        changes |= {"classes_gone": sorted(set(old["counts"]) - set(counts)), "classes_new": sorted(set(counts) - set(old["counts"]))}
-        both = [mode for mode in old["counts"] if mode in counts]
-    else:
-        both = list(old["counts"])
-        counts = dict(zip(both, np.bincount(nearest, minlength=len(both)).tolist(), strict=True))
-    totals = sum(old["counts"].values()), sum(counts.values())
+        changes |= {"classes_gone": sorted(set(was) - set(counts)), "classes_new": sorted(set(counts) - set(was))}
+        both = [mode for mode in was if mode in counts]
+    else:  # both as the old eye sees them: what it takes for another class than its label says is no change
+        both = list(was)
+        was, counts = (dict(zip(both, seen.tolist(), strict=True)) for seen in (_of_modes(share, rows), np.bincount(nearest, minlength=len(both))))
+    totals = sum(was.values()), sum(counts.values())
     changes["shares"] = {}
     for mode in both:
-        (low0, high0), (low1, high1) = (clopper_pearson(c[mode], n, DELTA / (4 * len(both))) for c, n in zip((old["counts"], counts), totals, strict=True))
+        (low0, high0), (low1, high1) = (clopper_pearson(c[mode], n, DELTA / (4 * len(both))) for c, n in zip((was, counts), totals, strict=True))
         changes["shares"][mode] = {
-            "before": old["counts"][mode] / totals[0],
+            "before": was[mode] / totals[0],
             "now": counts[mode] / totals[1],
             "difference_low": float(low1 - high0),
             "difference_high": float(high1 - low0),
         }
-    with np.load(before.path / "reference.npz", allow_pickle=False) as arrays:
-        points = arrays["held_out_points"]
     changes["features"] = moved(points, features)
     return changes
 
@@ -157,6 +157,11 @@ def words(about: dict[str, Any]) -> list[str]:
         return [*lines, f"none of {features['of']} features moved for certain (Kolmogorov-Smirnov, {DELTA:.0%} for all of them)"]
     far = max(features["moved"].items(), key=lambda item: abs(item[1]["shift"]))
     return [*lines, f"{len(features['moved'])} of {features['of']} features moved (Kolmogorov-Smirnov, {DELTA:.0%} for all of them), feature {far[0]} farthest: {far[1]['shift']:+.2f} standard deviations"]
+
+
+def _of_modes(cell_share: Float[ndarray, "cells"], rows: int) -> Int64[ndarray, "cells-1"]:
+    """So many rows, shared out among the modes as the eye saw them, but for those off the manifold."""
+    return np.rint(cell_share[:-1] / cell_share[:-1].sum() * rows).astype(np.int64)
 
 
 def _seen(eye: onnxruntime.InferenceSession, dataset: Dataset) -> tuple[ndarray, ndarray]:

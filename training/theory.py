@@ -217,7 +217,7 @@ GAMES = {  # objective, penalty, unrolled critic steps
 
 
 def play(game: str, *, steps: int, seed: int) -> tuple[list[float], list[float], ndarray]:
-    """One of GAMES on the ring, in the nets and at the rates of its recipe: the steps looked at, modes covered then, samples [2000, 2] at the end.
+    """One of GAMES on the ring, at the rates of its recipe and in smaller nets: the steps looked at, modes covered then, samples [2000, 2] at the end.
 
     A mode counts as covered when it has a quarter of its share of the samples near any mode (within 20 sigma).
     """

@@ -86,3 +86,11 @@ def test_signs_are_for_heaps_and_without_them_there_is_one_normal_more_than_coor
     assert latent_law(PLANE, curves, dim=2) == SignGaussian(1, 3)
     assert frequency(PLANE, heaps) == PLANE.frequencies
     assert frequency(PLANE, curves) == frequency(PLANE, Clusters(1, hollow=False, signs=0)) == (2.0,)
+
+
+@pytest.mark.parametrize(("count", "apart"), [(3, 8.0), (5, 7.0), (6, 6.0)])
+def test_heaps_in_a_circle_that_touch_by_their_outliers_are_no_curve(count, apart):
+    rng, angle = np.random.default_rng(0), 2 * np.pi * np.arange(count) / count
+    centres = apart / 2 / np.sin(np.pi / count) * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    found = clusters(centres[rng.integers(count, size=5000)] + rng.standard_normal((5000, 2)))
+    assert found.heaps and found.count == count and found.signs > 1

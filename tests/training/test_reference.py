@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,12 @@ def test_a_reference_of_digits_is_built_and_built_again(tmp_path):
     same = build(digits, "digits", "digits", tmp_path)
     assert not same.changes["features"]["moved"] and not same.changes["classes_gone"]
     assert all(s["difference_low"] <= 0 <= s["difference_high"] for s in same.changes["shares"].values())
+
+    with np.load(same.path / "reference.npz") as arrays:
+        seen = arrays["cell_share"][:-1] / arrays["cell_share"][:-1].sum()
+    shutil.copytree(tmp_path / "digits", tmp_path / "blind")
+    blind = build(Dataset("digits", digits.samples, 10), "blind", "digits", tmp_path)
+    assert [s["before"] for s in blind.changes["shares"].values()] == pytest.approx(seen, abs=1e-3)  # not those of the labels
 
     few = (digits.labels != 3) & ((digits.labels != 8) | (np.arange(1797) % 5 == 0))  # 3 is gone, four fifths of 8, pixels are dimmer
     kept, names = digits.labels[few], tuple(c for c in digits.classes if c != "3")
