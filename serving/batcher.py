@@ -198,8 +198,9 @@ class Batcher:
 
     @property
     def oldest_wait(self) -> float:
-        """Seconds that the longest-waiting request has waited."""
-        return time.monotonic() - next(iter(self._open)).since if self._open else 0.0
+        """Seconds that the longest-waiting request has waited. Other threads may ask: the copy is made in one step."""
+        oldest = next(iter(self._open.copy()), None)
+        return time.monotonic() - oldest.since if oldest else 0.0
 
     def problem(self) -> str | None:
         """Why no request will be answered any more, or None."""

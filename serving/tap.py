@@ -5,6 +5,7 @@ Knows nothing of how samples come about. A monitor that is slow, dead or absent 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import uuid
@@ -20,6 +21,8 @@ _SILENCE_S = 1.0  # the longest time without a heartbeat
 _TIMEOUT_S = 2.0
 _RESERVE_S = 0.05  # seconds of the budget that lie ready before anything is shown: else answers come in crumbs of a row or two
 _RING_S = 4.0  # seconds of the budget that are held while the monitor does not answer
+
+logger = logging.getLogger(__name__)
 
 
 class Tap:
@@ -81,12 +84,14 @@ class Tap:
     def _send(self, client: httpx.Client) -> None:
         with self._lock:
             records, self._ring, self._held = tuple(self._ring), deque(), 0
-        heartbeat = Heartbeat(
-            self.replica, time.time(), records, {name: float(value) for name, value in {**self.counters, **self.gauges()}.items()}
-        )
         try:
+            heartbeat = Heartbeat(
+                self.replica, time.time(), records, {name: float(value) for name, value in {**self.counters, **self.gauges()}.items()}
+            )
             client.post(f"{self.url}/api/records", content=heartbeat.encode()).raise_for_status()
-        except (httpx.HTTPError, httpx.InvalidURL):
+        except Exception as error:  # whatever it is, a thread that ended would leave the replica unwatched
+            if not isinstance(error, (httpx.HTTPError, httpx.InvalidURL)):
+                logger.exception("a heartbeat with %d records is lost", len(records))
             with self._lock:
                 for record in records:
                     self._drop(record)

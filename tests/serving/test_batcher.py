@@ -1,6 +1,7 @@
 """Requests may be cut, mixed, cancelled and fail in any order: each answer depends on its own window alone, and comes."""
 
 import asyncio
+import sys
 import threading
 import time
 from collections import Counter
@@ -379,3 +380,27 @@ def test_spare_work_is_done_only_while_nobody_waits_and_its_failure_harms_nobody
 
     asyncio.run(scene())
     assert events == ["answered", "answered", ("drawn", 3), ("failed", None)]
+
+
+def test_another_thread_asks_for_the_oldest_wait_while_requests_come_and_go(samplers):
+    async def scene():
+        async with closing(Batcher()) as batcher:
+            over = threading.Event()
+
+            def ask():
+                while not over.is_set():
+                    assert batcher.oldest_wait >= 0
+
+            asking = asyncio.create_task(asyncio.to_thread(ask))
+            for _ in range(300):
+                batcher.submit(samplers["ring"], Window(1, 0, 1)).cancel()
+                await asyncio.sleep(0)
+            over.set()
+            await asking
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        asyncio.run(scene())
+    finally:
+        sys.setswitchinterval(interval)

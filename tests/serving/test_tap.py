@@ -131,6 +131,24 @@ def test_a_monitor_that_is_absent_or_refuses_costs_counted_drops():
         assert beats.qsize() == 1
 
 
+def test_a_gauge_that_fails_costs_one_heartbeat_which_is_counted_and_logged(caplog):
+    failing = iter([True])
+
+    def gauges():
+        if next(failing, False):
+            raise RuntimeError("dictionary changed size during iteration")
+        return {}
+
+    with monitor() as (url, beats, _):
+        tap = Tap(url, gauges=gauges)
+        show(tap, record(10))
+        tap.start()
+        beat = beats.get(timeout=5)
+        tap.close()
+    assert beat.records == () and beat.counters['tap_dropped_samples_total{model="ring"}'] == 10
+    assert "a heartbeat with 1 records is lost" in caplog.text and "changed size" in caplog.text
+
+
 def test_a_slow_monitor_bounds_memory_and_blocks_nobody(monkeypatch):
     with monitor() as (url, beats, gate):
         gate.clear()
