@@ -10,13 +10,12 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -121,12 +120,12 @@ def demo(settings: SettingsFlags = Settings(), model: str = "digits", dataset: s
             _say_where(run, model)
             _send_traffic(run, model)
         except KeyboardInterrupt:
-            progress.print("\nstopping ...")
+            with suppress(OSError):
+                progress.print("\nstopping ...")
         finally:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it running
-            if stack.is_up(run):
-                with _stage("stopping"):
-                    stack.down(run)
+            with stack.undisturbed():
+                if stack.is_up(run):
+                    _stop(run)
 
 
 def status(as_json: JsonFlag = False) -> None:
@@ -531,12 +530,21 @@ def _stage(words: str) -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def _stopped_on_failure(run: stack.Run) -> Iterator[None]:
-    try:
-        with stack.interrupted_as_exit():
+    with stack.interrupted_as_exit():
+        try:
             yield
-    except BaseException:
+        except BaseException:
+            with stack.undisturbed():
+                stack.down(run)
+            raise
+
+
+def _stop(run: stack.Run) -> None:
+    try:
+        with _stage("stopping"):
+            stack.down(run)
+    except OSError:  # the terminal was closed: without a word, then
         stack.down(run)
-        raise
 
 
 def _png(samples: Any, about: dict[str, Any]) -> bytes:

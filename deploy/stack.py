@@ -455,10 +455,34 @@ def _tail(run: Run, name: str, lines: int = 12) -> str:
 
 @contextlib.contextmanager
 def interrupted_as_exit() -> Iterator[None]:
-    """SIGTERM and a closed terminal behave as Ctrl-C, so that one clean-up serves all."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
+    """SIGTERM and a closed terminal behave as Ctrl-C, so that one clean-up serves all. The first is enough: a terminal that closes
+    says so twice, and those after it would break off the clean-up."""
+
+    def interrupt(number: int, frame: object) -> None:
+        for other in handled:
+            signal.signal(other, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    with _signals_to(interrupt) as handled:
         yield
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """What is done within is done whole: neither Ctrl-C nor SIGTERM nor a closed terminal breaks it off."""
+    with _signals_to(signal.SIG_IGN):
+        yield
+
+
+@contextlib.contextmanager
+def _signals_to(handler: Callable[[int, object], None] | signal.Handlers) -> Iterator[list[signal.Signals]]:
+    """The signals by which one asks us to leave go to `handler`, but for those that we were told to ignore, as by nohup."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handled = [number for number, old in before.items() if old != signal.SIG_IGN]
+    for number in handled:
+        signal.signal(number, handler)
+    try:
+        yield handled
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in handled:
+            signal.signal(number, before[number])

@@ -1,0 +1,66 @@
+"""What `up` and `demo` start is stopped whole, however one asks; no Ray here, but a process of the run that does not want to go."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploy import stack
+from tests.deploy.conftest import ROOT, wait_for
+
+STUBBORN = """
+import signal
+signal.signal(signal.SIGTERM, lambda *_: print("asked"))
+print("ready")
+while True:
+    signal.pause()
+"""
+COMMAND = f"""
+import fcntl, signal, sys, termios
+from deploy import cli, stack
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+cli._start_ray = lambda run: stack._spawn(run, "stubborn", [sys.executable, "-c", {STUBBORN!r}])
+cli._start_monitor = lambda run: signal.pause()
+getattr(cli, sys.argv[1])(stack.Settings(stack.Ports(0, 0, 0, 0, 0, 0)))
+"""
+
+
+@pytest.mark.parametrize("command", ["up", "demo"])
+def test_a_closed_terminal_and_further_signals_leave_nothing_running(tmp_path: Path, command: str) -> None:
+    ours, theirs = os.openpty()
+    environment = {**os.environ, "GANWATCH_HOME": str(tmp_path)}
+    started = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, command], cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    log = tmp_path / "logs" / "stubborn.log"
+    try:
+        wait_for(lambda: log.exists() and "ready" in log.read_text(), "process of the run")
+        run = stack.running(tmp_path)
+        os.close(ours)  # SIGHUP
+        wait_for(lambda: "asked" in log.read_text(), "beginning of the end")
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            started.send_signal(number)
+        started.wait(60)
+    finally:
+        started.kill()
+    assert not (tmp_path / "run.json").exists()
+    assert stack.processes(run) == []
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stack.interrupted_as_exit():
+            os.kill(os.getpid(), signal.SIGHUP)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)  # one too many
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
