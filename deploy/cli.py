@@ -163,11 +163,7 @@ def models(registry: Path | None = None, as_json: JsonFlag = False) -> None:
     reg = _registry(registry)
     report = {}
     for name in reg.models():
-        cards = [reg.card(name, version) for version in reg.versions(name)]
-        report[name] = {
-            "aliases": reg.aliases(name),
-            "versions": [{"version": c.version, "created": c.created, "fault": c.fault, "injected_from": c.injected_from, "forced": c.forced} for c in cards],
-        }
+        report[name] = {"aliases": reg.aliases(name), "versions": [_listed(reg, name, version) for version in reg.versions(name)]}
     if as_json:
         return _print_json(report)
     if not report:
@@ -176,9 +172,21 @@ def models(registry: Path | None = None, as_json: JsonFlag = False) -> None:
     for name, entry in report.items():
         for v in entry["versions"]:
             names = ", ".join(a for a, version in entry["aliases"].items() if version == v["version"])
+            if "error" in v:
+                table.add_row(name, v["version"], names, "", f"[red]{escape(v['error'])}[/]")
+                continue
             remarks = f"fault: {v['fault']} (from {v['injected_from']})" if v["injected_from"] else f"forced: {v['forced']}" if v["forced"] else ""
             table.add_row(name, v["version"], names, v["created"], escape(remarks))
     answer.print(table)
+
+
+def _listed(reg: Registry, name: str, version: str) -> dict[str, str | None]:
+    """What its card says of a version, or why it says nothing: one that is broken must not hide the others."""
+    try:
+        card = reg.card(name, version)
+    except BundleError as error:
+        return {"version": version, "error": str(error)}
+    return {"version": card.version, "created": card.created, "fault": card.fault, "injected_from": card.injected_from, "forced": card.forced}
 
 
 def publish(

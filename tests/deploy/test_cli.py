@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 
-from deploy.cli import COMMANDS, _LABEL, _await_action
+from deploy.cli import COMMANDS, _LABEL, _await_action, models
 from deploy.stack import Ports, Run, Settings, StackError, begin
 from monitoring.acting import ACTED
 from monitoring.incidents import Incidents
@@ -60,6 +60,20 @@ def test_versions_are_handled_without_a_server(make_bundle: Callable[..., Bundle
     assert listed["aliases"] == {"production": "v2"} and [v["version"] for v in listed["versions"]] == ["v1", "v2"]
     assert json.loads(ganwatch(tmp_path, "rollback", "--json").stdout)["version"] == "v1"
     assert json.loads(ganwatch(tmp_path, "status", "--json").stdout)["up"] is False
+
+
+def test_a_version_whose_card_is_unreadable_does_not_hide_the_others(
+    make_bundle: Callable[..., Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_bundle(root=tmp_path)
+    broken = make_bundle(root=tmp_path, version="v2")
+    (broken.path / "card.json").write_text("{")
+    models(tmp_path, as_json=True)
+    good, bad = json.loads(capsys.readouterr().out)["grid"]["versions"]
+    assert good["version"] == "v1" and good["created"] and bad["version"] == "v2" and "not JSON" in bad["error"]
+    models(tmp_path)
+    table = capsys.readouterr().out
+    assert "v1" in table and "v2" in table
 
 
 @pytest.mark.slow
