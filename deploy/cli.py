@@ -88,8 +88,7 @@ def scale(replicas: tyro.conf.Positional[int]) -> None:
     Args:
         replicas: processes that run onnxruntime.
     """
-    if replicas < 1:
-        raise StackError(f"replicas is {replicas}; it must be at least 1")
+    stack.check_replicas(replicas)
     run = stack.require_running()
     with _stage(f"deploying {replicas} replicas in place of {run.settings.replicas}"):
         stack.scale(run, replicas)
@@ -383,9 +382,9 @@ def inject(
 
     reg = _registry(registry)
     name = _model(reg, model)
-    made = make(reg, name, fault, labels=tuple(_LABEL.findall(labels)), data=data)
     if act and stack.running() is None:
         raise StackError("--act waits for the monitor to act, and nothing is up; start it with `ganwatch up` or `make demo`")
+    made = make(reg, name, fault, labels=tuple(_LABEL.findall(labels)), data=data)
     reg.set_alias(name, alias, made.card.version, reason=f"inject {made.card.fault}", act=act)
     _await_alias(name, alias, made.card.version)
     told = {"model": name, "version": made.card.version, "fault": made.card.fault, "injected_from": made.card.injected_from}

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
 import psutil
@@ -207,14 +207,19 @@ def running(home: Path | None = None) -> Run | None:
     path = (home or ganwatch_home()) / "run.json"
     try:
         raw = json.loads(path.read_text())
+        settings = raw["settings"]
+        settings["ports"] = Ports(**_known(Ports, settings["ports"]))
+        raw["settings"] = Settings(**_known(Settings, settings))
+        return Run(**_known(Run, raw))
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or not ours
         raise StackError(f"{path} is unreadable ({error}); look for processes with {RUN_VARIABLE} in their environment, then delete it") from None
-    settings = raw.pop("settings")
-    known = {f.name for f in fields(Ports)}
-    ports = Ports(**{k: v for k, v in settings.pop("ports").items() if k in known})
-    return Run(**raw, settings=Settings(ports=ports, **settings))
+
+
+def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of `values` that `kind` has: another version of ganwatch may have written them."""
+    return {f.name: values[f.name] for f in fields(kind) if f.name in values}
 
 
 def is_up(run: Run) -> bool:
@@ -230,10 +235,15 @@ def require_running() -> Run:
 
 
 def begin(settings: Settings, registry: Path) -> Run:
-    """Check that the ports are free and that nothing is up, then write down the new run.
+    """Check the settings, that the ports are free and that nothing is up, then write down the new run.
 
     Raises StackError naming the process that holds a port.
     """
+    check_replicas(settings.replicas)
+    for name, port in asdict(settings.ports).items():
+        most = 65535 - (INGRESS_PORTS if name == "ingress" else 0)
+        if not 0 <= port <= most:
+            raise StackError(f"--ports.{name.replace('_', '-')} is {port}; it must lie between 0 and {most}")
     if settings.device == "cuda" and not cuda_devices():
         raise StackError("--device is cuda, but the driver offers no CUDA device; use --device cpu or auto")
     try:
@@ -263,6 +273,11 @@ def begin(settings: Settings, registry: Path) -> Run:
     (home / "env").write_text("".join(f"export {k}={shlex.quote(v)}\n" for k, v in run.ray_variables().items()))
     _write_down(run)
     return run
+
+
+def check_replicas(replicas: int) -> None:
+    if replicas < 1:
+        raise StackError(f"replicas is {replicas}; it must be at least 1")
 
 
 def _write_down(run: Run) -> None:

@@ -120,9 +120,10 @@ def decode(body: bytes, header_length: str | None, card: Card) -> Inference:
     """A REST request: JSON, followed by the tensors that it announces as binary. Raises BadRequest or InvalidValue."""
     head = len(body)
     if header_length is not None:
-        if not (header_length.isascii() and header_length.isdigit()) or int(header_length) > len(body):
-            expected = f"the bytes of the JSON part, {len(body)} at most"
-            raise BadRequest(f"{HEADER_LENGTH} is {header_length!r}", field=HEADER_LENGTH, value=header_length, expected=expected)
+        # int() refuses thousands of digits.
+        if not (header_length.isascii() and header_length.isdigit()) or len(header_length) > 20 or int(header_length) > len(body):
+            text, expected = header_length[:100], f"the bytes of the JSON part, {len(body)} at most"
+            raise BadRequest(f"{HEADER_LENGTH} is {text!r}", field=HEADER_LENGTH, value=text, expected=expected)
         head = int(header_length)
     fields = read_object(body[:head])
     rest = body[head:]

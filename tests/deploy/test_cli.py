@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import pytest
 
-from deploy.cli import COMMANDS, _LABEL, _await_action, models
+from deploy.cli import COMMANDS, _LABEL, _await_action, inject, models
 from deploy.stack import Ports, Run, Settings, StackError, begin
 from monitoring.acting import ACTED
 from monitoring.incidents import Incidents
@@ -92,12 +92,29 @@ def test_a_generator_from_elsewhere_is_certified_and_published(tmp_path: Path) -
     assert json.loads(done.stdout)["version"] == "v2" and json.loads(done.stdout)["samples"] == before + 3000, done.stderr
 
 
-def test_a_budget_that_is_none_is_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (Settings(arl="moth"), "--arl is 'moth'; expected a number of samples"), (Settings(arl="month", test_rate=-1.0), "--test_rate is -1.0"),
+        (Settings(replicas=0), "replicas is 0; it must be at least 1"), (Settings(Ports(http=80_000)), "--ports.http is 80000; it must lie between 0 and 65535"),
+        (Settings(Ports(prometheus=-1)), "--ports.prometheus is -1"), (Settings(Ports(ingress=65_530)), "--ports.ingress is 65530; it must lie between 0 and 65485"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_are_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Settings, words: str) -> None:
     monkeypatch.setenv("GANWATCH_HOME", str(tmp_path))
-    for settings, words in ((Settings(arl="moth"), "--arl is 'moth'; expected a number of samples"), (Settings(arl="month", test_rate=-1.0), "--test_rate is -1.0")):
-        with pytest.raises(StackError, match=words):
-            begin(settings, tmp_path)
+    with pytest.raises(StackError, match=words):
+        begin(settings, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_is_not_published_where_nobody_could_act_on_it(make_bundle: Callable[..., Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GANWATCH_HOME", str(tmp_path))
+    make_bundle(root=tmp_path / "registry")
+    registry = Registry(tmp_path / "registry")
+    registry.set_alias("grid", "production", "v1", reason="test")
+    with pytest.raises(StackError, match="nothing is up"):
+        inject("nothing", act=True)
+    assert registry.versions("grid") == ["v1"]
 
 
 @pytest.mark.slow

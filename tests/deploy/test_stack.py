@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,15 @@ def test_what_nohup_ignores_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_of_another_version_is_read_for_what_is_known_of_it(tmp_path: Path) -> None:
+    run = stack.Run("of a test", str(tmp_path), "registry", "temp", 0.0, stack.Settings(stack.Ports(http=1234), replicas=3))
+    told = asdict(run)
+    told["settings"]["workers"] = told["settings"].pop("replicas")
+    (tmp_path / "run.json").write_text(json.dumps(told | {"host": "localhost"}))
+    assert stack.running(tmp_path) == replace(run, settings=replace(run.settings, replicas=1))
+    del told["temp"]
+    (tmp_path / "run.json").write_text(json.dumps(told))
+    with pytest.raises(stack.StackError, match="temp.*look for processes with GANWATCH_RUN in their environment, then delete it"):
+        stack.running(tmp_path)

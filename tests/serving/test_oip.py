@@ -141,6 +141,7 @@ def test_bytes_that_do_not_fit_the_header(registry):
     nan = np.full(16, np.nan, np.float32).tobytes()
     for body, length, status, words in [
         (head + zeros, str(len(head) + 65), 400, "Inference-Header-Content-Length is"),
+        (head + zeros, "9" * 5000, 400, "Inference-Header-Content-Length is '99"),
         (head + zeros, "-1", 400, "Inference-Header-Content-Length is '-1'"),
         (head + zeros, "²".encode("latin-1"), 400, "Inference-Header-Content-Length is '²'"),
         (head + zeros[:-1], str(len(head)), 422, "binary_data_size of z is 64"),
