@@ -309,7 +309,7 @@ def promote(
     registry: Path | None = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Point an alias at a version and, where ganwatch is up, wait until that version answers.
+    """Point an alias at a version and, where ganwatch is up with this registry, wait until that version answers.
 
     A version whose certificate proves it worse than production's does not become production, unless forced.
 
@@ -329,7 +329,7 @@ def promote(
     reg = _registry(registry)
     name = _model(reg, model)
     change = promote_version(reg, name, version, alias, share=share, act=act, tolerance=tolerance, force=force)
-    _await_alias(name, alias, change.version)
+    _await_alias(reg, name, alias, change.version)
     _tell(asdict(change), as_json)
 
 
@@ -339,7 +339,7 @@ def rollback(
     registry: Path | None = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Point an alias back at the version before and, where ganwatch is up, wait until that version answers.
+    """Point an alias back at the version before and, where ganwatch is up with this registry, wait until that version answers.
 
     Args:
         model: default: the only model of the registry.
@@ -348,7 +348,7 @@ def rollback(
     """
     reg = _registry(registry)
     change = reg.rollback(_model(reg, model), alias)
-    _await_alias(_model(reg, model), alias, change.version)
+    _await_alias(reg, _model(reg, model), alias, change.version)
     _tell(asdict(change), as_json)
 
 
@@ -382,11 +382,11 @@ def inject(
 
     reg = _registry(registry)
     name = _model(reg, model)
-    if act and stack.running() is None:
-        raise StackError("--act waits for the monitor to act, and nothing is up; start it with `ganwatch up` or `make demo`")
+    if act and _serving(reg) is None:
+        raise StackError(f"--act waits for the monitor to act, and nothing is up that serves {reg.root}; start it with `ganwatch up` or `make demo`")
     made = make(reg, name, fault, labels=tuple(_LABEL.findall(labels)), data=data)
     reg.set_alias(name, alias, made.card.version, reason=f"inject {made.card.fault}", act=act)
-    _await_alias(name, alias, made.card.version)
+    _await_alias(reg, name, alias, made.card.version)
     told = {"model": name, "version": made.card.version, "fault": made.card.fault, "injected_from": made.card.injected_from}
     _tell(told | (_await_action(reg, name, alias, made.card.version) if act else {}), as_json)
 
@@ -512,7 +512,7 @@ def doctor(as_json: JsonFlag = False) -> None:
     """Look at this machine, at the registry and at what is up, and say what is wrong and what to do. Exit code 1 if anything is."""
     from deploy.doctor import checks
 
-    results = checks(stack.running(), Registry())
+    results = checks(stack.running(), _registry(None))
     if as_json:
         _print_json([asdict(r) for r in results])
     else:
@@ -654,9 +654,15 @@ def _await_ready(run: stack.Run) -> None:
         time.sleep(0.1)
 
 
-def _await_alias(model: str, alias: str, version: str | None) -> None:
-    """Where ganwatch is up: wait until every replica and the monitor follow the registry."""
+def _serving(registry: Registry) -> stack.Run | None:
+    """The run that serves what is in `registry`, or None."""
     run = stack.running()
+    return run if run is not None and Path(run.registry).resolve() == registry.root.resolve() else None
+
+
+def _await_alias(registry: Registry, model: str, alias: str, version: str | None) -> None:
+    """Where ganwatch is up with `registry`: wait until every replica and the monitor follow it."""
+    run = _serving(registry)
     if run is None or not stack.processes(run):
         return
     deadline, said = time.monotonic() + 30, []
@@ -702,7 +708,7 @@ def _await_action(registry: Registry, model: str, alias: str, version: str) -> d
     action = incident["evidence"]["action"]
     progress.print(f"  alarm at its sample {incident['first_alarm'] + 1:,}: [bold red]{escape(incident['verdict'])}[/] {escape(incident['words'])}")
     progress.print(f"  acted: [bold]{escape(action)}[/], {time.monotonic() - start:.1f} s after the fault was in service; the page keeps the evidence")
-    _await_alias(model, alias, registry.aliases(model).get(alias))
+    _await_alias(registry, model, alias, registry.aliases(model).get(alias))
     return {"verdict": incident["verdict"], "modes": incident["modes"], "first_alarm": incident["first_alarm"], "action": action}
 
 

@@ -263,7 +263,7 @@ def begin(settings: Settings, registry: Path) -> Run:
     run_id = secrets.token_hex(8)
     # Not the system's own choice: Ray puts 57 characters below it, and HAProxy takes no socket path beyond 97.
     temp = Path("/tmp") / f"gw-{run_id[:8]}"
-    run = Run(run_id, str(home), str(registry), str(temp), time.time(), settings)
+    run = Run(run_id, str(home), str(registry.resolve()), str(temp), time.time(), settings)
     temp.mkdir(mode=0o700)
     run.logs.mkdir(parents=True, exist_ok=True)
     if not run.token_path.exists():

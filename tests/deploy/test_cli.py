@@ -16,8 +16,8 @@ import numpy as np
 import onnx
 import pytest
 
-from deploy.cli import COMMANDS, _LABEL, _await_action, inject, models
-from deploy.stack import Ports, Run, Settings, StackError, begin
+from deploy.cli import COMMANDS, _LABEL, _await_action, doctor, inject, models, promote
+from deploy.stack import RUN_VARIABLE, Ports, Run, Settings, StackError, begin, processes
 from monitoring.acting import ACTED
 from monitoring.incidents import Incidents
 from tests.deploy.conftest import process, wait_for
@@ -115,6 +115,27 @@ def test_a_fault_is_not_published_where_nobody_could_act_on_it(make_bundle: Call
     with pytest.raises(StackError, match="nothing is up"):
         inject("nothing", act=True)
     assert registry.versions("grid") == ["v1"]
+
+
+def test_another_registry_than_the_one_that_is_served_waits_for_nobody(
+    make_bundle: Callable[..., Bundle], tmp_path: Path, free_ports: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GANWATCH_HOME", str(tmp_path))
+    make_bundle(root=tmp_path / "other")
+    http, monitor, prometheus = free_ports(3)
+    run = Run("of a test", str(tmp_path), str(tmp_path / "served"), str(tmp_path / "temp"), 0.0, Settings(Ports(http=http, monitor=monitor, prometheus=prometheus)))
+    (tmp_path / "run.json").write_text(json.dumps(asdict(run)))
+    monkeypatch.setenv(RUN_VARIABLE, run.run_id)
+    with process([sys.executable, "-c", "import signal; signal.pause()"], tmp_path / "log"):
+        wait_for(lambda: processes(run), "process of the run")
+        promote("v1", registry=tmp_path / "other", as_json=True)
+        assert json.loads(capsys.readouterr().out)["version"] == "v1"
+        with pytest.raises(StackError, match="nothing is up that serves"):
+            inject("nothing", act=True, registry=tmp_path / "other")
+        with pytest.raises(SystemExit):  # for nothing answers
+            doctor(as_json=True)
+    checks = {check["name"]: check["words"] for check in json.loads(capsys.readouterr().out)}
+    assert checks["registry"].startswith(str(tmp_path / "served"))
 
 
 @pytest.mark.slow
