@@ -320,12 +320,18 @@ def deploy_serve(run: Run) -> None:
         command += ["--access-log", str(run.logs)]
     if settings.trace_url:
         command += ["--trace-url", settings.trace_url]
-    if settings.device != "cpu" and (gpus := cuda_devices()):
-        command += ["--num-gpus", str(min(1.0, gpus / settings.replicas))]  # Ray hides GPUs from an actor that asks for none
+    if settings.device != "cpu" and cuda_devices():
+        command += ["--num-gpus", str(gpu_share(settings.replicas))]  # Ray hides GPUs from an actor that asks for none
     process = _spawn(run, "serve", command, {"RAY_ADDRESS": f"127.0.0.1:{settings.ports.gcs}"})
     if process.wait() != 0:
         raise StackError(f"deploying to Ray Serve failed:\n{_tail(run, 'serve')}\nthe whole log is {run.logs / 'serve.log'}")
     _wait_for(None, "serve", run, lambda: httpx.get(f"{run.url}/v2/health/live", timeout=2).status_code == 200, 60)
+
+
+def gpu_share(replicas: int) -> float:
+    """Of a GPU, what Ray sets aside for each of `replicas`. Ray puts small shares on one device as long as they fit, and splits none
+    over two, so all of them together take a tenth: every device has room for a training worker, which asks for 0.9."""
+    return 0.1 / replicas
 
 
 def scale(run: Run, replicas: int) -> None:

@@ -78,3 +78,26 @@ def test_a_run_of_another_version_is_read_for_what_is_known_of_it(tmp_path: Path
     (tmp_path / "run.json").write_text(json.dumps(told))
     with pytest.raises(stack.StackError, match="temp.*look for processes with GANWATCH_RUN in their environment, then delete it"):
         stack.running(tmp_path)
+
+
+PLACEMENT = """
+import sys
+import ray
+from deploy.stack import gpu_share
+replicas = int(sys.argv[1])
+ray.init(num_cpus=8, num_gpus=2, include_dashboard=False, log_to_driver=False)
+@ray.remote(num_cpus=0.1)
+class Actor:
+    def ready(self): pass
+actors = [Actor.options(num_gpus=share).remote() for share in [gpu_share(replicas)] * replicas + [0.9] * 2]
+ready, waiting = ray.wait([actor.ready.remote() for actor in actors], num_returns=len(actors), timeout=60)
+sys.exit(f"{len(waiting)} of {len(actors)} find no room" if waiting else 0)
+"""
+
+
+@pytest.mark.slow
+def test_replicas_leave_room_for_a_training_worker_on_each_gpu() -> None:
+    """As Ray itself places three of them on two GPUs, which it need not have to do so."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", PLACEMENT, "3"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
