@@ -586,8 +586,11 @@ def _start_the_rest(run: stack.Run) -> None:
         elif holder := stack.port_holder(port):
             progress.print(f"[dim]- {name} is not started: port {port} is in use by {escape(holder)}; --ports.{name.lower()} names another[/]")
         else:
-            with _stage(f"starting {name}"):
-                start(run, binary)
+            try:
+                with _stage(f"starting {name}"):
+                    start(run, binary)
+            except StackError as error:  # it is not what `up` is for
+                progress.print(f"[yellow]- {name} is not there, everything else is: {escape(str(error))}[/]")
 
 
 def _train(run: stack.Run, model: str, dataset: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy import stack
+from deploy import cli, stack
 from tests.deploy.conftest import ROOT, wait_for
 
 STUBBORN = """
@@ -101,3 +101,21 @@ def test_replicas_leave_room_for_a_training_worker_on_each_gpu() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run([sys.executable, "-c", PLACEMENT, "3"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_prometheus_that_fails_takes_nothing_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(stack, "deploy_serve", lambda run: None)  # Ray is not what this is about
+    monkeypatch.setattr(cli, "_await_ready", lambda run: None)
+    monkeypatch.setenv("GANWATCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for name in ("prometheus", "alertmanager"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {name} cannot read its data; exit 1\n")
+        (tmp_path / name).chmod(0o700)
+    run = stack.begin(stack.Settings(stack.Ports(0, 0, 0, 0, 0, 0)), tmp_path / "registry")
+    try:
+        cli._start_the_rest(run)
+        told = " ".join(capfd.readouterr().err.split())
+        assert all(words in told for words in ("Prometheus is not there", "prometheus cannot read its data", "alertmanager cannot read its data"))
+        assert stack.is_up(run)
+    finally:
+        stack.down(run)
