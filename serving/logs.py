@@ -1,7 +1,8 @@
 """What a replica writes down: one JSON line for each request, and one for each thing worth a warning.
 
 The request path only appends to a list; a thread writes. What does not fit is dropped and counted. A file that is full is
-turned over, and one predecessor is kept, so that no disk fills. Knows nothing of HTTP or gRPC.
+turned over, and one predecessor is kept; of the files of replicas that have gone the newest eight are, so that no disk fills.
+Knows nothing of HTTP or gRPC.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from contextvars import ContextVar
 from json.encoder import encode_basestring_ascii as quoted
 from pathlib import Path
@@ -21,6 +23,8 @@ from pathlib import Path
 _TICK_S = 0.25  # between two looks at what waits
 _HELD = 65536  # entries that wait at most
 _FILE_BYTES = 64 << 20  # of a file before it is turned over
+_KEPT = 8  # files beside it that nobody writes any more
+_QUIET_S = 3600.0  # after which nobody writes to a file: the monitor's probes alone come more often to a replica that lives
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:;=@/+-]{1,128}")
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")  # of the request that runs now
@@ -92,6 +96,7 @@ class AccessLog:
             self._thread.join()
 
     def _run(self) -> None:
+        self._prune()
         while True:
             stopped = self._stop.wait(_TICK_S)
             if count := len(self._waiting):
@@ -99,6 +104,18 @@ class AccessLog:
                 self._write("".join(lines).encode(), count)
             if stopped:
                 return
+
+    def _prune(self) -> None:
+        """Delete what replicas that have gone left behind, but for the newest."""
+        assert self.path is not None
+        quiet = []
+        for file in self.path.parent.glob("access-*.jsonl"):
+            with suppress(OSError):  # another replica that starts deletes, too
+                if (written := file.stat().st_mtime) < time.time() - _QUIET_S:
+                    quiet.append((written, file))
+        for _, file in sorted(quiet)[:-_KEPT]:
+            with suppress(OSError):
+                file.unlink()
 
     def _write(self, text: bytes, count: int) -> None:
         assert self.path is not None

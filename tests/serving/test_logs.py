@@ -5,7 +5,9 @@ import gzip
 import io
 import json
 import logging
+import os
 import re
+import time
 import zlib
 
 import numpy as np
@@ -206,3 +208,18 @@ def test_members_of_a_gzip_body_follow_each_other(registry):
             return await client.post(DIGITS, content=content, headers={"Content-Encoding": "gzip"})
 
     assert asyncio.run(scene()).json()["seed"] == 7
+
+
+def test_of_what_replicas_left_behind_the_newest_few_are_kept(tmp_path):
+    names = [f"access-{i:02}{part}.jsonl" for i in range(10) for part in (".1", "")]
+    for age, name in enumerate(reversed(names)):
+        (tmp_path / name).write_text("{}")
+        written = time.time() - 3000 - 300 * age  # the last two are being written, who knows
+        os.utime(tmp_path / name, (written, written))
+    (tmp_path / "monitor.log").write_text("")
+    os.utime(tmp_path / "monitor.log", (0, 0))
+    log = AccessLog(tmp_path / "access-new.jsonl")
+    log.start()
+    log.add(Entry(None, "GET", "/"))
+    log.close()
+    assert {file.name for file in tmp_path.iterdir()} == {*names[-10:], "access-new.jsonl", "monitor.log"}
