@@ -66,7 +66,7 @@ def index(models: Mapping[str, Model], *, ready: bool) -> list[dict[str, str]]:
     return [entry for entry in {(e["name"], e["version"]): e for e in found}.values() if not ready or entry["state"] == "READY"]
 
 
-def tensor(name: str, datatype: Any, shape: Any, data: bytes | Sequence[Any]) -> ndarray:
+def tensor(name: str, datatype: Any, shape: Any, data: bytes | Sequence[Any] | ndarray) -> ndarray:
     """The array of one input. Raises InvalidValue, whose field is the tensor's name, where the parts do not fit."""
     if not isinstance(datatype, str) or datatype not in _DATATYPES:
         raise InvalidValue(f"datatype of {name} is {datatype!r}", field=name, value=datatype, expected="FP32 for z, INT64 for y")

@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
+import numpy as np
+from google.protobuf.message import DecodeError
 from numpy import ndarray
 
 from serving import oip
-from serving.errors import InvalidValue, ServingError
+from serving.errors import BadRequest, InvalidValue, ServingError
 from serving.logs import Entry
 from serving.openapi import MAX_SAMPLES
 from serving.protocol import ganwatch_pb2 as own
@@ -24,10 +26,13 @@ from serving.protocol import inference_pb2 as pb
 from serving.request import SampleRequest
 from serving.sampler import Sampler
 from serving.service import Service, note
+from training.bundle import Card
 
 _MESSAGE_LIMIT = 64 << 20  # bytes of a request; an answer has no limit
 _PING_MS = 5_000
 _PIECE_BYTES = 1 << 20
+_INLINE_BYTES = 1 << 16  # larger tensors are read and written in a thread
+_NUMBERS = 1 << 16  # of a message, taken out of it at once
 _PATIENCE_S = 30.0  # with a client that reads nothing
 _GRACE_S = 15.0  # for calls under way when a replica stops
 _CODES = {
@@ -38,7 +43,7 @@ _CODES = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
-_CONTENTS = {"FP32": "fp32_contents", "INT64": "int64_contents"}
+_CONTENTS = {"FP32": ("fp32_contents", np.float32), "INT64": ("int64_contents", np.int64)}
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +67,6 @@ class Rpc:
             "ModelReady": (pb.ModelReadyRequest, self._model_ready),
             "ServerMetadata": (pb.ServerMetadataRequest, self._server_metadata),
             "ModelMetadata": (pb.ModelMetadataRequest, self._model_metadata),
-            "ModelInfer": (pb.ModelInferRequest, self._infer),
             "RepositoryIndex": (pb.RepositoryIndexRequest, self._index),
             "ModelConfig": (pb.ModelConfigRequest, self._config),
         }
@@ -72,6 +76,8 @@ class Rpc:
             )
             for name, (kind, call) in calls.items()
         }
+        # In bytes, for gRPC would turn messages into them and back in the event loop.
+        inference["ModelInfer"] = grpc.unary_unary_rpc_method_handler(self._guarded("/inference.GRPCInferenceService/ModelInfer", self._infer))
         sampling = grpc.unary_stream_rpc_method_handler(
             self._guarded("/ganwatch.v1.Generator/Sample", self._sample),
             request_deserializer=own.SampleRequest.FromString,
@@ -101,6 +107,8 @@ class Rpc:
             context.set_trailing_metadata(about)
             entry.status = 499  # stays where the client has left
             try:
+                if call == self._infer:
+                    message = await _aside(len(message), _read, message)
                 answer = await call(message, context, entry)
                 entry.status = 200
                 return answer
@@ -127,7 +135,7 @@ class Rpc:
                 if trace:
                     trace.end()
                 if call in (self._infer, self._sample):
-                    name = message.model_name if call == self._infer else message.model
+                    name = message.model if call == self._sample else getattr(message, "model_name", "")  # unless it could not be read
                     counted = name if name in self.service.table.models else ""
                     self.service.tap.counters[f'requests_total{{model="{counted}",status="{entry.status}"}}'] += 1
 
@@ -157,23 +165,19 @@ class Rpc:
         sampler = await self.service.find(message.name, message.version or None)
         return pb.ModelConfigResponse(config=pb.ModelConfigResponse.Config(**oip.config(sampler.card)))
 
-    async def _infer(self, message: pb.ModelInferRequest, context: grpc.aio.ServicerContext, entry: Entry) -> pb.ModelInferResponse:
-        reference, tensors = message.model_version or None, _tensors(message)
+    async def _infer(self, message: pb.ModelInferRequest, context: grpc.aio.ServicerContext, entry: Entry) -> bytes:
+        reference, size = message.model_version or None, message.ByteSize()
+        tensors, outputs = await _aside(size, _tensors, message), [output.name for output in message.outputs]
         while True:
             sampler = await self.service.find(message.model_name, reference)
-            card = sampler.card
-            request = oip.to_request(tensors, [output.name for output in message.outputs], card)
+            request = await _aside(size, oip.to_request, tensors, outputs, sampler.card)
             note(entry, sampler, request.window)
             _, samples = await self.service.draw(sampler, request, origin="client_z", timeout=context.time_remaining())
+            answer = await _aside(samples.nbytes, _answer, message.id, sampler.card, samples)
             if not self.service.is_rolled_back(sampler, reference):
                 break
         entry.bytes = samples.nbytes
-        output = pb.ModelInferResponse.InferOutputTensor(
-            name="samples", datatype=oip.DATATYPE_NAMES[card.sample_dtype], shape=samples.shape
-        )
-        return pb.ModelInferResponse(
-            model_name=card.model, model_version=card.version, id=message.id, outputs=[output], raw_output_contents=[samples.tobytes()]
-        )
+        return answer
 
     async def _sample(self, message: own.SampleRequest, context: grpc.aio.ServicerContext, entry: Entry) -> None:
         sampler = await self.service.find(message.model, message.version or None)
@@ -203,6 +207,24 @@ def _piece(sampler: Sampler, seed: int, offset: int, samples: ndarray) -> own.Pi
     return own.Piece(**about, shape=samples.shape, samples=samples.tobytes())
 
 
+async def _aside(size: int, work: Callable[..., Any], *given: Any) -> Any:
+    """What `work` gives; in a thread, where it is on so many bytes that others would wait."""
+    return work(*given) if size <= _INLINE_BYTES else await asyncio.to_thread(work, *given)
+
+
+def _read(body: bytes) -> pb.ModelInferRequest:
+    try:
+        return pb.ModelInferRequest.FromString(body)
+    except DecodeError as error:
+        raise BadRequest(f"the message cannot be read: {error}", field="message", expected="a ModelInferRequest") from None
+
+
+def _answer(identity: str, card: Card, samples: ndarray) -> bytes:
+    output = pb.ModelInferResponse.InferOutputTensor(name="samples", datatype=oip.DATATYPE_NAMES[card.sample_dtype], shape=samples.shape)
+    about = {"model_name": card.model, "model_version": card.version, "id": identity}
+    return pb.ModelInferResponse(**about, outputs=[output], raw_output_contents=[samples.tobytes()]).SerializeToString()
+
+
 def _tensors(message: pb.ModelInferRequest) -> dict[str, ndarray]:
     raw = message.raw_input_contents
     if raw and len(raw) != len(message.inputs):
@@ -210,7 +232,13 @@ def _tensors(message: pb.ModelInferRequest) -> dict[str, ndarray]:
         raise InvalidValue(f"there are {len(raw)} raw contents", field="raw_input_contents", value=len(raw), expected=expected)
     tensors = {}
     for i, given in enumerate(message.inputs):
-        contents = _CONTENTS.get(given.datatype, "fp32_contents")
-        data = raw[i] if raw else list(getattr(given.contents, contents))
+        contents, dtype = _CONTENTS.get(given.datatype, _CONTENTS["FP32"])
+        data = raw[i] if raw else _numbers(getattr(given.contents, contents), dtype)
         tensors[given.name] = oip.tensor(given.name, given.datatype, list(given.shape), data)
     return tensors
+
+
+def _numbers(contents: Sequence[Any], dtype: type[np.number]) -> ndarray:
+    """Taken in pieces, between which the event loop has its turn: numpy cannot look into what protobuf holds."""
+    pieces = [np.array(contents[at : at + _NUMBERS], dtype) for at in range(0, len(contents), _NUMBERS)]
+    return np.concatenate([np.empty(0, dtype), *pieces])

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import uvicorn
 
+from serving import oip, rpc
 from serving.batcher import Batcher
 from serving.protocol import ganwatch_pb2 as own
 from serving.protocol import inference_pb2 as pb
@@ -255,6 +257,48 @@ def test_grpc_answers_and_names_what_is_wrong(registry, samplers):
     assert "1 raw contents" in errors[0][1] and "319 bytes" in errors[1][1] and "unknown model" in errors[2][1] and "NaN or infinity" in errors[4][1]
     assert counters['requests_total{model="clothes",status="200"}'] == 2
     assert counters['requests_total{model="clothes",status="422"}'] == 4
+
+
+@pytest.mark.parametrize(("count", "aside"), [(5, False), (3000, True)])
+def test_large_tensors_are_read_and_written_beside_the_event_loop(registry, samplers, monkeypatch, count, aside):
+    z, y = latents(samplers, count)
+    inputs = [
+        {"name": "z", "datatype": "FP32", "shape": z.shape, "contents": pb.InferTensorContents(fp32_contents=z.ravel())},
+        {"name": "y", "datatype": "INT64", "shape": y.shape, "contents": pb.InferTensorContents(int64_contents=y)},
+    ]
+    threads = {}
+
+    def noting(module, name):
+        work = getattr(module, name)
+
+        def noted(*given):
+            threads[name] = threading.current_thread() is not threading.main_thread()
+            return work(*given)
+
+        monkeypatch.setattr(module, name, noted)
+
+    for module, name in ((rpc, "_read"), (oip, "tensor"), (oip, "to_request"), (rpc, "_answer")):
+        noting(module, name)
+
+    async def scene():
+        async with calling(registry) as (_, channel):
+            return await infer(channel, inputs)
+
+    answer = asyncio.run(scene())
+    found = np.frombuffer(answer.raw_output_contents[0], np.uint8).reshape(answer.outputs[0].shape)
+    np.testing.assert_array_equal(found, samplers["clothes"].run(z, y))
+    assert threads == dict.fromkeys(("_read", "tensor", "to_request", "_answer"), aside)
+
+
+def test_a_message_that_cannot_be_read_is_refused_and_counted(registry):
+    async def scene():
+        async with calling(registry) as (app, channel):
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(b"\xff")
+            return error.value.code().name, app.service.tap.counters
+
+    code, counters = asyncio.run(scene())
+    assert code == "INVALID_ARGUMENT" and counters['requests_total{model="",status="400"}'] == 1
 
 
 def test_a_grpc_deadline_drops_what_waits(registry, samplers):
