@@ -46,7 +46,7 @@ _BODY_LIMIT = 4 << 20  # bytes: a few thousand latents as text
 _TENSOR_LIMIT = 64 << 20  # bytes: 65536 latents of 256 numbers
 _INLINE_BODY = 1 << 14  # larger bodies are read in a thread
 _INLINE_VALUES = 1 << 14  # answers with more numbers than this are encoded in a thread
-_CHUNK_BYTES = 1 << 20  # of a stream; half of it where rows are so narrow that these would be more than one answer holds
+_CHUNK_BYTES = 1 << 20  # of a large answer, or of a stream; half of it where rows are so narrow that these would be more than one answer holds
 
 _PATTERNS = [
     f"/{path}"
@@ -186,7 +186,7 @@ class App:
             answer = await asyncio.to_thread(lambda: encode(as_dtype(samples, request.dtype), about))
         if self.service.is_rolled_back(sampler, reference):
             return False
-        await respond(call.send, 200, answer, media_type, _headers(about, media_type, samples.shape, request.dtype))
+        await _respond_whole(call.send, answer, media_type, _headers(about, media_type, samples.shape, request.dtype))
         return True
 
     async def _stream(
@@ -231,7 +231,7 @@ class App:
             answer, about = await asyncio.to_thread(oip.encode, inference, sampler.card, samples)
             if not self.service.is_rolled_back(sampler, reference):
                 break
-        await respond(call.send, 200, answer, "application/octet-stream" if about else "application/json", about)
+        await _respond_whole(call.send, answer, "application/octet-stream" if about else "application/json", about)
 
     async def _index(self, call: Call, receive: Receive) -> None:
         try:
@@ -338,6 +338,15 @@ def _check_form(request: SampleRequest, media_type: str) -> None:
     """Raises InvalidValue where the asked form and media type do not go together."""
     if media_type == "image/png" and request.dtype != "uint8":
         raise InvalidValue("a picture holds bytes", field="dtype", value=request.dtype, expected="uint8, or another media type")
+
+
+async def _respond_whole(send: Send, answer: bytes, media_type: str, headers: dict[str, str]) -> None:
+    """A large answer goes in pieces, so that it is not kept for a client that reads nothing. Raises ClientStuck for such a one."""
+    if len(answer) <= _CHUNK_BYTES:
+        return await respond(send, 200, answer, media_type, headers)
+    await begin(send, 200, media_type, len(answer), headers)
+    for at in range(0, len(answer), _CHUNK_BYTES):
+        await send_chunk(send, answer[at : at + _CHUNK_BYTES], more=at + _CHUNK_BYTES < len(answer))
 
 
 async def _respond_text(call: Call, error: ServingError) -> None:

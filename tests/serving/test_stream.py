@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 import socket
 
 import httpx
@@ -86,6 +87,31 @@ def test_who_reads_nothing_costs_two_pieces_and_is_sent_away(address, monkeypatc
     assert counters['samples_total{model="ring",version="v1"}'] < 2_000_000
     assert httpx.post(url + RING, json={"n": 2}).status_code == 200
     assert app.service.batcher.batched <= drawn + 65536 + 2
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "size"),
+    [
+        ("/v1/models/large/sample", {"n": 400, "seed": 1}, 400 * 128 * 128 * 3),
+        ("/v2/models/large/infer", {"inputs": [{"name": "z", "datatype": "FP32", "shape": [100, 16], "data": [0] * 1600}]}, None),
+    ],
+)
+def test_a_large_answer_that_nobody_reads_is_not_kept(registry, monkeypatch, path, body, size):
+    publish(registry, "large", shape=(128, 128, 3))
+    content = json.dumps(body).encode()
+    with server(registry) as (url, app):
+        counters = app.service.tap.counters
+        whole = httpx.post(url + path, content=content, headers=RAW, timeout=60)
+        assert len(whole.content) == int(whole.headers["content-length"]) == (size or len(whole.content)) > 10 << 20
+        monkeypatch.setattr("serving.asgi._PATIENCE_S", 0.3)
+        host, port = url.removeprefix("http://").split(":")
+        with socket.socket() as reader:
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader.connect((host, int(port)))
+            head = "".join(f"{name}: {value}\r\n" for name, value in {**RAW, "Host": "x", "Content-Length": len(content)}.items())
+            reader.sendall(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + content)
+            until(lambda: counters['requests_total{model="large",status="499"}'])
+    assert counters["slow_readers_total"] == 1
 
 
 def test_a_stream_that_its_client_leaves_ends(address):
