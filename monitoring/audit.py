@@ -18,7 +18,7 @@ import onnxruntime as ort
 from jaxtyping import Bool, Float32, Int64
 from numpy import ndarray
 
-from training.bundle import Bundle, Card, Certificate, load_card, sample_classes
+from training.bundle import Bundle, BundleError, Card, Certificate, load_card, sample_classes
 from training.registry import Registry
 
 LEVELS = 1  # uint8 levels by which batches and devices may differ
@@ -131,7 +131,10 @@ def certified(bundle: Bundle, registry: Registry) -> Golden | None:
     wanted, ours = bundle.certificate.model_sha256, bundle.card
     others = (version for version in registry.versions(ours.model) if version != ours.version)
     for path in (bundle.path, *(registry.root / ours.model / version for version in others)):
-        files = load_card(path).files
+        try:
+            files = load_card(path).files
+        except BundleError:
+            continue  # deleted or damaged; another version may hold it
         if files["model.onnx"] != wanted if wanted else files["certificate.npz"] != ours.files["certificate.npz"]:
             continue
         model = (path / "model.onnx").read_bytes()

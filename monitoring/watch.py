@@ -500,7 +500,10 @@ class Watch:
     def _monitor(self, bundle: Bundle, share: float) -> Monitor:
         monitor, ours = Monitor(bundle, arl=self.budget.samples, share=share), bundle.card
         for version in self.registry.versions(ours.model):
-            other = self.registry.card(ours.model, version)
+            try:
+                other = self.registry.card(ours.model, version)
+            except (RegistryError, BundleError):
+                continue  # deleted or damaged, and no concern of this version's
             same, judged = (ours.files[name] == other.files[name] for name in ("model.onnx", "reference.npz"))
             if same and not judged and other.forced is None and other.injected_from is None:
                 monitor.passed_as = version

@@ -49,6 +49,9 @@ def test_the_certified_generator_is_found_by_its_hash(registry: Registry, make_b
     for bundle in (healthy, faulty):
         assert certified(bundle, registry).compare(z, None, wanted) == Compared(200)
     assert certified(alone, Registry(alone.path.parents[1])) is None
+    damaged = make_bundle(root=registry.root, version="v0")
+    (damaged.path / "card.json").write_text("{")  # it comes before v1, and is passed by
+    assert certified(faulty, registry).compare(z, None, wanted) == Compared(200)
     found = certified(faulty, registry).compare(z, None, draw(faulty, 200, seed=5))
     assert found.different > 20 and not found.near and found.worst > 1  # whoever lost a mode fell into another one
 

@@ -217,6 +217,14 @@ def test_an_altered_bundle_is_refused_and_the_version_before_stays_watched(scene
     assert state["models"]["grid"]["version"] == "v2" and state["errors"] == []
 
 
+def test_a_damaged_card_costs_no_other_version_its_watch(scene: Scene, make_bundle: Callable[..., Bundle]) -> None:
+    v3 = make_bundle(root=scene.registry.root, version="v3")
+    (v3.path / "card.json").write_text("{")
+    scene.alias("production", "v1")
+    state = scene.state()
+    assert state["models"]["grid"]["version"] == "v1" and state["errors"] == []
+
+
 def test_an_unreadable_alias_file_changes_nothing_and_is_said(scene: Scene) -> None:
     scene.alias("production", "v1")
     aliases = scene.registry.root / "grid" / "aliases.json"
