@@ -2,7 +2,8 @@
 allowed for every alias (`--act` of the monitor) or for one, by the change that promoted its version (`promote --act`).
 
 Never twice within the cool-down, never to a version that is alarmed itself, or was when it was last served and nobody has
-acknowledged it, or that the gate refused, be it when it was published or when it was promoted, or that carries a deliberate fault. Whatever is done is an ordinary change of an alias, its reason says why; so the
+acknowledged it, or that people rolled back from, or that the gate refused, be it when it was published or when it was promoted, or that
+carries a deliberate fault. Whatever is done is an ordinary change of an alias, its reason says why; so the
 cool-down outlives the process, too. It does not judge: it reads verdicts and incidents.
 """
 
@@ -44,9 +45,10 @@ class Policy:
                 raise RegistryError(f"{alias} of {model} is alarmed and stays as it is: it was changed for an alarm {passed:.0f} s ago, and {self.cool_down:g} s must pass")
         if alias != "production":
             return self.registry.set_alias(model, alias, None, reason=ACTED + why)
-        current, forced = self.registry.resolve(model, alias), {change.version for change in history if change.forced is not None}
+        forced = {change.version for change in history if change.forced is not None}
+        unsound = {self.registry.resolve(model, alias), *alarmed, *forced, *self.registry.withdrawn(model)}
         for version in dict.fromkeys(change.version for change in reversed(history)):
-            if version is None or version == current or version in alarmed or version in forced:
+            if version is None or version in unsound:
                 continue
             try:
                 card = self.registry.card(model, version)

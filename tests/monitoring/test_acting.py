@@ -76,6 +76,15 @@ def test_an_alarmed_production_goes_back_to_the_last_sound_version(scene):
     assert "acted on an alarm" in view.models["grid"].marks[-1]["text"] or any(ACTED in m["text"] for m in view.models["grid"].marks)
 
 
+def test_it_does_not_go_back_to_what_people_rolled_back_from(scene):
+    scene = scene()
+    scene.promote("v1")
+    scene.promote("v2")
+    scene.registry.rollback("grid")
+    scene.promote("v3")
+    assert scene.serve("v3").models["grid"].version == "v1"
+
+
 def test_nothing_is_done_by_default(scene):
     scene = scene(acts=False)
     scene.promote("v1")
