@@ -89,13 +89,15 @@ class Incidents:
             rows = self._database.execute("SELECT DISTINCT version FROM incident WHERE model = ? AND acknowledged_at IS NULL", (model,)).fetchall()
         return {row["version"] for row in rows}
 
-    def acknowledge(self, model: str, *, at: float) -> list[dict[str, Any]]:
-        """Close the open incidents of a model because somebody has seen them. Returns them as closed."""
+    def acknowledge(self, model: str, versions: Collection[str], *, at: float) -> list[dict[str, Any]]:
+        """Settle what nobody has acknowledged of these versions, because somebody has seen it: what is open closes, what a change of
+        version had closed is held against the version no longer. Returns these incidents."""
+        marks = ", ".join("?" * len(versions))
         with self._lock:
             rows = self._database.execute(
-                "UPDATE incident SET acknowledged_at = ?, closed_at = ?, closed_by = 'acknowledged'"
-                " WHERE model = ? AND closed_at IS NULL RETURNING *",
-                (at, at, model),
+                "UPDATE incident SET acknowledged_at = ?, closed_at = ifnull(closed_at, ?), closed_by = ifnull(closed_by, 'acknowledged')"
+                f" WHERE model = ? AND acknowledged_at IS NULL AND version IN ({marks}) RETURNING *",
+                (at, at, model, *versions),
             ).fetchall()
         return [_plain(row) for row in rows]
 

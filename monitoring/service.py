@@ -253,7 +253,7 @@ class Service:
         return answer
 
     def acknowledge(self, model: str) -> Future[list[dict[str, Any]]]:
-        """The incidents that acknowledging the alarms of `model` closes, when that is done; KeyError where it is not watched."""
+        """The incidents that acknowledging the alarms of `model` settles, when that is done; KeyError where it is not watched."""
         return self.ask(lambda at: self.watch.acknowledge(model, at))
 
     def _targets(self) -> list[Target]:

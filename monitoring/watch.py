@@ -824,7 +824,7 @@ class Watch:
         """The monitor that sums up this one's samples has acknowledged its alarm, at `at`: the evidence here is settled as well."""
         if (watched := self._watched.get((name, version))) is not None and watched.acknowledged_at != at:
             watched.monitor.acknowledge()
-            self.incidents.acknowledge(name, at=at)
+            self.incidents.acknowledge(name, {version}, at=at)
             watched.recorded, watched.acknowledged_at = None, at
             self._save(name, version)
             self.changed = True
@@ -839,9 +839,9 @@ class Watch:
             self._save(name, version)
 
     def acknowledge(self, name: str, at: float) -> list[dict[str, Any]]:
-        """Unlatch the alarms of a model's versions. Returns the incidents that this closed. Raises KeyError for a model not watched."""
+        """Unlatch the alarms of a model's versions. Returns the incidents that this settled. Raises KeyError for a model not watched."""
         versions = set(self._models[name].aliases.values())
-        closed = self.incidents.acknowledge(name, at=at)
+        closed = self.incidents.acknowledge(name, versions | {version for model, version in self._failed if model == name}, at=at)
         for version in versions:
             self._unlatch(name, version, at)
         self.changed = True

@@ -31,16 +31,28 @@ def test_acknowledging_closes_the_open_incidents_of_one_model(tmp_path: Path) ->
     incidents = Incidents(tmp_path / "incidents.db")
     for model in ("digits", "ring"):
         incidents.record(model, "v1", at=10.0, **ALARM)
-    (closed,) = incidents.acknowledge("digits", at=20.0)
+    (closed,) = incidents.acknowledge("digits", ["v1"], at=20.0)
     assert (closed["model"], closed["acknowledged_at"], closed["closed_at"], closed["closed_by"]) == (
         "digits",
         20.0,
         20.0,
         "acknowledged",
     )
-    assert incidents.acknowledge("digits", at=21.0) == []
+    assert incidents.acknowledge("digits", ["v1"], at=21.0) == []
     assert incidents.record("digits", "v1", at=30.0, **ALARM)  # the next alarm is a new incident
     assert [(i["model"], i["closed_at"]) for i in incidents.newest()] == [("digits", None), ("ring", None), ("digits", 20.0)]
+
+
+def test_acknowledging_settles_what_a_change_of_version_had_closed(tmp_path: Path) -> None:
+    """A false alarm of a canary, which was taken away at once, must not speak against the version for ever."""
+    incidents = Incidents(tmp_path / "incidents.db")
+    for version in ("v1", "v2"):
+        incidents.record("digits", version, at=10.0, **ALARM)
+    incidents.keep("digits", [], at=20.0)
+    assert incidents.unsettled("digits") == {"v1", "v2"}
+    (settled,) = incidents.acknowledge("digits", ["v2"], at=30.0)
+    assert (settled["acknowledged_at"], settled["closed_at"], settled["closed_by"]) == (30.0, 20.0, "version change")
+    assert incidents.unsettled("digits") == {"v1"} and incidents.acknowledge("digits", ["v2"], at=40.0) == []
 
 
 def test_a_version_change_closes_what_is_no_longer_served(tmp_path: Path) -> None:

@@ -385,7 +385,7 @@ def test_a_death_in_between_never_loses_the_alarm(scene: Scene, when: str) -> No
     if when == "before the incident":
         (scene.root / "incidents.db").rename(scene.root / "lost.db")
     else:
-        watch.incidents.acknowledge("grid", at=scene.now)
+        watch.incidents.acknowledge("grid", ["v2"], at=scene.now)
     again = scene.watch()
     assert again.publish(scene.now).models["grid"].snapshot["verdict"]["id"] == "mode_dropping"
     assert [i["closed_at"] for i in again.incidents.newest()][0] is None
