@@ -78,5 +78,5 @@ class Shipper:
             self.trouble = f"states are refused by the monitor that sums them up: POST {url}: {answer.status_code} {answer.text[:300]}"
             return
         self.trouble, self.sent = None, self.sent + 1
-        if (at := answer.json()["acknowledged_at"]) != state["acknowledged_at"]:
+        if (at := answer.json()["acknowledged_at"]) > state["acknowledged_at"]:
             self.acknowledged(model, version, at)

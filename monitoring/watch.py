@@ -577,14 +577,14 @@ class Watch:
         if self.budget.rate is not None:
             raise ValueError("this monitor tests so many samples a second and no more, and shards would add theirs; state its --arl in samples")
         watched = self._watched[name, version]
-        if state.get("acknowledged_at") != watched.acknowledged_at:
+        watched.monitor.check(state, watched.monitor.identity())
+        times, settled = [state.get(key) for key in _TIMES], state.get("acknowledged_at")
+        if not isinstance(settled, int | float) or not all(time is None or isinstance(time, int | float) for time in times):
+            raise ValueError(f"{', '.join(_TIMES)}, acknowledged_at are {[*times, settled]}; expected Unix seconds")
+        if settled < watched.acknowledged_at:  # later ones are as good: they were acknowledged over there, or this monitor lost its state
             return watched.acknowledged_at
         if shard not in watched.shards and len(watched.shards) >= SHARDS:
             raise ValueError(f"{SHARDS} shards are summed up already; give each monitor one name that it keeps")
-        watched.monitor.check(state, watched.monitor.identity())
-        times = [state.get(key) for key in _TIMES]
-        if not all(time is None or isinstance(time, int | float) for time in times):
-            raise ValueError(f"{', '.join(_TIMES)} are {times}; expected Unix seconds")
         before = watched.shards.get(shard)
         watched.shards[shard] = state
         try:
@@ -821,8 +821,8 @@ class Watch:
         self.changed = True
 
     def acknowledged(self, name: str, version: str, at: float) -> None:
-        """The monitor that sums up this one's samples has acknowledged its alarm, at `at`: the evidence here is settled as well."""
-        if (watched := self._watched.get((name, version))) is not None and watched.acknowledged_at != at:
+        """The monitor that sums up this one's samples has acknowledged its alarm, at `at`: the evidence here from before is settled as well."""
+        if (watched := self._watched.get((name, version))) is not None and watched.acknowledged_at < at:
             watched.monitor.acknowledge()
             self.incidents.acknowledge(name, {version}, at=at)
             watched.recorded, watched.acknowledged_at = None, at

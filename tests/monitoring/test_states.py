@@ -159,6 +159,23 @@ def test_what_the_sum_alone_had_found_is_not_forgotten(scene, draw):
     assert scene.watch().publish(scene.now).models["grid"].snapshot["verdict"]["id"] == "warming_up"
 
 
+def test_a_sum_that_lost_its_state_costs_no_shard_its_alarm(scene):
+    """What it acknowledged, and forgot since, lies before all that the shard has seen. And what it does acknowledge is of one version."""
+    shard, lossy = scene.watch(), scene.draw(scene.bundles["v2"], 3000, seed=1)
+    scene.registry.set_alias("grid", "canary", "v2", reason="test")
+    shard.follow(scene.now)
+    shard.acknowledged("grid", "v2", scene.now)
+    shard.eat([Record("grid", version, "server_seed", 1, 0, lossy, scene.now) for version in ("v1", "v2")], scene.now)
+    head = Watch(scene.registry, Incidents(scene.root / "head.db"), arl=2.6e9)
+    head.follow(scene.now)
+    shard.acknowledged("grid", "v2", head.merge("grid", "v2", "shard", shard.state("grid", "v2"), scene.now))
+    for watch in (shard, head):
+        assert watch.publish(scene.now).models["grid"].live[1].snapshot["verdict"]["id"] == "mode_dropping"
+    head.acknowledge("grid", scene.now + 1)
+    shard.acknowledged("grid", "v2", head.merge("grid", "v2", "shard", shard.state("grid", "v2"), scene.now + 1))
+    assert {i["version"]: i["closed_by"] for i in shard.incidents.newest()} == {"v1": None, "v2": "acknowledged"}
+
+
 def test_a_suspicion_waits_for_samples_of_the_shard_that_has_it(make_bundle, draw):
     """A replay that differs becomes a verdict when so many samples went by without a clean one, there and not elsewhere."""
     bundle = make_bundle()
