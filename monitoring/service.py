@@ -120,14 +120,21 @@ class Options:
             raise ValueError(f"probe_rate is {self.probe_rate}, and no more than {rate:g} samples a second are tested; lower it or raise test_rate")
         if rate is not None and self.merge_into is not None:
             raise ValueError(f"arl is {self.arl} at {rate:g} samples a second, and with merge_into those of several monitors add up; state arl in samples, and no test_rate")
-        if self.merge_into is not None and urlsplit(self.merge_into).scheme not in ("http", "https"):
-            raise ValueError(f"merge_into is {self.merge_into!r}; it must be an http:// or https:// URL")
-        if urlsplit(self.serving_url).scheme not in ("http", "https"):
-            raise ValueError(f"serving_url is {self.serving_url!r}; it must be an http:// or https:// URL")
+        for name, url in (("merge_into", self.merge_into), ("serving_url", self.serving_url)):
+            if url is not None and not _is_http(url):
+                raise ValueError(f"{name} is {url!r}; it must be an http:// or https:// URL")
 
     @property
     def budget(self) -> Budget:
         return Budget.stated(self.arl, self.test_rate)
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0  # a port that is no number raises here
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)

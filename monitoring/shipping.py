@@ -35,7 +35,6 @@ class Shipper:
     def __init__(self, url: str, shard: str, acknowledged: Callable[[str, str, float], None]) -> None:
         self.url, self.shard, self.acknowledged = url.rstrip("/"), shard, acknowledged
         self.trouble: str | None = None  # why nothing arrives over there
-        self.sent = 0
         self._waiting: dict[tuple[str, str], dict[str, Any]] = {}
         self._news, self._stopping = threading.Condition(), False
         self._thread = threading.Thread(target=self._run, name="shipping", daemon=True)
@@ -71,12 +70,13 @@ class Shipper:
         url = f"{self.url}/v1/merge/{model}/{version}"
         try:
             answer = client.post(url, params={"shard": self.shard}, content=encode(state))
-        except httpx.HTTPError as error:
+            if answer.status_code != 200:
+                self.trouble = f"states are refused by the monitor that sums them up: POST {url}: {answer.status_code} {answer.text[:300]}"
+                return
+            at = float(answer.json()["acknowledged_at"])
+        except Exception as error:  # httpx.InvalidURL is no HTTPError, a proxy's page no answer of ours; the next state is sent all the same
             self.trouble = f"states do not reach the monitor that sums them up: POST {url}: {error}"
             return
-        if answer.status_code != 200:
-            self.trouble = f"states are refused by the monitor that sums them up: POST {url}: {answer.status_code} {answer.text[:300]}"
-            return
-        self.trouble, self.sent = None, self.sent + 1
-        if (at := answer.json()["acknowledged_at"]) > state["acknowledged_at"]:
+        self.trouble = None
+        if at > state["acknowledged_at"]:
             self.acknowledged(model, version, at)

@@ -350,7 +350,7 @@ def test_a_senseless_flag_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("arl", 1.0), ("arl", float("inf")), ("arl", "moth"), ("test_rate", 0.0), ("port", 65536), ("inbox", 0), ("probe_rate", -1), ("serving_url", "nonsense")],
+    [("arl", 1.0), ("arl", float("inf")), ("arl", "moth"), ("test_rate", 0.0), ("port", 65536), ("inbox", 0), ("probe_rate", -1), ("serving_url", "nonsense"), ("serving_url", "http://localhost:abc"), ("merge_into", "http://localhost:abc")],
 )
 def test_senseless_options_are_refused(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name} is '?{value}"):
