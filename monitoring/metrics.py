@@ -200,7 +200,7 @@ def _samples(view: View, dropped: Mapping[str, int], probes: Mapping[tuple[str, 
         "Records the monitor did not look at; failed: not to the end, for an error of its own",
         [({"reason": r}, dropped.get(r, 0)) for r in DROPPED],
     )
-    asked = [({"model": model, "outcome": outcome}, count) for (model, outcome), count in probes.items()]
+    asked = [({"model": model, "outcome": outcome}, count) for (model, outcome), count in probes.items() if model in view.models]
     yield _counter("ganwatch_probe_requests_total", "The monitor's own requests for samples", asked)
 
 

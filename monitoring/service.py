@@ -249,8 +249,9 @@ class Service:
 
     def state(self, view: View, since: float = -math.inf) -> dict[str, Any]:
         """The JSON of /api/state: the view, with what troubles the process itself."""
-        state = view.state(since)
-        state["errors"] += [*self.prober.trouble.values(), *self.prober.audit_trouble.values(), *self.reruns.trouble.values(), *self.runs.trouble.values(), *filter(None, (self.trouble, self.shipper and self.shipper.trouble))]
+        state, watched = view.state(since), {(name, live.version) for name, shown in view.models.items() for live in shown.live}
+        reruns = [words for version, words in dict(self.reruns.trouble).items() if version in watched]
+        state["errors"] += [*self.prober.trouble.values(), *self.prober.audit_trouble.values(), *reruns, *self.runs.trouble.values(), *filter(None, (self.trouble, self.shipper and self.shipper.trouble))]
         return state
 
     def ask(self, what: Callable[[float], Any]) -> Future[Any]:

@@ -232,7 +232,6 @@ class Shown:
     forced: str | None  # what the gate objected to the version when it was promoted all the same
     marks: tuple[dict[str, Any], ...]
     rows: tuple[tuple[float | None, ...], ...]  # COLUMNS, oldest first
-    fresh_rate: float  # samples a second that clients drew with the server's seeds
     picture: tuple[ndarray, ...]
 
     @property
@@ -630,6 +629,7 @@ class Watch:
         alarm = None if watched.sum is None else watched.sum.alarm
         if watched.sum is not None and watched.sum.share != watched.monitor.share:  # of another share of the budget: older states do not fit
             watched.shards.clear()
+            watched.pace.clear()
             watched.sum = None
         found, scratch = (self._monitor(watched.bundle, watched.share) for _ in range(2)) if watched.sum is None else (watched.sum, watched.scratch)
         try:
@@ -835,6 +835,7 @@ class Watch:
         if watched.judged.first_alarm is not None:
             watched.monitor.acknowledge()
             watched.shards.clear()
+            watched.pace.clear()  # it counted the shards' samples, too
             watched.sum, watched.acknowledged_at = None, at
             self._save(name, version)
 
@@ -867,7 +868,7 @@ class Watch:
             rejected=dict(self._rejected),
             untested={name: self._untested[name] for name in self._models},
             alarms=dict(self._alarms),
-            load_failures={**dict.fromkeys(self._models, 0), **self._load_failures},
+            load_failures={name: self._load_failures[name] for name in self._models},
             restores={(name, outcome): self._restores[name, outcome] for name in self._models for outcome in RESTORES},
             replays={(name, what): self._replays[name, what] for name in self._models for what in ("checked", "mismatched")},
             actions={(name, alias): self._actions[name, alias] for name in self._models for alias in acting.ALIASES},
@@ -908,7 +909,6 @@ class Watch:
             forced=next((change.forced for change in reversed(model.history) if change.alias == alias), None),
             marks=tuple(self._marks(name, model, at)),
             rows=tuple(model.rows),
-            fresh_rate=first.fresh_rate,
             picture=tuple(watched.newest),
         )
 

@@ -217,16 +217,17 @@ def test_every_verdict_is_there_before_it_is_needed(watch: Watch) -> None:
     )
 
 
-def test_a_model_that_goes_leaves_no_series(watch: Watch) -> None:
+def test_a_model_that_goes_leaves_no_series(watch: Watch, make_bundle: Callable[..., Bundle]) -> None:
+    damaged = make_bundle(root=watch.registry.root, version="v2")
+    watch.registry.set_alias("grid", "canary", "v2", reason="test")
+    damaged.model_path.write_bytes(b"")
+    watch.follow(START)
+    assert Scraped(watch, START)("ganwatch_model_load_failures_total") == 1
     model = watch.registry.root / "grid"
     model.rename(model.parent / ".gone")
     watch.follow(START)
     scraped = Scraped(watch, START)
-    assert not [
-        s
-        for s in scraped.samples
-        if s.labels.get("model") == "grid" and not s.name.startswith(("ganwatch_serving", "ganwatch_probe"))
-    ]
+    assert not [s for s in scraped.samples if s.labels.get("model") == "grid" and not s.name.startswith("ganwatch_serving")]
     assert scraped("ganwatch_monitor_up") == 1
 
 

@@ -17,7 +17,7 @@ from numpy import ndarray
 from monitoring.audit import LARGEST, Compared, Comparer, Golden, certified
 from monitoring.monitor import AUDIT_PATIENCE, SHORT_PATIENCE, Fed, Monitor
 from monitoring.reruns import WAITING, Rerun, Reruns, wrong_latents
-from monitoring.service import Options, listen, make_server
+from monitoring.service import Options, Service, listen, make_server
 from serving.batcher import Batcher
 from serving.models import ModelTable
 from serving.records import Record
@@ -157,6 +157,15 @@ def test_what_has_no_room_or_no_generator_is_counted(make_bundle: Callable[..., 
     listener.reruns.offer(bundle, [noted(samples, z, (0, 1))])
     assert listener.heard.get(timeout=20) == Rerun(bundle, Compared(), 2, 0)  # the latents can be looked at all the same
     assert listener.reruns.outcomes["grid", "impossible"] == 2 and "no version in the registry" in listener.reruns.trouble["grid", "v1"]
+
+
+def test_no_trouble_is_told_of_a_version_that_nobody_watches(registry: Registry, make_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+    make_bundle(root=registry.root)
+    registry.set_alias("grid", "production", "v1", reason="test")
+    service = Service(Options(registry=registry.root, home=tmp_path, probe_rate=0))
+    service.reruns.trouble |= {("grid", "v0"): "of a version that went", ("grid", "v1"): "of production"}
+    assert service.state(service.view)["errors"] == ["of production"]
+    service.incidents.close()
 
 
 def watch(bundle: Bundle, draw: Callable[..., ndarray], count: int = 1000) -> Monitor:

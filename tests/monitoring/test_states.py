@@ -176,6 +176,18 @@ def test_a_sum_that_lost_its_state_costs_no_shard_its_alarm(scene):
     assert {i["version"]: i["closed_by"] for i in shard.incidents.newest()} == {"v1": None, "v2": "acknowledged"}
 
 
+def test_a_sum_that_is_given_up_makes_no_rate_negative(scene):
+    scene.registry.set_alias("grid", "production", "v2", reason="test")
+    watch = scene.watch()
+    scene.serve(watch, "v2", 3000, seed=1)
+    watch.merge("grid", "v2", "other", watch.state("grid", "v2"), scene.now)
+    watch.publish(scene.now)
+    watch.acknowledge("grid", scene.now)  # the shards have yet to hear of it
+    assert watch.publish(scene.now).models["grid"].tested_rate is None
+    scene.serve(watch, "v2", 100, seed=2)
+    assert watch.publish(scene.now).models["grid"].tested_rate == 100
+
+
 def test_a_suspicion_waits_for_samples_of_the_shard_that_has_it(make_bundle, draw):
     """A replay that differs becomes a verdict when so many samples went by without a clean one, there and not elsewhere."""
     bundle = make_bundle()

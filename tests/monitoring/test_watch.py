@@ -136,10 +136,10 @@ def test_only_fresh_samples_of_aliased_versions_are_judged(scene: Scene) -> None
     view = scene.watch.publish(scene.now)
     assert view.models["grid"].snapshot["monitored"] == 0 and view.models["grid"].snapshot["served"] == 2000
     assert view.observed == {("grid", "server_seed"): 4000, ("grid", "client_seed"): 1000}
-    assert view.models["grid"].fresh_rate == 0
+    assert view.models["grid"].live[0].fresh_rate == 0
     scene.serve("v1", 100)
     scene.serve("v1", 1000, origin="probe")
-    assert scene.watch.publish(scene.now).models["grid"].fresh_rate == 50  # 100 in two seconds; probes make up, they do not count
+    assert scene.watch.publish(scene.now).models["grid"].live[0].fresh_rate == 50  # 100 in two seconds; probes make up, they do not count
     scene.watch.eat([Record("nobody", "v1", "probe", 0, 0, np.zeros((1, 2), np.float32), scene.now)], scene.now)
     assert scene.watch.publish(scene.now).unknown_model == 1
 
@@ -314,7 +314,7 @@ def test_a_clock_that_is_set_back_hides_no_silence(scene: Scene) -> None:
     after = scene.watch.publish(scene.now)
     assert after.clock_jumps == 1 and after.models["grid"].last_sample_at == after.heard_at == scene.now
     assert [row[0] for row in after.models["grid"].rows] == [scene.now] and before["history"]["t"] > [scene.now]
-    assert after.models["grid"].fresh_rate == 0  # or no probe would be sent for an hour
+    assert after.models["grid"].live[0].fresh_rate == 0  # or no probe would be sent for an hour
     scene.now += STALE_AFTER + 1
     silent = scene.watch.publish(scene.now)
     assert silent.models["grid"].stale and silent.replicas == 0 and silent.clock_jumps == 1
