@@ -220,7 +220,7 @@ class Service:
         if options.merge_into is not None:
             settle = lambda model, version, at: self.ask(lambda _: self.watch.acknowledged(model, version, at))  # noqa: E731
             self.shipper = Shipper(options.merge_into, shard_name(home), settle)
-        self.trouble: str | None = None
+        self.trouble: dict[str, str] = {}  # step of the Monitors' thread -> why it failed when it was last taken
         self.stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="monitors", daemon=True)
         now = time.time()
@@ -251,7 +251,7 @@ class Service:
         """The JSON of /api/state: the view, with what troubles the process itself."""
         state, watched = view.state(since), {(name, live.version) for name, shown in view.models.items() for live in shown.live}
         reruns = [words for version, words in dict(self.reruns.trouble).items() if version in watched]
-        state["errors"] += [*self.prober.trouble.values(), *self.prober.audit_trouble.values(), *reruns, *self.runs.trouble.values(), *filter(None, (self.trouble, self.shipper and self.shipper.trouble))]
+        state["errors"] += [*self.prober.trouble.values(), *self.prober.audit_trouble.values(), *reruns, *self.runs.trouble.values(), *self.trouble.values(), *filter(None, [self.shipper and self.shipper.trouble])]
         return state
 
     def ask(self, what: Callable[[float], Any]) -> Future[Any]:
@@ -341,9 +341,10 @@ class Service:
         """One step of the Monitors' thread. An error of ours is shown and logged, and does not end the watch."""
         try:
             step(*arguments)
+            self.trouble.pop(step.__name__, None)
         except Exception as error:
             log.exception("%s failed", step.__name__)
-            self.trouble = (
+            self.trouble[step.__name__] = (
                 f"internal error in {step.__name__}: {type(error).__name__}: {error}; the log has the traceback, please report it"
             )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import sqlite3
 from bisect import bisect_right
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Mapping
@@ -330,7 +331,8 @@ class Watch:
     `arl`: samples to a false alarm, on average, for all versions of a model together; each alias gets its SHARES of it.
     `test_rate`: samples a second of each version that are tested at most, None for all: the rest is looked at and is no evidence.
     `states`: where Monitors outlive the process, None for nowhere. An alarm is written there before it is recorded, and an
-    acknowledgement after: whenever the process dies, a latched alarm is either there or was acknowledged.
+    acknowledgement after: whenever the process dies, a latched alarm is either there or was acknowledged, unless the disk refuses, which
+    is said.
     `policy`: what an alarm may change by itself, None for nothing. `calibrated`: each version's threshold is lowered once enough runs
     of its generator were simulated, SIMULATED samples with each point that is published.
     """
@@ -803,19 +805,27 @@ class Watch:
         monitor, verdict = watched.judged, watched.judged.verdict
         if monitor.first_alarm is None or watched.recorded == (verdict.id, verdict.modes):
             return
-        self._save(name, version)
+        try:
+            self._save(name, version)
+        except OSError as error:  # a full disk, say: better an alarm that dies with the process than one that nobody hears of
+            watched.saved = -1  # so that it is written down as soon as it can be
+            self._notices.append((at, f"the alarm of {name} {version} is not on the disk: {error}"))
         snapshot = monitor.snapshot()
         evidence = {key: snapshot[key] for key in ("evidence", "log10_threshold", "arl", "gauges", "modes", "replay", "rerun")}
-        opened = self.incidents.record(
-            name,
-            version,
-            at=at,
-            verdict=verdict.id,
-            words=verdict.words,
-            modes=verdict.modes,
-            evidence=evidence,
-            first_alarm=monitor.first_alarm,
-        )
+        try:
+            opened = self.incidents.record(
+                name,
+                version,
+                at=at,
+                verdict=verdict.id,
+                words=verdict.words,
+                modes=verdict.modes,
+                evidence=evidence,
+                first_alarm=monitor.first_alarm,
+            )
+        except sqlite3.Error as error:  # tried again with the next samples, and with the next view
+            self._notices.append((at, f"the alarm of {name} {version} is not on record: {error}"))
+            return
         watched.recorded = (verdict.id, verdict.modes)
         self._alarms[name, verdict.id] += opened
         self.changed = True
@@ -857,6 +867,7 @@ class Watch:
             if point:
                 self._calibrate(name, version, at)
                 self._sum(name, version, at)
+                self._raise_alarm(name, version, at)
         errors = [*self._unreadable.values(), *(words for _, words in self._failed.values())]
         errors += self._held.values()
         errors += [words for noticed, words in self._notices if at - noticed < NOTICE]
@@ -879,7 +890,7 @@ class Watch:
             replicas=self.replicas.speaking(at),
             heard_at=self.replicas.heard_at,
             received=sum(self._observed.values()),
-            errors=tuple(errors),
+            errors=tuple(dict.fromkeys(errors)),
         )
 
     def _shown(self, name: str, model: Model, at: float, point: bool) -> Shown:

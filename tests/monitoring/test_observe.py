@@ -100,3 +100,14 @@ def test_what_is_no_observation_is_refused_in_words(client, path, body, headers,
     answer = client.post(f"/v1/observe/{path}", content=body, headers=headers)
     assert answer.status_code == status and (status == 202 or words in answer.json()["error"]["message"]), answer.text
     assert bool(client.service.inbox.take(0.0)) == (status == 202)
+
+
+def test_what_fails_is_told_until_it_succeeds(client):
+    def step(error: Exception | None) -> None:
+        if error is not None:
+            raise error
+
+    client.service._step(step, OSError("no space left"))
+    assert "no space left" in client.service.state(client.service.view)["errors"][0]
+    client.service._step(step, None)
+    assert client.service.state(client.service.view)["errors"] == []

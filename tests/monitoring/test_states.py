@@ -406,6 +406,21 @@ def test_an_alarm_is_saved_before_it_is_told_and_lives_until_it_is_acknowledged(
     assert last.publish(scene.now).models["grid"].snapshot["verdict"]["id"] == "warming_up" and len(last.incidents.newest()) == 1
 
 
+def test_a_disk_that_refuses_costs_no_alarm(scene: Scene) -> None:
+    scene.registry.set_alias("grid", "production", "v2", reason="test")
+    watch, directory = scene.watch(), scene.root / "monitor"
+    directory.write_text("no directory")
+    watch.incidents.close()
+    scene.serve(watch, "v2", 3000, seed=1)
+    watch.incidents = Incidents(scene.root / "incidents.db")
+    view = watch.publish(scene.now)
+    assert view.alarms["grid", "mode_dropping"] == 1 == len(watch.incidents.newest()) and view.failed == 0
+    assert any("is not on the disk" in words for words in view.errors) and any("is not on record" in words for words in view.errors)
+    directory.unlink()
+    watch.save()
+    assert scene.watch().publish(scene.now).models["grid"].snapshot["verdict"]["id"] == "mode_dropping"
+
+
 @pytest.mark.parametrize("when", ["before the incident", "before the unlatching"])
 def test_a_death_in_between_never_loses_the_alarm(scene: Scene, when: str) -> None:
     scene.registry.set_alias("grid", "production", "v2", reason="test")
