@@ -125,7 +125,7 @@ class Monitor:
         self._since = 0  # samples tested at the last restart of the detectors
         self.replay_checked = self.replay_mismatched = 0  # golden samples asked for again, and those that came back different
         self._suspected: int | None = None  # samples tested when the replay audit failed, None while it last passed
-        self._golden = [0, 0]  # golden samples compared in the last replay, and those that differed
+        self._golden = [0, 0]  # golden samples compared in the last replay, the worst since an alarm, and those that differed
         self._wrong: int | None = None  # number of the tested sample with which that became the verdict
         self.rerun_checked = self.rerun_mismatched = 0  # served samples run again, and those that came out different
         self.latents_checked = self.latents_wrong = 0  # latents in use, and those that were not of their seed
@@ -226,21 +226,26 @@ class Monitor:
         golden sample comes back, another model serves, and whatever is wrong with the law is its doing. Then SHORT_PATIENCE
         is enough, as no later word could be another one; and so it is where the samples are the same ones, slightly off: a mode that
         is gone, noise and copies are other samples, and what is left, a loss of variety, shows sooner than that.
+
+        After an alarm the worst replay stands until it is acknowledged: a server that recovers does not change what was wrong with it.
         """
-        self._golden = [checked, mismatched]
+        alarmed = self.first_alarm is not None
+        if not alarmed or mismatched * self._golden[0] > self._golden[1] * checked or not self._golden[0]:
+            self._golden = [checked, mismatched]
         self.replay_checked += checked
         self.replay_mismatched += mismatched
         if mismatched:
             self._suspect(near)
         elif self._again is None or not self._again["twice"]:
-            self._suspected, self._near = None, True
+            self._suspected, self._near = None, self._near if alarmed else True
 
     def rerun(self, found: Compared, *, latents: int, wrong: int, at: float) -> None:
         """Take in served samples that were run again on the certified generator, and how many latents were not of their seed.
 
         A difference means what it means for a golden sample, but it takes two among RECENT_RERUNS. A wrong latent is an alarm at
-        once: it comes before all that samples could say.
+        once: it comes before all that samples could say. What comes out right after an alarm is no word on what was wrong.
         """
+        right = 0 if self.first_alarm is not None else found.checked - found.different
         self.latents_checked += latents
         self.latents_wrong += wrong
         if wrong and self._misdrawn is None:
@@ -251,7 +256,7 @@ class Monitor:
             before = self._again or {"checked": 0, "different": 0, "worst": 0.0, "newest": -math.inf, "twice": False}
             twice = found.different > 1 or self.rerun_checked - before["newest"] <= RECENT_RERUNS
             self._again = {
-                "checked": before["checked"] + found.checked,
+                "checked": before["checked"] + right + found.different,
                 "different": before["different"] + found.different,
                 "worst": max(before["worst"], found.worst),
                 "newest": self.rerun_checked,
@@ -262,7 +267,7 @@ class Monitor:
             else:
                 self._near &= found.near
         elif self._again is not None:
-            self._again = self._again | {"checked": self._again["checked"] + found.checked}
+            self._again = self._again | {"checked": self._again["checked"] + right}
         self._judge(at)
 
     def _suspect(self, near: bool) -> None:
@@ -399,7 +404,7 @@ class Monitor:
         self._detector.restart()
         self._latents.restart()
         self.alarmed_at = self._suspected = self._wrong = self._misdrawn = self._again = None
-        self._near = True
+        self._golden, self._near = [0, 0], True
         self._since = self.tested
         self._judge()
 

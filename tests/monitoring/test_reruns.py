@@ -199,6 +199,24 @@ def test_two_served_samples_that_differ_become_a_verdict(make_bundle: Callable[.
     assert monitor.verdict.id == "healthy" and not monitor.suspect
 
 
+def test_a_server_that_recovers_rewrites_no_verdict(make_bundle: Callable[..., Bundle], draw: Callable[..., ndarray]) -> None:
+    bundle = make_bundle(lost=(3, 8))
+    monitor = Monitor(bundle)
+    monitor.audit(checked=16, mismatched=16)
+    monitor.rerun(off(near=False), latents=8, wrong=0, at=1.0)
+    monitor.update(draw(bundle, 3000), fresh=True, at=2.0)
+    before = monitor.verdict
+    assert before.id == "wrong_model" and before.modes == ("3", "8")
+    monitor.audit(checked=16, mismatched=0)
+    monitor.rerun(SAME, latents=8, wrong=0, at=3.0)
+    assert monitor.verdict == before and not monitor.snapshot()["verdict"]["words"].endswith("computed otherwise.")
+    monitor.rerun(off(near=True, different=2), latents=8, wrong=0, at=3.0)  # of a request from before and one from after
+    assert (monitor.verdict.id, monitor.verdict.modes) == (before.id, before.modes)
+    monitor.acknowledge()
+    monitor.update(draw(bundle, 3000, seed=2), fresh=True, at=4.0)
+    assert monitor.verdict.id == "mode_dropping"  # nothing that was compared since differs
+
+
 def test_differences_far_apart_are_none(make_bundle: Callable[..., Bundle], draw: Callable[..., ndarray]) -> None:
     monitor = watch(make_bundle(), draw)
     for _ in range(5):
