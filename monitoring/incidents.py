@@ -111,6 +111,12 @@ class Incidents:
                 (at, model, *versions),
             )
 
+    def left(self, model: str, version: str) -> float | None:
+        """When the newest incident of this version was opened, where a change of version has closed it since."""
+        with self._lock:
+            newest = self._database.execute("SELECT opened_at, closed_by FROM incident WHERE model = ? AND version = ? ORDER BY id DESC LIMIT 1", (model, version)).fetchone()
+        return newest["opened_at"] if newest is not None and newest["closed_by"] == "version change" else None
+
     def newest(self, limit: int = 50) -> list[dict[str, Any]]:
         """The newest incidents, newest first."""
         with self._lock:

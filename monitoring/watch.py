@@ -533,6 +533,9 @@ class Watch:
             watched.monitor, watched.sum = self._monitor(watched.bundle, watched.share), None  # nothing half restored
             self._notices.append((at, f"{name} {version} is watched from the start again, its saved state was not taken: {error}"))
         self._restores[name, outcome] += 1
+        alarmed_at, left = watched.judged.alarmed_at, self.incidents.left(name, version)
+        if alarmed_at is not None and left is not None and left >= alarmed_at:
+            self._unlatch(name, version, at)  # its version was changed while no monitor ran
         self._raise_alarm(name, version, at)
 
     def save(self) -> None:

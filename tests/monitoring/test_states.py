@@ -406,6 +406,19 @@ def test_an_alarm_is_saved_before_it_is_told_and_lives_until_it_is_acknowledged(
     assert last.publish(scene.now).models["grid"].snapshot["verdict"]["id"] == "warming_up" and len(last.incidents.newest()) == 1
 
 
+def test_an_alarm_that_a_change_of_version_has_ended_is_not_raised_again(scene: Scene) -> None:
+    """The version was changed while no monitor ran, so its state is still latched when it comes back."""
+    scene.registry.set_alias("grid", "production", "v2", reason="test")
+    scene.serve(scene.watch(), "v2", 3000, seed=1)
+    scene.registry.set_alias("grid", "production", "v1", reason="test")
+    watch = scene.watch()
+    assert watch.incidents.newest()[0]["closed_by"] == "version change"
+    scene.registry.set_alias("grid", "production", "v2", reason="test")
+    watch.follow(scene.now + 1e6)
+    for each in (watch, scene.watch()):
+        assert each.publish(scene.now + 1e6).models["grid"].snapshot["verdict"]["id"] == "warming_up" and len(each.incidents.newest()) == 1
+
+
 def test_a_disk_that_refuses_costs_no_alarm(scene: Scene) -> None:
     scene.registry.set_alias("grid", "production", "v2", reason="test")
     watch, directory = scene.watch(), scene.root / "monitor"
