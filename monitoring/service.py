@@ -451,7 +451,7 @@ def build(options: Options) -> Starlette:
             live = {name: [live.version for live in shown.live] for name, shown in service.view.models.items()}
             return _error(404, "unknown_version", f"{version!r} of {model!r} is not watched", "version", version, f"one of {live}")
         except ValueError as error:
-            return _error(409, "other_monitor", str(error), "body", None, "a state of the same bundle, --arl and alias")
+            return _error(409, "other_monitor", str(error), "body", None, "a state of the same bundle, --arl and alias, --calibrated only where this monitor is")
         return JSONResponse({"acknowledged_at": at})
 
     async def acknowledge(request: Request) -> Response:

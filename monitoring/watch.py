@@ -574,7 +574,7 @@ class Watch:
         It replaces that shard's last one, so it may be sent again and again, and the verdict is that of the sum from then on.
         Returns when the version's alarm was last acknowledged: a state from before that is not taken, and its sender must
         acknowledge, too. Raises KeyError where the version is not live, ValueError where the state is of another bundle or budget, or
-        damaged, where there are too many shards, or where there is a test_rate, which the sum of several would exceed.
+        calibrated where this monitor is strict, or damaged, where there are too many shards, or where there is a test_rate, which the sum of several would exceed.
         """
         if (name, version) not in self.live():
             raise KeyError(f"{name} {version}")
@@ -582,6 +582,8 @@ class Watch:
             raise ValueError("this monitor tests so many samples a second and no more, and shards would add theirs; state its --arl in samples")
         watched = self._watched[name, version]
         watched.monitor.check(state, watched.monitor.identity())
+        if not self.calibrated and state["slack"] is not None:
+            raise ValueError("the state is of a monitor with --calibrated, whose alarm may come below the threshold that is guaranteed here; start both with it or neither")
         times, settled = [state.get(key) for key in _TIMES], state.get("acknowledged_at")
         if not isinstance(settled, int | float) or not all(time is None or isinstance(time, int | float) for time in times):
             raise ValueError(f"{', '.join(_TIMES)}, acknowledged_at are {[*times, settled]}; expected Unix seconds")

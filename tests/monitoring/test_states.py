@@ -176,6 +176,18 @@ def test_a_sum_that_lost_its_state_costs_no_shard_its_alarm(scene):
     assert {i["version"]: i["closed_by"] for i in shard.incidents.newest()} == {"v1": None, "v2": "acknowledged"}
 
 
+def test_a_strict_sum_takes_no_calibrated_state(scene):
+    shard, strict = scene.watch(), scene.watch()
+    shard._watched["grid", "v1"].monitor.calibrate(1.5)
+    state = shard.state("grid", "v1")
+    with pytest.raises(ValueError, match="of a monitor with --calibrated"):
+        strict.merge("grid", "v1", "other", state, scene.now)
+    calibrated = Watch(scene.registry, scene.watch().incidents, arl=2.6e9, calibrated=True)
+    calibrated.follow(scene.now)
+    calibrated.merge("grid", "v1", "other", state, scene.now)  # though its own runs are not through yet
+    calibrated.merge("grid", "v1", "strict", strict.state("grid", "v1"), scene.now)
+
+
 def test_a_sum_that_is_given_up_makes_no_rate_negative(scene):
     scene.registry.set_alias("grid", "production", "v2", reason="test")
     watch = scene.watch()
