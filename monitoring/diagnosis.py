@@ -15,7 +15,7 @@ from numpy import ndarray
 from scipy.special import xlogy
 
 from monitoring.audit import Compared
-from monitoring.edetectors import DROP_BETS, drop_bounds
+from monitoring.edetectors import DROP_BETS, DropBounds
 from training.bundle import Certificate
 
 
@@ -187,12 +187,13 @@ def replaced(verdict: Verdict, other: Verdict) -> Verdict:
     return replace(other, words=f"{other.words} What shows: {verdict.words}", modes=verdict.modes, null=verdict.null)
 
 
-def delay_of_loss(certificate: Certificate, losses: Float64[ndarray, "m"], *, threshold: float) -> Float64[ndarray, "m k"]:
+def delay_of_loss(certificate: Certificate, bounds: DropBounds, losses: Float64[ndarray, "m"], *, threshold: float) -> Float64[ndarray, "m k"]:
     """Samples until a mode that lost this part of its share is found, about, by its own bets; infinite where they never would.
+    bounds: the certificate's `drop_bounds`, which take longer than all else here.
 
     Wald: log(threshold / w) over the growth of the best bet, E[log L]. An approximation for people, no bound.
     """
-    (low, *_), (weight, *_) = drop_bounds(certificate)
+    (low, *_), (weight, *_) = bounds
     modes = certificate.cell_count[:-1]
     delay = np.full((len(losses), len(low)), np.inf)
     if not (watched := low > 0).any():
@@ -209,10 +210,10 @@ def delay_of_loss(certificate: Certificate, losses: Float64[ndarray, "m"], *, th
     return delay
 
 
-def detectable(certificate: Certificate, modes: tuple[str, ...], *, monitored: int, threshold: float) -> str:
+def detectable(certificate: Certificate, bounds: DropBounds, modes: tuple[str, ...], *, monitored: int, threshold: float) -> str:
     """How small a fault would have been seen by now, in words; `monitored` counts samples since the detectors started."""
     percent = np.arange(100, 0, -1)
-    delays = delay_of_loss(certificate, percent / 100, threshold=threshold)
+    delays = delay_of_loss(certificate, bounds, percent / 100, threshold=threshold)
     watched = np.isfinite(delays[0])
     if not watched.any():
         return "The loss of a mode would never be seen: the certified model hardly produces any of them."

@@ -87,7 +87,10 @@ def mode_bounds(certificate: Certificate) -> tuple[Float64[ndarray, "g k"], Floa
     return low, high
 
 
-def drop_bounds(certificate: Certificate) -> tuple[Float64[ndarray, "g k"], Float64[ndarray, "g"]]:
+DropBounds = tuple[Float64[ndarray, "g k"], Float64[ndarray, "g"]]
+
+
+def drop_bounds(certificate: Certificate) -> DropBounds:
     """The lower bound that each bet on a loss is against, 0 where there is none, and the weight of each row's bets together.
 
     Given a class, only those modes are bet on which it makes often; the rest is confusion. Where there are classes, samples

@@ -26,7 +26,7 @@ from monitoring.calibration import SAMPLES, Calibration
 from monitoring.coverage import mode_coverage, mode_status
 from monitoring.diagnosis import VERDICTS, Verdict, delay_of_loss, detectable, diagnose, replaced, wrong_model
 from monitoring.divergences import DIVERGENCES, INTERVALS, ShareSet, smoothed, total_variation
-from monitoring.edetectors import FAMILIES, NULLS, EDetector
+from monitoring.edetectors import FAMILIES, NULLS, EDetector, drop_bounds
 from monitoring.features import Eye, Seen
 from monitoring.latents import LatentDetector
 from monitoring.points import LEAST, POINT_GAUGES, Cloud, Embedding
@@ -102,6 +102,7 @@ class Monitor:
         self._eye = Eye(bundle)
         self._detector = EDetector(certificate, reference, bundle.card.modes, threshold=arl / share, scores=bundle.card.scores)
         self._latents = LatentDetector(bundle.card.latent, threshold=arl / share)
+        self._bounds = drop_bounds(certificate)  # kept, since states are restored again and again where shards are summed up
         cells, features = len(bundle.card.modes) + 1, len(reference.feature_mean)
         rng = np.random.default_rng(0)  # which of the real points: the same ones in every process
         real, self._spare = rng.permutation(reference.held_out_points)[:REAL_POINTS], rng.permutation(reference.train_points)[:BLOCK]
@@ -391,7 +392,7 @@ class Monitor:
         self.slack: float | None = slack  # by which the threshold lies below the guaranteed one; None: it does not
         self._detector.threshold = self.arl / self.share / (slack or 1.0)
         self._latents.threshold = self.arl / self.share  # no samples were simulated through it
-        self._delays = delay_of_loss(self.bundle.certificate, np.ones(1), threshold=self._detector.threshold)[0]  # samples until the loss of each mode is seen, about
+        self._delays = delay_of_loss(self.bundle.certificate, self._bounds, np.ones(1), threshold=self._detector.threshold)[0]  # samples until the loss of each mode is seen, about
 
     def calibration(self, samples: int = SAMPLES) -> Calibration:
         """What finds the slack of this monitor, with bets of its own."""
@@ -566,7 +567,7 @@ class Monitor:
                 "coverage": self.coverage(),
                 "replay": {"checked": self.replay_checked, "mismatched": self.replay_mismatched, "suspect": self.suspect},
                 "rerun": {"checked": self.rerun_checked, "mismatched": self.rerun_mismatched, "latents": self.latents_checked, "latents_wrong": self.latents_wrong},
-                "detectable": detectable(self.bundle.certificate, card.modes, monitored=seen, threshold=threshold),
+                "detectable": detectable(self.bundle.certificate, self._bounds, card.modes, monitored=seen, threshold=threshold),
             }
         )
 

@@ -126,7 +126,8 @@ class Watched:
     unrunnable: bool = False  # its generator, here
     shards: OrderedDict[str, Mapping[str, Any]] = field(default_factory=OrderedDict)  # name of another monitor -> its newest state
     sum: Monitor | None = None  # of this monitor and all shards
-    scratch: Monitor | None = None  # through which shards are read
+    summed: int = 0  # shards in it
+    scratch: tuple[Monitor, Monitor] | None = None  # through which shards are read and tried
 
     @property
     def judged(self) -> Monitor:
@@ -571,7 +572,8 @@ class Watch:
     def merge(self, name: str, version: str, shard: str, state: Mapping[str, Any], at: float) -> float:
         """Take in the newest state of a version's shard: another monitor, which looks at other samples of the same version.
 
-        It replaces that shard's last one, so it may be sent again and again, and the verdict is that of the sum from then on.
+        It replaces that shard's last one, so it may be sent again and again, and the verdict is that of the sum from the next point that
+        is published on.
         Returns when the version's alarm was last acknowledged: a state from before that is not taken, and its sender must
         acknowledge, too. Raises KeyError where the version is not live, ValueError where the state is of another bundle or budget, or
         calibrated where this monitor is strict, or damaged, where there are too many shards, or where there is a test_rate, which the sum of several would exceed.
@@ -591,19 +593,14 @@ class Watch:
             return watched.acknowledged_at
         if shard not in watched.shards and len(watched.shards) >= SHARDS:
             raise ValueError(f"{SHARDS} shards are summed up already; give each monitor one name that it keeps")
-        before = watched.shards.get(shard)
-        watched.shards[shard] = state
+        scratch, trial = self._scratch(watched)
         try:
-            self._sum(name, version, at)
-        except Exception as error:  # a state that fits and cannot be read all the same: nothing may be left of it
-            if before is None:
-                del watched.shards[shard]
-            else:
-                watched.shards[shard] = before
-            self._sum(name, version, at)
+            scratch.restore(state)
+            trial.restore(watched.monitor.state())
+            trial.merge(scratch, at=at)
+        except Exception as error:  # a state that fits and cannot be summed up all the same
             raise ValueError(f"the state of shard {shard} is damaged: {type(error).__name__}: {error}") from error
-        if before is None:
-            watched.pace.clear()  # its samples of before would all count as of now
+        watched.shards[shard] = state
         watched.shards.move_to_end(shard)
         for key, time in zip(_TIMES, times, strict=True):
             if (newest := max(filter(None, (getattr(watched, key), time)), default=None)) is not None:
@@ -636,9 +633,10 @@ class Watch:
         alarm = None if watched.sum is None else watched.sum.alarm
         if watched.sum is not None and watched.sum.share != watched.monitor.share:  # of another share of the budget: older states do not fit
             watched.shards.clear()
-            watched.pace.clear()
             watched.sum = None
-        found, scratch = (self._monitor(watched.bundle, watched.share) for _ in range(2)) if watched.sum is None else (watched.sum, watched.scratch)
+        if watched.sum is None or watched.summed != len(watched.shards):
+            watched.pace.clear()  # the samples of other monitors would come or go all at once
+        found, (scratch, _) = watched.sum or self._monitor(watched.bundle, watched.share), self._scratch(watched)
         try:
             found.restore(watched.monitor.state())
             for state in watched.shards.values():
@@ -647,12 +645,17 @@ class Watch:
         finally:
             if alarm is not None:
                 found.keep_alarm(alarm)
-        watched.sum, watched.scratch = found, scratch
-        self._raise_alarm(name, version, at)
+        watched.sum, watched.summed = found, len(watched.shards)
+
+    def _scratch(self, watched: Watched) -> tuple[Monitor, Monitor]:
+        """Monitors held against the present share: one through which shards are read, and one with which each is tried."""
+        if watched.scratch is None or watched.scratch[0].share != watched.share:
+            watched.scratch = (self._monitor(watched.bundle, watched.share), self._monitor(watched.bundle, watched.share))
+        return watched.scratch
 
     def _latch_sum(self, watched: Watched, alarm: Mapping[str, Any]) -> None:
         """What the sum had latched when the process before ended: its shards have not reported yet."""
-        watched.sum, watched.scratch = (self._monitor(watched.bundle, watched.share) for _ in range(2))
+        watched.sum = self._monitor(watched.bundle, watched.share)
         watched.sum.restore(watched.monitor.state())
         watched.sum.keep_alarm(alarm)
 
@@ -851,7 +854,7 @@ class Watch:
             watched.monitor.acknowledge()
             watched.shards.clear()
             watched.pace.clear()  # it counted the shards' samples, too
-            watched.sum, watched.acknowledged_at = None, at
+            watched.sum, watched.summed, watched.acknowledged_at = None, 0, at
             self._save(name, version)
 
     def acknowledge(self, name: str, at: float) -> list[dict[str, Any]]:
@@ -942,7 +945,7 @@ class Watch:
             stale=watched.is_stale(at),
             fresh_rate=watched.fresh_rate(at),
             tested_rate=watched.tested_rate(at),
-            shards=len(watched.shards),
+            shards=watched.summed,
             snapshot=watched.judged.snapshot(),
             gauges={population: watched.judged.gauges(population) for population in POPULATIONS},
             comparison=comparison.state(production, version) if comparison is not None else None,

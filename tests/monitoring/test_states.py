@@ -24,7 +24,7 @@ from monitoring.points import POINT_GAUGES
 from monitoring.states import StateError, States
 from monitoring.watch import COLUMNS, HISTORY, SHARDS, Watch
 from serving.records import Heartbeat, Record
-from training.bundle import Bundle
+from training.bundle import Bundle, Certificate
 from training.registry import Registry
 
 START = 1_800_000_000.0
@@ -174,6 +174,18 @@ def test_a_sum_that_lost_its_state_costs_no_shard_its_alarm(scene):
     head.acknowledge("grid", scene.now + 1)
     shard.acknowledged("grid", "v2", head.merge("grid", "v2", "shard", shard.state("grid", "v2"), scene.now + 1))
     assert {i["version"]: i["closed_by"] for i in shard.incidents.newest()} == {"v1": None, "v2": "acknowledged"}
+
+
+def test_shards_are_summed_once_a_second_however_often_they_report(scene, monkeypatch):
+    watch = scene.watch()
+    scene.serve(watch, "v1", 1000, seed=1)
+    state = watch.state("grid", "v1")
+    watch.merge("grid", "v1", "other", state, scene.now)
+    shown = [watch.publish(scene.now, point=point).models["grid"].snapshot["monitored"] for point in (False, True)]
+    assert shown == [1000, 2000]
+    assert watch.publish(scene.now + 9).models["grid"].tested_rate == 0  # what came with the shard is no rate
+    monkeypatch.setattr(Certificate, "lower", lambda *_: 1 / 0)  # bounds are found once
+    watch.merge("grid", "v1", "other", state, scene.now)
 
 
 def test_a_strict_sum_takes_no_calibrated_state(scene):
