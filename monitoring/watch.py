@@ -3,7 +3,8 @@
     registry -> follow --.
     tap -> hear, eat ----+--> Monitors --> publish --> View, replaced whole once a second
 
-It knows neither HTTP nor threads, and no clock but the `at` (Unix seconds) that every call brings. One thread calls it; any
+It knows neither HTTP nor threads, and no clock but the `at` (Unix seconds) that every call brings and the one that says how long a
+calibration has held it up. One thread calls it; any
 thread may read a View, which nobody alters once it is published.
 """
 
@@ -13,6 +14,7 @@ import itertools
 import math
 import re
 import sqlite3
+import time
 from bisect import bisect_right
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Mapping
@@ -38,7 +40,8 @@ from training.bundle import Bundle, BundleError, Card, open_bundle
 from training.registry import AliasChange, Registry, RegistryError
 
 SHARES = {"production": 0.5, "canary": 0.25, "shadow": 0.25}  # of a model's false-alarm budget; they sum to 1
-SIMULATED = 1024  # healthy samples a second that a version is calibrated with, until it is
+SIMULATED = 1024  # healthy samples a second that a version is calibrated with at most, until it is
+SIMULATED_AT_ONCE, SIMULATING = 64, 0.2  # ... in such pieces, and the seconds after which none is begun: a slow generator holds nobody up
 STALE_AFTER = 10.0  # seconds without a fresh sample, or without a heartbeat
 HISTORY = 3600  # seconds that the page can look back, one point each
 RATE_WINDOW = 2.0  # seconds over which the rate of fresh samples is taken
@@ -335,7 +338,7 @@ class Watch:
     acknowledgement after: whenever the process dies, a latched alarm is either there or was acknowledged, unless the disk refuses, which
     is said.
     `policy`: what an alarm may change by itself, None for nothing. `calibrated`: each version's threshold is lowered once enough runs
-    of its generator were simulated, SIMULATED samples with each point that is published.
+    of its generator were simulated, SIMULATED samples at most with each point that is published.
     """
 
     def __init__(
@@ -587,7 +590,7 @@ class Watch:
         if not self.calibrated and state["slack"] is not None:
             raise ValueError("the state is of a monitor with --calibrated, whose alarm may come below the threshold that is guaranteed here; start both with it or neither")
         times, settled = [state.get(key) for key in _TIMES], state.get("acknowledged_at")
-        if not isinstance(settled, int | float) or not all(time is None or isinstance(time, int | float) for time in times):
+        if not isinstance(settled, int | float) or not all(t is None or isinstance(t, int | float) for t in times):
             raise ValueError(f"{', '.join(_TIMES)}, acknowledged_at are {[*times, settled]}; expected Unix seconds")
         if settled < watched.acknowledged_at:  # later ones are as good: they were acknowledged over there, or this monitor lost its state
             return watched.acknowledged_at
@@ -602,8 +605,8 @@ class Watch:
             raise ValueError(f"the state of shard {shard} is damaged: {type(error).__name__}: {error}") from error
         watched.shards[shard] = state
         watched.shards.move_to_end(shard)
-        for key, time in zip(_TIMES, times, strict=True):
-            if (newest := max(filter(None, (getattr(watched, key), time)), default=None)) is not None:
+        for key, then in zip(_TIMES, times, strict=True):
+            if (newest := max(filter(None, (getattr(watched, key), then)), default=None)) is not None:
                 setattr(watched, key, min(newest, at))
         return watched.acknowledged_at
 
@@ -614,8 +617,11 @@ class Watch:
             return
         try:
             healthy, calibration = watched.calibration or (Healthy(watched.bundle), watched.monitor.calibration())
-            seen = healthy.draw(SIMULATED)
-            calibration.feed(seen.scores, seen.features, seen.cells, seen.samples)
+            begun, drawn = time.monotonic(), 0
+            while drawn == 0 or (drawn < SIMULATED and calibration.slack is None and time.monotonic() - begun < SIMULATING):
+                seen = healthy.draw(SIMULATED_AT_ONCE)
+                calibration.feed(seen.scores, seen.features, seen.cells, seen.samples)
+                drawn += SIMULATED_AT_ONCE
             watched.calibration = (healthy, calibration) if calibration.slack is None else None
         except Exception as error:  # whatever the runtime has against the file; it is served elsewhere
             watched.unrunnable = True

@@ -95,9 +95,24 @@ def test_calibrated_run_lengths_are_what_was_asked(healthy):
     assert len(lengths) > 500 and lengths.mean() == pytest.approx(arl, rel=0.15)
 
 
+def test_a_slow_generator_holds_up_no_view(make_bundle, tmp_path, monkeypatch):
+    make_bundle(root=tmp_path / "registry")
+    registry, now = Registry(tmp_path / "registry"), 1_800_000_000.0
+    registry.set_alias("grid", "production", "v1", reason="test")
+    watch = Watch(registry, Incidents(tmp_path / "incidents.db"), arl=1e3, calibrated=True)
+    watch.follow(now)
+    drawn = []
+    for seconds in (0.0, np.inf):
+        monkeypatch.setattr("monitoring.watch.SIMULATING", seconds)
+        watch.publish(now)
+        drawn.append(watch._watched["grid", "v1"].calibration[0]._offset)
+    assert drawn == [64, 64 + 1024]
+
+
 @pytest.mark.slow
 def test_a_calibrated_watch_is_strict_until_its_runs_are_through_and_remembers(make_bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr("monitoring.watch.SIMULATED", SAMPLES // 2)
+    for name in ("SIMULATED", "SIMULATED_AT_ONCE"):
+        monkeypatch.setattr(f"monitoring.watch.{name}", SAMPLES // 2)
     root = tmp_path / "registry"
     make_bundle(root=root), make_bundle(root=root, version="v2", lost=(3, 8))
     registry, now = Registry(root), 1_800_000_000.0
