@@ -130,7 +130,7 @@ class Monitor:
         self._wrong: int | None = None  # number of the tested sample with which that became the verdict
         self.rerun_checked = self.rerun_mismatched = 0  # served samples run again, and those that came out different
         self.latents_checked = self.latents_wrong = 0  # latents in use, and those that were not of their seed
-        self._again: dict[str, float] | None = None  # since the first that differed: Compared without `near`, `rerun_checked` at the newest, whether two came close together
+        self._again: dict[str, float] | None = None  # since the first that differed; what is right after an alarm is left out: Compared without `near`, `rerun_checked` at the newest, whether two came close together
         self._near = True  # whether all that differed, golden or served, were near what they should have been
         self._misdrawn: int | None = None  # number of the newest tested sample when a latent was not of its seed
         self.alarmed_at: float | None = None

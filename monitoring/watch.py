@@ -858,9 +858,11 @@ class Watch:
         watched.recorded = None
         if watched.judged.first_alarm is not None:
             watched.monitor.acknowledge()
+            # Later than anything the shards know of, or they would go on: their clocks may be ahead, or this one was set back.
+            latest = max((watched.acknowledged_at, *(state["acknowledged_at"] for state in watched.shards.values())))
             watched.shards.clear()
             watched.pace.clear()  # it counted the shards' samples, too
-            watched.sum, watched.summed, watched.acknowledged_at = None, 0, at
+            watched.sum, watched.summed, watched.acknowledged_at = None, 0, max(at, math.nextafter(latest, math.inf))
             self._save(name, version)
 
     def acknowledge(self, name: str, at: float) -> list[dict[str, Any]]:

@@ -176,6 +176,19 @@ def test_a_sum_that_lost_its_state_costs_no_shard_its_alarm(scene):
     assert {i["version"]: i["closed_by"] for i in shard.incidents.newest()} == {"v1": None, "v2": "acknowledged"}
 
 
+def test_an_acknowledgement_reaches_a_shard_whose_clock_is_ahead(scene):
+    scene.registry.set_alias("grid", "production", "v2", reason="test")
+    shard, head = scene.watch(), Watch(scene.registry, Incidents(scene.root / "head.db"), arl=2.6e9)
+    head.follow(scene.now)
+    shard.acknowledged("grid", "v2", scene.now + 3600)
+    scene.serve(shard, "v2", 3000, seed=1)
+    head.merge("grid", "v2", "shard", shard.state("grid", "v2"), scene.now)
+    assert head.publish(scene.now).models["grid"].snapshot["verdict"]["id"] == "mode_dropping"
+    head.acknowledge("grid", scene.now)
+    shard.acknowledged("grid", "v2", head.merge("grid", "v2", "shard", shard.state("grid", "v2"), scene.now))
+    assert shard.publish(scene.now).models["grid"].snapshot["verdict"]["id"] == "warming_up"
+
+
 def test_shards_are_summed_once_a_second_however_often_they_report(scene, monkeypatch):
     watch = scene.watch()
     scene.serve(watch, "v1", 1000, seed=1)
