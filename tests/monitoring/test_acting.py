@@ -82,7 +82,9 @@ def test_it_does_not_go_back_to_what_people_rolled_back_from(scene):
     scene.promote("v2")
     scene.registry.rollback("grid")
     scene.promote("v3")
-    assert scene.serve("v3").models["grid"].version == "v1"
+    (scene.registry.root / "grid" / "v1" / "model.onnx").write_bytes(b"")  # else it would be the nearest anyway
+    view = scene.serve("v3")
+    assert view.models["grid"].version == "v3" and "none of its earlier versions is sound" in view.errors[0]
 
 
 def test_nothing_is_done_by_default(scene):
