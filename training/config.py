@@ -181,7 +181,6 @@ def check(config: Config) -> None:
         raise InputError(f"--device is cuda, but torch {torch.__version__} is built without CUDA; use --device cpu")
     registry = Registry(config.registry)
     model = config.model or label(config.dataset)
-    registry.history(model)  # which publishing reads, hours later
     try:
         with registry.staging(model):
             pass
@@ -190,6 +189,7 @@ def check(config: Config) -> None:
     except OSError as error:
         words = f"--registry is {registry.root}, which cannot be written ({error.strerror}); choose a writable directory"
         raise InputError(words) from None
+    registry.history(model)  # which publishing reads, hours later
 
 
 def conflicts(config: Config) -> list[str]:

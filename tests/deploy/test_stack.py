@@ -26,6 +26,9 @@ COMMAND = f"""
 import fcntl, signal, sys, termios
 from deploy import cli, stack
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+for number in (signal.SIGHUP, signal.SIGTERM):  # which whoever runs the tests may have had ignored
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 cli._start_ray = lambda run: stack._spawn(run, "stubborn", [sys.executable, "-c", {STUBBORN!r}])
 cli._start_monitor = lambda run: signal.pause()
 getattr(cli, sys.argv[1])(stack.Settings(stack.Ports(0, 0, 0, 0, 0, 0)))
@@ -51,6 +54,7 @@ def test_a_closed_terminal_and_further_signals_leave_nothing_running(tmp_path: P
         started.wait(60)
     finally:
         started.kill()
+        started.wait()
     assert not (tmp_path / "run.json").exists()
     assert stack.processes(run) == []
 

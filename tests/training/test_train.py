@@ -13,7 +13,7 @@ from training.bundle import open_bundle
 from training.config import Config, InputError, check
 from training.data import DATASETS, DataError
 from training.recipes import RECIPES
-from training.registry import Registry
+from training.registry import Registry, RegistryError
 from training.train import TrainingStopped, adversarial_training, build, decayed, open_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,6 +153,13 @@ def test_wishes_that_cannot_be_granted_are_explained(tmp_path, wish, words):
     with pytest.raises((InputError, DataError), match=words):
         check(Config(**{"registry": str(tmp_path)} | wish))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_history_that_publishing_could_not_read_is_told_before_training(tmp_path):
+    (tmp_path / "ring").mkdir()
+    (tmp_path / "ring" / "aliases.json").write_text("{")
+    with pytest.raises(RegistryError, match=r"aliases\.json: unreadable"):
+        check(Config(dataset="ring", registry=str(tmp_path)))
 
 
 def test_labels_are_needed_for_a_conditional_generator(tmp_path):
