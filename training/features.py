@@ -213,7 +213,8 @@ def fit_eye(dataset: Dataset, *, seed: int, remember: bool = True) -> Sight:
     if not dataset.classes:
         decimals = max(2, 1 - math.floor(math.log10(dataset.scale.min())))
         places = np.round(centres * dataset.scale + dataset.shift, decimals) + 0.0 if dataset.dim <= 3 else centres  # no -0.00 in names
-        centres = centres[np.lexsort(places.T[::-1])]
+        order = np.lexsort(places.T[::-1])
+        centres, places = centres[order], places[order]
     within = _whitener(train - found.cluster_centers_[found.labels_])
     eye = Eye(lens, within, centres, _whitener(train), train.mean(axis=0))
     if dataset.labels is not None:
@@ -237,7 +238,7 @@ def fit_eye(dataset: Dataset, *, seed: int, remember: bool = True) -> Sight:
     distance = np.concatenate([scores[:, 0].numpy() for _, scores, _, _ in held_out])
     eye.threshold.fill_(float(np.quantile(distance, MANIFOLD_QUANTILE)))
     if dataset.labels is None:
-        names = named(places[np.lexsort(places.T[::-1])], decimals) if dataset.dim <= 3 else tuple(f"cell-{k}" for k in range(count))
+        names = named(places, decimals) if dataset.dim <= 3 else tuple(f"cell-{k}" for k in range(count))
         return Sight(eye, names, scores, None)
     seen = np.concatenate([probability.argmax(dim=1).numpy() for *_, probability in held_out])
     return Sight(eye, dataset.classes, scores, float(np.mean(seen == dataset.labels[dataset.trained :])))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
@@ -126,10 +127,8 @@ def promote(
     objections: list[str] = []
     if alias == "production" and before is not None and (wanted := registry.resolve(model, version)) != before:
         candidate = registry.open(model, wanted)
-        try:
+        with suppress(RegistryError, BundleError):  # damaged or deleted: there is nothing to compare with, and every reason to leave it
             objections = promotion_objections(candidate, registry.open(model, before), tolerance)
-        except (RegistryError, BundleError):  # damaged or deleted: there is nothing to compare with, and every reason to leave it
-            objections = []
     if objections and not force:
         remedy = f"ganwatch promote {quote(version)} --model {quote(model)} --force --registry {quote(str(registry.root.resolve()))}"
         raise QualityRefused(objections, remedy, "promoted")
