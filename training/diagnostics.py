@@ -32,6 +32,7 @@ PATIENCE = 3  # looks in a row before an alarm is raised
 LATENTS = 2**40  # added to the seed: the latents of a look are not those of training
 COVERED = 0.25  # of a mode's real share
 A_MODE = 4  # fakes for each mode, at least: with fewer, chance decides which are hit
+BY_CHANCE = 0.01  # how often a sound generator may be said to miss a mode, at a look
 NEIGHBOUR = 5  # a sample lies among the data where it is nearer to one of them than this neighbour of theirs is
 
 
@@ -115,11 +116,16 @@ class Cells:
         return (count + 0.5) / (count.sum() + 0.5 * self.count)
 
     def figures(self, x: Float32[ndarray, "n d"]) -> dict[str, float]:
-        """Coverage is divided by what as many real samples would reach: a rare mode may be missed by chance."""
+        """Coverage is divided by what as many real samples would reach: a rare mode may be missed by chance. A missing mode is none
+        of these: no more than BY_CHANCE / K of real samples would hit it so seldom.
+        """
         count, needed = self._counts(x), np.maximum(1, np.ceil(COVERED * self.share * len(x)))
-        share, expected = self._shares(count), float(binom.sf(needed - 1, len(x), self.share).sum())
+        reached = binom.sf(needed - 1, len(x), self.share)  # how likely, of each mode
+        share, missed, surely = self._shares(count), count < needed, 1 - reached < BY_CHANCE / self.count
         return {
-            "mode_coverage": min(1.0, float(np.sum(count >= needed)) / expected),
+            "mode_coverage": min(1.0, float(np.sum(~missed)) / float(reached.sum())),
+            "missing_modes": float(np.sum(missed & surely)),
+            "modes": float(self.count),
             "forward_kl": kl(self.share, share),
             "reverse_kl": kl(share, self.share),
         }
@@ -139,6 +145,7 @@ class Look:
     signal_to_noise  of the mean pull
     mode_coverage    share of the data's modes that have at least a quarter of their real share, of A_MODE fakes a mode at least, by
                      what as many real samples would reach
+    missing_modes    of the data's `modes`, those that have less, and too little for chance
     forward_kl, reverse_kl   between the real and the generated shares of the modes, in nats
     precision        share of the fakes that lie among the held-out data; real_precision, what the training samples reach
     dimension        intrinsic dimension of the fakes
@@ -253,6 +260,13 @@ ALARMS: dict[str, Alarm] = {
         advice="--penalty r1r2 keeps all modes in every recipe; --packing 4 or --unroll 5 where the penalty must be off",
         fatal=True,
         after=0.1,
+    ),
+    "missing_modes": Alarm(  # the certificate, of many more samples, proves it, and what is refused for it is refused there
+        fires=lambda f: f["missing_modes"] >= 1,
+        meaning="{missing_modes:.0f} of the data's {modes:.0f} modes have less than a quarter of their share",
+        advice="a longer run (--steps) may still find them; --penalty r1r2, or a larger --gamma to begin with, loses none in the first place",
+        fatal=False,
+        after=0.5,
     ),
     "off_manifold": Alarm(
         fires=lambda f: f["precision"] < 0.5 * f["real_precision"],

@@ -31,13 +31,14 @@ from training.train import TrainingStopped, adversarial_training
 
 HEALTHY = {
     "divergence": 0.05, "saturation": 0.07, "accuracy": 0.7, "overfitting": 0.02, "weight": 0.5, "gradient_norm": 0.2, "pull": 0.1, "tail_index": 6.0,
-    "signal_to_noise": 30.0, "mode_coverage": 1.0, "forward_kl": 0.01, "reverse_kl": 0.01, "precision": 0.9, "real_precision": 0.95, "dimension": 2.0, "data_dimension": 2.1,
+    "signal_to_noise": 30.0, "mode_coverage": 1.0, "missing_modes": 0.0, "modes": 8.0, "forward_kl": 0.01, "reverse_kl": 0.01, "precision": 0.9, "real_precision": 0.95, "dimension": 2.0, "data_dimension": 2.1,
     "latent_dimension": 12.0,
 }  # fmt: skip
 FAILING = {
     "vanishing_gradient": {"accuracy": 1.0, "saturation": 0.99, "weight": 1e-4},
     "perfect_critic": {"accuracy": 0.999, "saturation": 0.98, "weight": 1.0},
     "mode_dropping": {"mode_coverage": 0.625},
+    "missing_modes": {"missing_modes": 1.0, "mode_coverage": 0.875},
     "off_manifold": {"precision": 0.3},
     "unstable_gradient": {"tail_index": 0.9},
     "heavy_tailed_gradient": {"tail_index": 1.5},
@@ -103,7 +104,17 @@ def test_cells_know_which_modes_are_there():
     assert figures["mode_coverage"] == 0.75
     assert figures["forward_kl"] > 1 > figures["reverse_kl"] > 0.25  # dropped modes cost KL(p, q) more
     assert figures["reverse_kl"] == pytest.approx(math.log(8 / 6), abs=0.02)
-    assert cells.figures(x)["mode_coverage"] == 1
+    assert (figures["missing_modes"], figures["modes"]) == (2, 8)
+    assert cells.figures(x)["mode_coverage"] == 1 and cells.figures(x)["missing_modes"] == 0
+
+
+@pytest.mark.parametrize(("name", "drawn", "lost", "said"), [("ring", 512, 1, 1), ("grid", 512, 4, 4), ("grid", 100, 4, 0), ("grid", 512, 0, 0)])
+def test_single_lost_modes_are_said_where_so_few_samples_can_tell(name, drawn, lost, said):
+    data = DATASETS[name]()
+    cells, x = Cells(data), data.normalised()
+    kept = x[cells.tree.query(x)[1] >= lost]
+    figures = [cells.figures(kept[i * drawn : (i + 1) * drawn])["missing_modes"] for i in range(20)]
+    assert figures == [said] * 20
 
 
 @pytest.fixture(scope="module")
