@@ -21,7 +21,7 @@ from jaxtyping import Shaped
 from numpy import ndarray
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
-from training.bundle import Card, SignGaussian
+from training.bundle import BundleError, Card, SignGaussian
 from training.data import DataError, Dataset
 from training.export import complete_bundle, session
 from training.features import fit_eye
@@ -41,14 +41,10 @@ OPSET = 9  # the oldest that has every operator of the steps below: Round, and C
 INNER = "generator/"  # begins every name of the adopted graph, so that none is one of ours
 
 _TO_UNIFORM = (Step("Mul", np.float32(0.5**0.5)), Step("Erf"))  # erf(z / sqrt 2) = 2 Phi(z) - 1
-LAWS: dict[tuple[str, ...], tuple[Step, ...]] = {  # the parts of --latent, and what makes the generator's input of normals and signs
-    ("normal",): (),
-    ("signs",): (),
-    ("signs", "normal"): (),
-    ("uniform",): _TO_UNIFORM,
-    ("uniform01",): (*_TO_UNIFORM, Step("Mul", np.float32(0.5)), Step("Add", np.float32(0.5))),
+UNIFORM: dict[str, tuple[Step, ...]] = {  # what makes such latents of normals
+    "uniform": _TO_UNIFORM,
+    "uniform01": (*_TO_UNIFORM, Step("Mul", np.float32(0.5)), Step("Add", np.float32(0.5))),
 }
-_PART = re.compile(r"(signs|normal|uniform01|uniform):([1-9]\d{0,5})(?:x(\d*\.?\d+))?")
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 RANDOM = re.compile("Random.*|Bernoulli|Multinomial")  # operators
@@ -119,17 +115,15 @@ def read_law(words: str) -> tuple[SignGaussian, tuple[Step, ...]]:
     """`normal:128`, `normal:64x0.5`, `signs:16+normal:48`, `uniform:100` or `uniform01:100`: what is drawn, and the steps from it to
     the law meant. Raises DataError.
     """
-    parts = [_PART.fullmatch(part) for part in words.split("+")]
-    kinds = tuple(part[1] for part in parts if part)
-    scaled = [part for part in parts if part and part[3]]
-    if not all(parts) or kinds not in LAWS or any(part[1] != "normal" or float(part[3]) == 0 for part in scaled):
+    if uniform := re.fullmatch(r"(uniform|uniform01):([1-9]\d{0,5})", words):
+        return SignGaussian(0, int(uniform[2])), UNIFORM[uniform[1]]
+    try:
+        return SignGaussian.read(words), ()
+    except BundleError as error:
         raise DataError(
-            f"--latent is {words}; normal:128, normal:64x0.5 (a standard deviation above 0), uniform:100 (from -1 to 1), uniform01:100 "
-            "(from 0 to 1), signs:16 or signs:16+normal:48 is expected; for any other law, let the graph begin with what makes it of normals"
-        )
-    count = {part[1]: int(part[2]) for part in parts if part}
-    signs = count.pop("signs", 0)
-    return SignGaussian(signs, sum(count.values()), float(scaled[0][3]) if scaled else 1.0), LAWS[kinds]
+            f"--latent is {error}, or uniform:100 (from -1 to 1) or uniform01:100 (from 0 to 1); for any other law, let the graph begin "
+            "with what makes it of normals"
+        ) from None
 
 
 def as_served(model: onnx.ModelProto, path: Path, dataset: Dataset, law: SignGaussian, steps: Sequence[Step] = ()) -> onnx.ModelProto:

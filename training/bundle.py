@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cached_property
@@ -84,6 +85,14 @@ class SignGaussian:
             raise BundleError(f"latent algorithm is {self.algorithm!r}; this version knows only 'philox-icdf-1'")
         if self.signs < 0 or self.normals < 0 or self.dim == 0:
             raise BundleError(f"latent has {self.signs} signs and {self.normals} normals; it needs at least one coordinate")
+
+    @classmethod
+    def read(cls, words: str) -> SignGaussian:
+        """`normal:128`, `normal:64x0.5` (its standard deviation), `signs:16` or `signs:16+normal:48x0.5`. Raises BundleError."""
+        found = re.fullmatch(r"(?:signs:([1-9]\d{0,5}))?(?:(?:^|(?<=\d)\+)normal:([1-9]\d{0,5})(?:x(\d*\.?\d+))?)?", words)
+        if not words or not found or float(found[3] or 1) == 0:
+            raise BundleError(f"{words!r}; normal:128, normal:64x0.5 (a standard deviation above 0), signs:16 or signs:16+normal:48 is expected")
+        return cls(int(found[1] or 0), int(found[2] or 0), float(found[3] or 1))
 
     @property
     def dim(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from training.bundle import BundleError, SignGaussian
 from training.data import DATASETS, ON_DISK, Dataset
 from training.diagnostics import ROWS
 from training.networks import family
@@ -99,6 +100,9 @@ class Config:
     """perceptron, dcgan, resnet (images), or package.module:NAME of a training.networks.Family of your own; by default the recipe's."""
     width: int | None = None
     """Units of a hidden layer, or channels at the coarsest size of an image; by default the recipe's."""
+    latent: str | None = None
+    """What the generator draws from, such as signs:16+normal:48x0.5 or normal:128: coordinates of +-1, which jump between clusters, and
+    of a normal law with this standard deviation. By default the recipe's where data lie in separate heaps, else what fits them."""
     learning_rate: float | None = None
     """First learning rate of both networks, in place of the recipe's; it falls by the same factor."""
     stop_on_alarm: bool = False
@@ -114,7 +118,7 @@ class Config:
 
     @property
     def recipe(self) -> Recipe:
-        """The data set's recipe with what the user changed. Data that were not yet read count as images."""
+        """The data set's recipe with what the user changed; BundleError where --latent is none. Data that were not yet read count as images."""
         recipe = RECIPES.get(self.like or self.dataset, IMAGES)
         changed: dict[str, Any] = {} if self.steps is None else {"steps": self.steps}
         for name in ("gamma", "learning_rate"):
@@ -129,6 +133,9 @@ class Config:
             equal /= critical_gamma(OBJECTIVES["relativistic"], PENALTIES["r1r2"])
             changed["gamma"] = (recipe.gamma[0] * equal, recipe.gamma[1] * equal)
         changed |= {name: value for name in ("noise", "width", "network", "batch") if (value := getattr(self, name)) is not None}
+        if self.latent is not None:
+            law = SignGaussian.read(self.latent)
+            changed |= {"signs": law.signs, "normals": law.normals, "scale": law.scale, "settled": True}
         return replace(recipe, **changed)
 
 
@@ -154,6 +161,11 @@ def check(config: Config) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {given[name]}; it must be positive{words}")
     if config.seed >= 2**32:
         raise InputError(f"--seed is {config.seed}; it must lie below 2^32")
+    if config.latent is not None:
+        try:
+            SignGaussian.read(config.latent)
+        except BundleError as error:
+            raise InputError(f"--latent is {error}") from None
     if config.like is not None and config.like not in RECIPES:
         raise InputError(f"--like is {config.like}; recipes are those of {', '.join(RECIPES)}")
     if config.data is not None and config.dataset not in ON_DISK:

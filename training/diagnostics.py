@@ -301,7 +301,7 @@ ALARMS: dict[str, Alarm] = {
         fires=lambda f: f["dimension"] < 0.5 * f["data_dimension"],
         meaning="samples fill {dimension:.1f} dimensions where the data fill {data_dimension:.1f}: they vary too little "
         "within modes",
-        advice="more normal latents, a larger --gamma, or --packing 4",
+        advice="more or wider normal latents (--latent signs:48+normal:32x0.5), a larger --gamma, or --packing 4",
         fatal=False,
         after=0.1,
     ),
@@ -309,7 +309,7 @@ ALARMS: dict[str, Alarm] = {
         fires=lambda f: f["latent_dimension"] < f["data_dimension"] - 0.5,
         meaning="the latent has {latent_dimension:.0f} dimensions and the data fill {data_dimension:.1f}: a smooth generator "
         "cannot reach them",
-        advice="a recipe with more latents (--like)",
+        advice="more normal latents (--latent normal:64)",
         fatal=False,
         after=0.0,
     ),

@@ -27,6 +27,7 @@ class Recipe:
     hold: float = 0.0  # share of the run that keeps the first learning rate
     network: str = "perceptron"  # one of networks.FAMILIES
     frequencies: tuple[float, ...] = (24.0, 6.0)  # where there are clusters, see frequency
+    settled: bool = False  # whether these latents stay whatever clusters there are
 
 
 # Each pattern of signs makes a small blob, as wide as the generator happens to be steep there. Sixteen narrow normals, in place of
@@ -73,9 +74,9 @@ def latent_law(recipe: Recipe, clusters: Clusters, dim: int) -> SignGaussian:
 
     A smooth generator joins clusters by bridges of bad samples unless its latent jumps. But what hangs together is cut by signs
     into pieces with gaps between them: for one cluster there are none, for curves as few as can be shared out among them. There normals, as wide as a sign, do the rest: one more than the data's coordinates, for each further one is a direction
-    that the generator has to learn to ignore.
+    that the generator has to learn to ignore. Who names a law gets that one.
     """
-    if clusters.heaps:
+    if clusters.heaps or recipe.settled:
         return SignGaussian(recipe.signs, recipe.normals, recipe.scale)
     return SignGaussian(clusters.signs, min(recipe.signs + recipe.normals, dim + 1), 1.0)
 

@@ -518,8 +518,8 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     latent = latent_law(config.recipe, dataset.clusters, dataset.dim)
     count, hollow, _ = dataset.clusters
     found = "one cluster" if count == 1 else f"{count} separate {'curves or sheets' if hollow else 'clusters'}"
-    chosen = f"{latent.signs} signs and {latent.normals} normals as latents, for the data are {found}"
-    print(f"latent   {chosen}", flush=True)
+    why = f"as --latent says; the data are {found}" if config.latent else f"for the data are {found}"
+    print(f"latent   {latent.signs} signs and {latent.normals} normals as latents, {why}", flush=True)
     print(f"pictures {run / 'samples'}, one for each tenth of the run", flush=True)
     journal.write("latent", signs=latent.signs, normals=latent.normals, clusters=count)
     with ThreadPoolExecutor(1) as beside:  # this process only waits while the workers train

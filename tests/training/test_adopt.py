@@ -48,7 +48,7 @@ def images(count=200, channels=3):
     ("words", "law"),
     [
         ("normal:128", SignGaussian(0, 128)), ("normal:64x0.5", SignGaussian(0, 64, 0.5)), ("normal:6x.5", SignGaussian(0, 6, 0.5)),
-        ("signs:3+normal:4", SignGaussian(3, 4)), ("signs:5", SignGaussian(5, 0)), ("uniform:7", SignGaussian(0, 7)), ("uniform01:7", SignGaussian(0, 7)),
+        ("signs:3+normal:4", SignGaussian(3, 4)), ("signs:3+normal:4x0.5", SignGaussian(3, 4, 0.5)), ("signs:5", SignGaussian(5, 0)), ("uniform:7", SignGaussian(0, 7)), ("uniform01:7", SignGaussian(0, 7)),
     ],
 )  # fmt: skip
 def test_laws_are_read(words, law):
@@ -59,7 +59,7 @@ def test_laws_are_read(words, law):
     "words",
     [
         "", "normal", "normal:0", "normal:6x0", "normal:6x0.0", "normal:6x1.2.3", "normal:6x.", "normal:6x-1", "normal:99999999", "normal:2+signs:3",
-        "normal:2+normal:2", "signs:3x2", "uniform", "uniform:3x2", "signs:2+uniform:3", "gamma:3",
+        "normal:2+normal:2", "signs:3x2", "uniform", "uniform:3x2", "signs:2+uniform:3", "gamma:3", "+normal:3", "signs:3normal:4", "signs:3+", "signs:3+normal:4+", " normal:3",
     ],
 )  # fmt: skip
 def test_other_laws_are_refused(words):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from training.clusters import NEIGHBOURS, Clusters, clusters, signs_for
 from training.bundle import SignGaussian
 from training.data import DATASETS
+from training.config import Config
 from training.recipes import RECIPES, frequency, latent_law
 
 PLANE = RECIPES["grid"]
@@ -84,6 +85,7 @@ def test_signs_are_for_heaps_and_without_them_there_is_one_normal_more_than_coor
     assert latent_law(PLANE, Clusters(1, hollow=True, signs=0), dim=2) == SignGaussian(0, 3)
     assert latent_law(PLANE, Clusters(1, hollow=False, signs=0), dim=100) == SignGaussian(0, PLANE.signs + PLANE.normals)
     assert latent_law(PLANE, curves, dim=2) == SignGaussian(1, 3)
+    assert latent_law(Config(dataset="moons", latent="signs:2+normal:5x0.5").recipe, curves, dim=2) == SignGaussian(2, 5, 0.5)
     assert frequency(PLANE, heaps) == PLANE.frequencies
     assert frequency(PLANE, curves) == frequency(PLANE, Clusters(1, hollow=False, signs=0)) == (2.0,)
 
