@@ -144,7 +144,8 @@ def mmdew(reference: ndarray, x: ndarray, *, least: int = 32) -> dict[str, ndarr
     """MMD on exponential windows (Kalinke et al., TMLR 2025): buckets of 2^i samples, of each of which at most max(least, i)
     points are kept; the statistic is the largest MMD between the buckets before and after any border. It needs no reference.
 
-    raw: the biased MMD^2 itself; weighted: times m n / (m + n). After every sample only borders between buckets are looked at.
+    raw: the biased MMD^2 itself; weighted: times m n / (m + n). Only borders between buckets are looked at; the newest
+    sample is alone then, and merged with others of its size afterwards.
     """
     median, (steps, streams, _) = _median(reference), x.shape
     found = {"MMDEW raw": np.full((steps, streams), -np.inf), "MMDEW weighted": np.full((steps, streams), -np.inf)}
@@ -157,6 +158,18 @@ def mmdew(reference: ndarray, x: ndarray, *, least: int = 32) -> dict[str, ndarr
             row = np.array([_kernel(points, kept, median).mean() for _, kept in buckets])
             gram = np.block([[gram, row[:, None]], [row[None], np.ones((1, 1))]])
             buckets.append((1, points))
+            if t:
+                sizes = np.array([n for n, _ in buckets], float)
+                weighted = gram * np.outer(sizes, sizes)
+                inside = np.cumsum(np.cumsum(weighted, axis=0), axis=1)
+                before = np.cumsum(sizes)[:-1]
+                after = sizes.sum() - before
+                old = np.diag(inside)[:-1]
+                across = inside[:-1, -1] - old
+                new = inside[-1, -1] - old - 2 * across
+                mmd = old / before**2 + new / after**2 - 2 * across / (before * after)
+                found["MMDEW raw"][t, s] = mmd.max()
+                found["MMDEW weighted"][t, s] = (mmd * before * after / (before + after)).max()
             while len(buckets) > 1 and buckets[-1][0] == buckets[-2][0]:
                 (n, a), (_, b) = buckets[-2:]
                 points = np.concatenate([a, b])
@@ -166,19 +179,6 @@ def mmdew(reference: ndarray, x: ndarray, *, least: int = 32) -> dict[str, ndarr
                 merged = (gram[-2] + gram[-1]) / 2
                 gram = np.block([[gram[:-2, :-2], merged[:-2, None]], [merged[None, :-2], (merged[-1:] + merged[-2:-1])[None] / 2]])
                 buckets[-2:] = [(2 * n, points)]
-            if len(buckets) < 2:
-                continue
-            sizes = np.array([n for n, _ in buckets], float)
-            weighted = gram * np.outer(sizes, sizes)
-            inside = np.cumsum(np.cumsum(weighted, axis=0), axis=1)
-            before = np.cumsum(sizes)[:-1]
-            after = sizes.sum() - before
-            old = np.diag(inside)[:-1]
-            across = inside[:-1, -1] - old
-            new = inside[-1, -1] - old - 2 * across
-            mmd = old / before**2 + new / after**2 - 2 * across / (before * after)
-            found["MMDEW raw"][t, s] = mmd.max()
-            found["MMDEW weighted"][t, s] = (mmd * before * after / (before + after)).max()
     return found
 
 

@@ -52,8 +52,8 @@ def test_scan_b_is_the_mean_over_blocks_of_unbiased_mmd(few):
 def test_mmdew_looks_at_the_borders_of_its_buckets(few):
     reference, x = few
     median, found = rivals._median(reference), rivals.mmdew(reference, x[:30])
-    for t in (4, 20, 29):
-        sizes = [2**i for i in reversed(range(6)) if (t + 1) >> i & 1]  # nothing is thinned out below 32
+    for t in (1, 4, 20, 29):
+        sizes = [*(2**i for i in reversed(range(6)) if t >> i & 1), 1]  # nothing is thinned out below 32
         values = []
         for border in np.cumsum(sizes)[:-1]:
             a, b = x[:border, 1], x[border : t + 1, 1]
@@ -74,8 +74,8 @@ def test_the_oracle_knows_the_ratio_of_the_laws():
 def test_thresholds_are_fitted_and_misses_counted():
     rng = np.random.default_rng(1)
     path = rng.random((bench.WARM + 1500, 400))
-    threshold = bench.fitted(path, 1000)
-    assert threshold == pytest.approx(1 - 1 / 1000, abs=2e-4) and bench.run_length(path, threshold)[0] == pytest.approx(1000, rel=0.05)
+    threshold = bench.fitted(path[bench.WARM :], 1000)
+    assert threshold == pytest.approx(1 - 1 / 1000, abs=2e-4) and bench.run_length(path[bench.WARM :], threshold)[0] == pytest.approx(1000, rel=0.05)
     path[bench.WARM :, 7] = 0
     path[bench.WARM + 3, :5] = 2
     found = bench.delay(path, 1.5)
@@ -87,6 +87,7 @@ def test_a_short_benchmark_and_its_resumption(tmp_path):
     methods = ("ours", "oracle", "mewma", "page_hinkley")
     rows = bench.delays({"gauss": SPACES["gauss"]}, 1, 6, 100_000, 1000, methods, tmp_path)
     found = {(r["method"], r["change"]): r["delay"] for r in rows}
+    assert all(0 < r["arl_checked"] for r in rows if r["method"] != "dummy")
     made = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     assert bench.delays({"gauss": SPACES["gauss"]}, 1, 6, 100_000, 1000, methods, tmp_path) == rows
     assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == made and len(made) == len(methods)
