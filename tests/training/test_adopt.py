@@ -63,7 +63,7 @@ def test_laws_are_read(words, law):
     ],
 )  # fmt: skip
 def test_other_laws_are_refused(words):
-    with pytest.raises(DataError, match=r"--latent is .*; normal:128, .* is expected; for any other law, let the graph begin with what makes it of normals"):
+    with pytest.raises(DataError, match=r"--latent is .*; normal:128, .* is expected, or uniform:100 .*; for any other law, let the graph begin with what makes it of normals"):
         read_law(words)
 
 
