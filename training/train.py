@@ -68,12 +68,12 @@ from training.clusters import Clusters
 from training.config import MAY_CHANGE, Config, InputError, check, check_shape
 from training.data import DATASETS, DataError, Dataset
 from training.diagnostics import ALARMS, Diagnosis, Look
-from training.export import ExportError, Served, open_source, write_bundle
+from training.export import ExportError, Served, export_generator, open_source, write_bundle
 from training.features import fit_eye
 from training.finish import finished, is_smooth
 from training.gate import QualityRefused, publish
 from training.journal import Journal
-from training.networks import family
+from training.networks import FAMILIES, family
 from training.objectives import OBJECTIVES
 from training.penalties import PENALTIES, clip_weights, gradients_for, normalise_spectrally, unrolled_pull
 from training.recipes import frequency, latent_law, nearest_recipe
@@ -341,6 +341,17 @@ def train_worker(job: dict[str, Any]) -> None:
 # The run ----------------------------------------------------------------------------------------------------------------------
 
 
+def python_path() -> dict[str, str]:
+    """Where the workers find these sources and the user's own: Ray replaces the variable, so what it holds here is kept.
+
+    Nothing where a Ray job names it in its runtime environment: Ray gives that to the workers, and refuses a second one.
+    """
+    if "PYTHONPATH" in json.loads(os.environ.get(JOB, "{}")).get("runtime_env", {}).get("env_vars", {}):
+        return {}
+    own = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([str(ROOT), *(map(os.path.abspath, own.split(os.pathsep)) if own else ())])}
+
+
 def start_ray(config: Config) -> bool:
     """Join the cluster of a Ray job or of RAY_ADDRESS, else start one on this machine. Returns whether to use GPUs.
 
@@ -350,8 +361,7 @@ def start_ray(config: Config) -> bool:
     address = os.environ.get("RAY_ADDRESS")
     if address is not None:
         where = f"the Ray cluster at RAY_ADDRESS, {address}, cannot be joined"
-        env = {"RAY_ADDRESS": address} | ({} if JOB in os.environ else {"PYTHONPATH": str(ROOT)})
-        how: dict[str, Any] = {"runtime_env": {"env_vars": env}}
+        how: dict[str, Any] = {"runtime_env": {"env_vars": {"RAY_ADDRESS": address} | python_path()}}
     else:
         where = "Ray cannot be started on this machine"
         with socket.socket() as probe:
@@ -362,7 +372,7 @@ def start_ray(config: Config) -> bool:
             "address": "local",
             "num_cpus": max(os.cpu_count() or 1, config.workers),
             "include_dashboard": False,
-            "runtime_env": {"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}", "PYTHONPATH": str(ROOT)}},
+            "runtime_env": {"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}"} | python_path()},
             "logging_config": ray.LoggingConfig(log_level="ERROR"),  # Ray Train would miss the dashboard twice a second
             "_node_ip_address": "127.0.0.1",
         }
@@ -500,6 +510,19 @@ def telling(journal: Journal, stage: str, words: str) -> Callable[[int, int], No
     return progress
 
 
+def check_export(config: Config, dataset: Dataset, latent: SignGaussian) -> None:
+    """Raise InputError where a generator of the user's own could not be served: seconds now, in place of hours until it is trained."""
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            export_generator(Path(directory) / "model.onnx", build(config, dataset)[1], dataset, latent)
+        except ExportError as error:
+            words = (
+                "forward must take any number of rows, treat each by itself and all alike, draw nothing and use what ONNX has: "
+                "torch.where in place of an `if` on values, x.flatten(1) in place of a fixed x.view(64, -1)"
+            )
+            raise InputError(f"--network {config.recipe.network} could not be served: {error}; {words}") from None
+
+
 def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     """Train, certify, publish. Raises TrainingStopped, ExportError, QualityRefused; the last leaves `<run>/bundle` complete."""
     built_in = open_data(config, run) if config.dataset in DATASETS else None  # at once; the user's own are read through Ray
@@ -522,6 +545,8 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     print(f"latent   {chosen}", flush=True)
     print(f"pictures {run / 'samples'}, one for each tenth of the run", flush=True)
     journal.write("latent", signs=latent.signs, normals=latent.normals, clusters=count)
+    if config.recipe.network not in FAMILIES:
+        check_export(config, dataset, latent)
     with ThreadPoolExecutor(1) as beside:  # this process only waits while the workers train
         eye = beside.submit(fit_eye, dataset, seed=config.seed, remember=config.reference_points)
         weights, metrics = train(config, run, use_gpu, clusters=dataset.clusters)

@@ -14,14 +14,14 @@ from training.config import Config, InputError, check
 from training.data import DATASETS, DataError
 from training.recipes import RECIPES
 from training.registry import Registry, RegistryError
-from training.train import TrainingStopped, adversarial_training, build, decayed, open_data
+from training.train import JOB, TrainingStopped, adversarial_training, build, decayed, open_data, python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 MNIST = ROOT.parent / "shared" / "data" / "mnist.npz"
 
 
-def train(home, *flags):
-    env = {**os.environ, "GANWATCH_HOME": str(home), "OMP_NUM_THREADS": "1"}
+def train(home, *flags, **environment):
+    env = {**os.environ, "GANWATCH_HOME": str(home), "OMP_NUM_THREADS": "1", **environment}
     env.pop("RAY_ADDRESS", None)
     command = [sys.executable, "training/train.py", *flags]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
@@ -101,6 +101,56 @@ def test_two_workers_train_what_one_does_and_force_publishes_it(tmp_path):
     assert [s for s in ("ray", "train", "certify", "publish") if s not in stages] == []
     assert (run / "samples.png").read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in (run / "samples").iterdir()] == ["step-0000005.png"]  # while it trained: one for each tenth
+
+
+THEIRS = """
+from dataclasses import replace
+from training.networks import FAMILIES, Generator
+
+class Branches(Generator):
+    def forward(self, z, y=None):
+        x = super().forward(z, y)
+        return x if x.mean() > 0 else -x
+
+def of(kind):
+    return replace(FAMILIES["perceptron"], generator=lambda latent, shape, **how: kind(latent, shape[0], **how))
+
+PLAIN, BRANCHES = of(Generator), of(Branches)
+"""
+
+
+@pytest.mark.slow
+def test_networks_that_only_pythonpath_names_reach_the_workers(tmp_path):
+    (tmp_path / "nets").mkdir()
+    (tmp_path / "nets" / "their_nets.py").write_text(THEIRS)
+    how = ("--dataset", "ring", "--steps", "5", "--certify-samples", "1000", "--no-reference-points", "--force")
+    done = train(tmp_path, *how, "--network", "their_nets:PLAIN", PYTHONPATH=os.path.relpath(tmp_path / "nets", ROOT))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Registry(tmp_path / "registry").open("ring", "v1").card.training["config"]["network"] == "their_nets:PLAIN"
+
+
+@pytest.mark.slow
+def test_networks_that_could_not_be_served_are_refused_before_the_first_step(tmp_path):
+    (tmp_path / "their_nets.py").write_text(THEIRS)
+    done = train(tmp_path / "home", "--dataset", "ring", "--network", "their_nets:BRANCHES", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.startswith("not published: --network their_nets:BRANCHES could not be served: model.onnx cannot be made: Could not guard on")
+    assert f"(at {tmp_path / 'their_nets.py'}:8); forward must " in done.stderr and "torch.where in place of an `if`" in done.stderr
+    (status,) = (tmp_path / "home").glob("runs/*/status.jsonl")
+    assert [json.loads(line)["stage"] for line in status.read_text().splitlines()] == ["begin", "ray", "latent", "failed"]
+
+
+def test_ray_gives_the_workers_what_pythonpath_names_here(monkeypatch):
+    monkeypatch.delenv(JOB, raising=False)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert python_path() == {"PYTHONPATH": str(ROOT)}
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["/theirs", "near"]))
+    both = {"PYTHONPATH": os.pathsep.join([str(ROOT), "/theirs", os.path.abspath("near")])}
+    assert python_path() == both
+    monkeypatch.setenv(JOB, json.dumps({"runtime_env": {"working_dir": "gcs://_ray_pkg_1.zip"}, "metadata": {}}))
+    assert python_path() == both
+    monkeypatch.setenv(JOB, json.dumps({"runtime_env": {"env_vars": {"PYTHONPATH": "/theirs"}}}))
+    assert python_path() == {}  # Ray refuses a second value
 
 
 @pytest.mark.slow
