@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float64, Int64
 from numpy import ndarray
 from torch import Tensor, nn
 
@@ -46,6 +46,7 @@ from training.bundle import (
     write_card,
 )
 from training.data import Dataset
+from training.drops import UNWATCHED, delay_of_loss, drop_bounds
 from training.evaluation import divergences, kid_excess, mixture_fit, prdc
 from training.features import Sight
 from training.moments import frechet
@@ -62,7 +63,6 @@ TRUNCATION = 0.5  # at which truncated samples are looked at
 LAW_SAMPLES, LAW_LIMIT = 1000, 8.0
 ACCURATE = 0.97
 ARL = 2.6e9  # samples to a false alarm for which expected delays are stated
-UNWATCHED = 1e5  # a mode whose loss takes longer to see is listed, never called fine
 
 
 class ExportError(RuntimeError):
@@ -509,7 +509,7 @@ def detours(source: Source) -> dict[str, float]:
 def law(reference: Reference, certificate: Certificate, modes: tuple[str, ...]) -> dict[str, Any]:
     """What the counts of a certificate say beside the real data."""
     share = certificate.cell_count / certificate.count
-    delay = _expected_delay(share[:-1])
+    delay = delay_of_loss(certificate, drop_bounds(certificate), np.ones(1), threshold=ARL)[0]
     return divergences(reference.cell_share, share) | {
         "frechet": frechet(reference.feature_mean, reference.feature_cov, certificate.feature_mean, certificate.feature_cov)[0],
         "mode_coverage": float(np.mean(share[:-1] >= 0.25 * reference.cell_share[:-1])),
@@ -517,18 +517,8 @@ def law(reference: Reference, certificate: Certificate, modes: tuple[str, ...]) 
         "samples": certificate.count,
         "smallest_tail_level": float(LEVELS[LEVELS * certificate.count >= 10].min()),
         "expected_delay": dict(zip(modes, delay.tolist(), strict=True)),
-        "unwatched": [mode for mode, d in zip(modes, delay, strict=True) if not d <= UNWATCHED],
+        "unwatched": [mode for mode, d in zip(modes, delay, strict=True) if d > UNWATCHED],
     }
-
-
-def _expected_delay(share: Float[ndarray, "k"]) -> Float[ndarray, "k"]:
-    """Samples until the loss of a whole mode is an alarm at the default ARL.
-
-    Each sample outside a mode of share p multiplies the evidence against it by about 1 / (1 - p); one of K experts that share
-    a quarter of the weight must reach log ARL.
-    """
-    with np.errstate(divide="ignore"):
-        return (np.log(ARL) + np.log(4 * len(share))) / -np.log1p(-share)
 
 
 def _finite(value: Any) -> Any:
