@@ -214,8 +214,8 @@ def conflicts(config: Config) -> list[str]:
         "them": config.packing > 1 and config.conditional,
         f"--objective {config.objective} with nothing that holds the critic back: its best loss is minus infinity; add "
         "--clip 0.01, --penalty gradient or --spectral-norm": objective.optimal is None and not held,
-        f"--noise-schedule controlled with --objective {config.objective}: its divergence has no upper end to hold half of; use "
-        "--noise-schedule linear": config.noise_schedule == "controlled" and math.isinf(objective.largest),
+        f"--noise-schedule controlled with --objective {config.objective}: its distance has no upper end to hold half of; use "
+        "--noise-schedule linear": config.noise_schedule == "controlled" and objective.optimal is None,
         f"{schedule} without noise: give the first standard deviation by --noise": config.noise_schedule != "constant"
         and not config.recipe.noise,
     }

@@ -191,7 +191,7 @@ def adversarial_training(
         moved = (generator, critic) if (step + 1) % turns == 0 else (critic,)  # the generator comes last of its turns
         for network in moved:
             network.zero_grad(set_to_none=True)
-        losses = torch.zeros(3, device=device)
+        losses = torch.zeros(4, device=device)
         for part in range(config.accumulate):
             # Each worker takes its part of one global batch, so that without noise the number of workers changes only rounding.
             first = part * batch + rank * local
@@ -211,7 +211,7 @@ def adversarial_training(
                 if config.unroll:
                     pull = unrolled_pull(critic, objective, real, shown, y, steps=config.unroll)
                 shown.backward(pull)
-            losses += torch.stack([seen.critic_loss, seen.generator_loss, seen.penalty])
+            losses += torch.stack([seen.critic_loss, seen.generator_loss, seen.penalty, seen.doubt])
         losses = mean_over_parts(moved, losses, parts=config.accumulate, world=world)
         for optimiser in optimisers[-len(moved) :]:
             group = optimiser.param_groups[0]
@@ -221,7 +221,7 @@ def adversarial_training(
         if config.clip:
             clip_weights(critic, config.clip)
         if config.noise_schedule != "constant":
-            noise.update(progress, objective.estimate(float(losses[0])) / objective.largest)
+            noise.update(progress, objective.share(float(losses[0]), float(losses[3])))
 
         # The served weights are a running mean whose half-life is a share of the run so far (Karras et al. 2024).
         keep = 0.5 ** (1 / max(1.0, HALF_LIFE * step))
@@ -234,7 +234,7 @@ def adversarial_training(
             if not all(bool(p.isfinite().all()) for n in (generator, critic) for p in n.parameters()):
                 rate = f"lower --learning-rate (now {recipe.learning_rate[0]:g})"
                 raise TrainingStopped(f"the weights are no longer finite at step {step + 1} of {recipe.steps}; {rate}")
-            said = dict(zip(("critic_loss", "generator_loss", "penalty"), losses.tolist(), strict=True))
+            said = dict(zip(("critic_loss", "generator_loss", "penalty"), losses[:3].tolist(), strict=True))
             figures = look(generator, critic)  # the same in every worker
             diagnosis.update(figures, progress=progress)
             fatal = [name for name in diagnosis.words if ALARMS[name].fatal]
@@ -352,10 +352,10 @@ def python_path() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(ROOT), *(map(os.path.abspath, own.split(os.pathsep)) if own else ())])}
 
 
-def start_ray(config: Config) -> bool:
-    """Join the cluster of a Ray job or of RAY_ADDRESS, else start one on this machine. Returns whether to use GPUs.
+def start_ray(config: Config) -> None:
+    """Join the cluster of a Ray job or of RAY_ADDRESS, else start one on this machine.
 
-    Raises ConnectionError where there is no Ray then, InputError where it has fewer processors than are asked for.
+    Raises ConnectionError where there is no Ray then.
     """
     # Ray Train's helper actors look for a Ray of this machine, and give up where there are several, unless told which.
     address = os.environ.get("RAY_ADDRESS")
@@ -382,13 +382,23 @@ def start_ray(config: Config) -> bool:
         ray.init(logging_level="error", **how)
     except Exception as error:  # Ray raises bare Exceptions where a process of its own does not come up in time
         raise ConnectionError(f"{where} ({(str(error).strip() or repr(error)).splitlines()[0]})") from error
-    have, fewest = ray.cluster_resources(), config.min_workers or config.workers
-    gpus, cpus, asked = have.get("GPU", 0), have.get("CPU", 0), "--min-workers" if config.min_workers else "--workers"
+
+
+def chosen_device(config: Config, have: dict[str, float]) -> tuple[str, str]:
+    """Where to train with what Ray has of "CPU" and "GPU": cuda or cpu, and why the latter where there are GPUs.
+
+    Raises InputError where there are fewer processors than are asked for.
+    """
+    fewest, asked = config.min_workers or config.workers, "--min-workers" if config.min_workers else "--workers"
+    gpus, cpus = have.get("GPU", 0), have.get("CPU", 0)
     if config.device == "cuda" and gpus < fewest:
         raise InputError(f"--device is cuda with {asked} {fewest}, but Ray has {gpus:.0f} GPUs; use --device cpu")
     if cpus < fewest:
         raise InputError(f"{asked} is {fewest}, but the Ray cluster has {cpus:.0f} CPUs; use fewer workers")
-    return config.device != "cpu" and gpus >= fewest
+    if config.device != "cpu" and gpus >= fewest:
+        return "cuda", ""
+    left = config.device == "auto" and gpus > 0
+    return "cpu", f", since {asked} is {fewest} and Ray has {gpus:.0f} GPU{'s' * (gpus != 1)}" if left else ""
 
 
 @contextmanager
@@ -528,15 +538,17 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     built_in = open_data(config, run) if config.dataset in DATASETS else None  # at once; the user's own are read through Ray
     if built_in is not None:
         check_shape(config, built_in)
-    use_gpu = start_ray(config)
+    start_ray(config)
     journal.done("ray")
+    device, why = chosen_device(config, ray.cluster_resources())
+    print(f"device   {device}{why}", flush=True)
 
     torch.set_num_threads(1)
     dataset = open_data(config, run) if built_in is None else built_in
     if built_in is None:
         config = replace(config, like=config.like or nearest_recipe(dataset.shape))
         check_shape(config, dataset)
-    if not use_gpu:
+    if device == "cpu":
         takes_bf16(config.precision, torch.device("cpu"), images=dataset.is_image)
     latent = latent_law(config.recipe, dataset.clusters, dataset.dim)
     count, hollow, _ = dataset.clusters
@@ -549,7 +561,7 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
         check_export(config, dataset, latent)
     with ThreadPoolExecutor(1) as beside:  # this process only waits while the workers train
         eye = beside.submit(fit_eye, dataset, seed=config.seed, remember=config.reference_points)
-        weights, metrics = train(config, run, use_gpu, clusters=dataset.clusters)
+        weights, metrics = train(config, run, device == "cuda", clusters=dataset.clusters)
         sight = eye.result()
     journal.done("train", **metrics)
 

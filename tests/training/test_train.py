@@ -14,7 +14,7 @@ from training.config import Config, InputError, check
 from training.data import DATASETS, DataError
 from training.recipes import RECIPES
 from training.registry import Registry, RegistryError
-from training.train import JOB, TrainingStopped, adversarial_training, build, decayed, open_data, python_path
+from training.train import JOB, TrainingStopped, adversarial_training, build, chosen_device, decayed, open_data, python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 MNIST = ROOT.parent / "shared" / "data" / "mnist.npz"
@@ -54,6 +54,17 @@ def test_the_critic_may_move_several_times_for_each_step_of_the_generator(wish, 
     assert torch.equal(waits, first) and not torch.equal(moves, first)
 
 
+@pytest.mark.parametrize("objective", ["minimax", "f_kl", "f_reverse_kl", "f_pearson", "f_neyman"])
+def test_noise_goes_while_the_critic_knows_nothing_and_stays_while_it_knows_all(objective):
+    first = {}
+    for learns, rate in ((False, 1e-12), (True, 1e-2)):
+        sigma = []
+        wish = {"objective": objective, "noise": 0.05, "noise_schedule": "controlled", "learning_rate": rate}
+        adversarial_training(Config(dataset="ring", steps=50, **wish), DATASETS["ring"](), save=lambda state, *_, seen=sigma: seen.append(state.noise.sigma))
+        first[learns] = sigma[0]
+    assert first[False] < 0.05 and first[True] > first[False]
+
+
 def test_numbers_that_blow_up_stop_the_training():
     with pytest.raises(TrainingStopped, match="no longer finite at step .*--learning-rate"):
         adversarial_training(Config(dataset="ring", steps=200, learning_rate=1e30), DATASETS["ring"]())
@@ -89,6 +100,7 @@ def test_two_workers_train_what_one_does_and_force_publishes_it(tmp_path):
     assert bundle.card.forced and bundle.card.training["config"]["workers"] == 2
     assert bundle.reference.held_out_points.shape == (0, 2)
     assert "published small v1 at" in done.stdout
+    assert "\ndevice   cpu\n" in done.stdout or torch.cuda.device_count() >= 2
 
     (run,) = (tmp_path / "home" / "runs").iterdir()
     (checkpoint,) = run.glob("ray/step-*/state.pt")
@@ -138,6 +150,44 @@ def test_networks_that_could_not_be_served_are_refused_before_the_first_step(tmp
     assert f"(at {tmp_path / 'their_nets.py'}:8); forward must " in done.stderr and "torch.where in place of an `if`" in done.stderr
     (status,) = (tmp_path / "home").glob("runs/*/status.jsonl")
     assert [json.loads(line)["stage"] for line in status.read_text().splitlines()] == ["begin", "ray", "latent", "failed"]
+
+
+def test_the_device_is_chosen_by_what_ray_has_and_told_where_gpus_are_left():
+    assert chosen_device(Config(), {"CPU": 2.0}) == ("cpu", "")
+    assert chosen_device(Config(device="cpu"), {"CPU": 2.0, "GPU": 2.0}) == ("cpu", "")
+    assert chosen_device(Config(workers=2), {"CPU": 2.0, "GPU": 2.0}) == ("cuda", "")
+    assert chosen_device(Config(workers=2), {"CPU": 2.0, "GPU": 1.0}) == ("cpu", ", since --workers is 2 and Ray has 1 GPU")
+    assert chosen_device(Config(workers=2, min_workers=1), {"CPU": 2.0, "GPU": 1.0}) == ("cuda", "")
+    with pytest.raises(InputError, match="--device is cuda with --workers 2, but Ray has 1 GPUs; use --device cpu"):
+        chosen_device(Config(workers=2, device="cuda"), {"CPU": 2.0, "GPU": 1.0})
+    with pytest.raises(InputError, match="--min-workers is 3, but the Ray cluster has 2 CPUs; use fewer workers"):
+        chosen_device(Config(workers=4, min_workers=3), {"CPU": 2.0})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("wish", [{"dataset": "ring"}, {"dataset": "digits", "network": "dcgan"}, {"dataset": "digits", "network": "dcgan", "conditional": True}])
+def test_a_gpu_learns_what_a_cpu_does(wish):
+    dataset = DATASETS[wish["dataset"]]()
+    for precision, near in (("float32", 0.01), ("auto", 0.1)):  # auto: bf16 for images, where the GPU has it
+        config = Config(steps=5, precision=precision, **wish)
+        generator, figures = adversarial_training(config, dataset, device="cuda")
+        alone, expected = adversarial_training(config, dataset)
+        assert {p.device.type for p in generator.parameters()} == {"cpu"}
+        assert not torch.equal(generator.head.weight, build(config, dataset)[1].head.weight)
+        for loss in ("critic_loss", "generator_loss"):
+            assert figures[loss] == pytest.approx(expected[loss], abs=near)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("network", ["perceptron", "dcgan"])
+def test_a_run_on_a_gpu_says_so_and_publishes(tmp_path, network):
+    done = train(tmp_path, "--device", "cuda", "--network", network, "--steps", "5", "--certify-samples", "2000", "--no-reference-points", "--force")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "\ndevice   cuda\n" in done.stdout
+    assert Registry(tmp_path / "registry").open("digits", "v1").card.training["metrics"]["device"] == "cuda:0"
 
 
 def test_ray_gives_the_workers_what_pythonpath_names_here(monkeypatch):
