@@ -51,7 +51,8 @@ class Config:
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Of the networks' products; weights, losses and penalties are float32 always. auto: bf16 for images on a GPU that has it."""
     compile: bool = False
-    """Compile the networks first, a minute that long runs win back; perceptron and dcgan critics have a faster way already."""
+    """Compile the networks first, a minute that long runs win back: the generator, and critics of your own. Those of perceptron and dcgan
+    have a faster way already and stay as they are; resnet is refused."""
     workers: int = 1
     """Ray Train workers, one CPU or one GPU each. The batch is split over them evenly, so that their number changes neither the
     gradient nor the learning rate."""

@@ -291,7 +291,8 @@ def train_worker(job: dict[str, Any]) -> None:
         if rank == 0 and (now - said > 2.0 or step == steps or alarms.keys() != up.keys()):
             said, left = now, (now - begin) / (step - first) * (steps - step) if step > first else None
             finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-            journal.write("train", step=step, steps=steps, seconds_left=left, alarms=alarms, failing=failing, **finite)
+            with suppress(OSError):  # a full disk is the checkpoint's to report
+                journal.write("train", step=step, steps=steps, seconds_left=left, alarms=alarms, failing=failing, **finite)
             words = "  ".join(f"{name} {figures[name]:.4f}" for name in SAID)
             print(f"step {step:>6}/{steps}  {words}" + (f"  {left:4.0f} s left" if left is not None else ""), flush=True)
             for name in alarms.keys() - up.keys():
@@ -304,7 +305,7 @@ def train_worker(job: dict[str, Any]) -> None:
         nonlocal kept, drawn
         if rank == 0 and (tenth := 10 * step // config.recipe.steps) > drawn:
             drawn = tenth
-            with suppress(OSError):  # a full disk is the checkpoint's to report
+            with suppress(OSError):  # as above
                 pictures.mkdir(exist_ok=True)
                 shown(state.average, config, dataset).save(pictures / f"step-{step:07}.png")
         due = torch.tensor(step == config.recipe.steps or time.monotonic() - kept > config.checkpoint_seconds, device=device)
@@ -458,7 +459,7 @@ def train(config: Config, run: Path, use_gpu: bool, *, clusters: Clusters) -> tu
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if (run / STOPPED).exists():
-        raise TrainingStopped((run / STOPPED).read_text())
+        raise TrainingStopped((run / STOPPED).read_text() or f"there is no room in {run}, not even to say why; free some, then --resume it")
     if result.checkpoint is None:
         raise TrainingStopped("it ended before its first checkpoint")
     with result.checkpoint.as_directory() as directory:
@@ -664,7 +665,8 @@ def main() -> None:
     root, model = Registry(config.registry).root, config.model or label(config.dataset)
     print(f"run      {run}", flush=True)
     if JOB in os.environ and not root.is_absolute():
-        print(f"note: a Ray job runs in a copy of its working directory, so this relative registry is {root.resolve()}")
+        instead = "name one that stays with --registry /its/path, or in GANWATCH_HOME"
+        print(f"note: a Ray job runs in a copy of its working directory, so this relative registry is {root.resolve()}; {instead}")
 
     journal, again = Journal(run), f"go on with: python training/train.py --resume {run}"
 
