@@ -63,7 +63,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_keeps_the_last_checkpoint(tmp_pat
 
 def test_a_disk_that_others_fill_to_the_last_byte_ends_the_run_once_and_in_words(tmp_path, mounted):
     home = mounted("size=4m")
-    how = ("--registry", tmp_path / "registry", "--steps", 20000, "--checkpoint-seconds", 10)
+    how = ("--registry", tmp_path / "registry", "--steps", 100_000, "--checkpoint-seconds", 30)  # by then the page in which its journal was has been filled, too
     with subprocess.Popen(**command(home, *how), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         try:
             said = [next(line for line in run.stdout if line.startswith("step "))]
