@@ -12,11 +12,10 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
-from scipy.special import xlogy
 
 from monitoring.audit import Compared
-from monitoring.edetectors import DROP_BETS, DropBounds
 from training.bundle import Certificate
+from training.drops import DropBounds, delay_of_loss
 
 
 @dataclass(frozen=True)
@@ -185,29 +184,6 @@ def replaced(verdict: Verdict, other: Verdict) -> Verdict:
     if verdict.id in ("latent_fault", "memorisation"):
         return verdict
     return replace(other, words=f"{other.words} What shows: {verdict.words}", modes=verdict.modes, null=verdict.null)
-
-
-def delay_of_loss(certificate: Certificate, bounds: DropBounds, losses: Float64[ndarray, "m"], *, threshold: float) -> Float64[ndarray, "m k"]:
-    """Samples until a mode that lost this part of its share is found, about, by its own bets; infinite where they never would.
-    bounds: the certificate's `drop_bounds`, which take longer than all else here.
-
-    Wald: log(threshold / w) over the growth of the best bet, E[log L]. An approximation for people, no bound.
-    """
-    (low, *_), (weight, *_) = bounds
-    modes = certificate.cell_count[:-1]
-    delay = np.full((len(losses), len(low)), np.inf)
-    if not (watched := low > 0).any():
-        return delay
-    q = (1 - losses[:, None]) * modes[watched] / modes.sum()
-    bound = low[watched]
-    looked = modes.sum() / certificate.count  # bets abstain off the manifold
-    best = np.full(q.shape, np.inf)
-    for rho, part in DROP_BETS.items():
-        growth = looked * (xlogy(q, rho) + (1 - q) * np.log((1 - rho * bound) / (1 - bound)))
-        with np.errstate(divide="ignore"):
-            best = np.minimum(best, np.log(threshold * watched.sum() / (weight * part)) / np.maximum(growth, 0))
-    delay[:, watched] = best
-    return delay
 
 
 def detectable(certificate: Certificate, bounds: DropBounds, modes: tuple[str, ...], *, monitored: int, threshold: float) -> str:

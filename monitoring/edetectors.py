@@ -33,6 +33,7 @@ from monitoring import kernel
 from monitoring.bulk import RATES, Moments
 from monitoring.coverage import RHO
 from training.bundle import DUPLICATE_BLOCK, NEARER_TRAIN, NEAREST_TRAIN, OFF_MANIFOLD_EXCESS, Certificate, Reference
+from training.drops import DROP_BETS, DROP_WEIGHT, drop_bounds, mode_bounds
 
 FAMILIES = {"modes": 0.295, "tails": 0.135, "bulk": 0.545, "copies": 0.01, "duplicates": 0.005, "latents": 0.005, "quality": 0.005}
 """Family -> its share of the false-alarm budget. A family that has no bet leaves its share unused, which is valid too."""
@@ -41,7 +42,7 @@ NULLS = {family: "B" if family == "quality" else "A" for family in FAMILIES}
 """Family -> the hypothesis that it tests."""
 
 KINDS = {
-    "drop": ("modes", 0.29),
+    "drop": ("modes", DROP_WEIGHT),
     "inflate": ("modes", 0.0025),
     "shares": ("modes", 0.0025),
     "upper": ("tails", 0.13),
@@ -61,8 +62,6 @@ TAIL_BETS = (0.01, 0.1, 0.6)  # theta; used where above the bound
 TAIL_FROM = 1 / 256  # shallower levels are the bulk's
 COPIES_FROM = 1 / 1024  # what is merely close to the training data is no copy: only the deepest levels tell
 TILTS = (0.3, 0.5, 0.8)  # of a score's normal quantile: the shift, in standard deviations, that a bet is best for
-DROP_BETS = {0.0: 0.8, 0.5: 0.2}  # theta / m: what is left of a mode -> the bet's part of the weight
-LEAST_GIVEN = 0.05  # of a class: a mode that it makes more rarely is not bet on given that class
 INFLATE_BETS = (1.5, 3.0)  # theta / m
 QUALITY_BETS = (0.0, 0.25, 0.5)  # theta / m: what is left of the least share that null B allows, RHO of the real one
 EXCESS_BETS = (0.1, 0.3, 0.7)  # (theta - m) / (1 - m) for off-manifold samples under null B
@@ -72,35 +71,6 @@ LEAST_EXPECTED_HITS = 10  # a tail level is usable where the certificate expects
 
 def tail_levels(certificate: Certificate) -> Bool[ndarray, "l"]:
     return certificate.levels * certificate.count >= LEAST_EXPECTED_HITS
-
-
-def mode_bounds(certificate: Certificate) -> tuple[Float64[ndarray, "g k"], Float64[ndarray, "g k"]]:
-    """Bounds on each mode's share of the *on-manifold* samples: row 0 of all, row c + 1 of those of class c, if there are classes.
-
-    Fakes lower the share of every mode; among on-manifold samples they do not, so that a mode is accused only of what it lost
-    to other modes or to junk of its own. Given how many of the certificate's samples lie on the manifold, the counts are
-    binomial: still exact.
-    """
-    modes = np.concatenate([certificate.cell_count[None], certificate.class_cell_count.reshape(-1, len(certificate.cell_count))])[:, :-1]
-    bounds = [(certificate.lower(row, int(row.sum())), certificate.upper(row, int(row.sum()))) for row in modes]
-    low, high = (np.stack(side) for side in zip(*bounds, strict=True))
-    return low, high
-
-
-DropBounds = tuple[Float64[ndarray, "g k"], Float64[ndarray, "g"]]
-
-
-def drop_bounds(certificate: Certificate) -> DropBounds:
-    """The lower bound that each bet on a loss is against, 0 where there is none, and the weight of each row's bets together.
-
-    Given a class, only those modes are bet on which it makes often; the rest is confusion. Where there are classes, samples
-    drawn by the law and samples of classes that clients asked for have half of the weight each, whichever come.
-    """
-    low, _ = mode_bounds(certificate)
-    low[1:][low[1:] < LEAST_GIVEN] = 0.0
-    bets = (low > 0).sum(axis=1)
-    part = np.append(1.0, bets[1:] / max(1, bets[1:].sum())) / (2 if len(low) > 1 else 1)
-    return low, KINDS["drop"][1] * part
 
 
 def tilted(payoff: Float64[ndarray, "... b"], low: Float64[ndarray, "e"], high: Float64[ndarray, "e"]) -> Float64[ndarray, "... b"]:

@@ -40,6 +40,8 @@ TRAINING = {  # figure of a training run -> end of its series' name, what it is
     "accuracy": ("critic_accuracy_ratio", "Pairs of a held-out real and a fake that the critic puts in order; 1/2 at chance"),
     "overfitting": ("critic_overfitting_ratio", "What that accuracy gains on training data"),
     "mode_coverage": ("mode_coverage_ratio", "Modes of the data that come at a quarter of their real share or more, by what as many real samples would reach"),
+    "missing_modes": ("missing_modes", "Modes of the data that come at less than a quarter of their real share, and too seldom for chance"),
+    "modes": ("modes", "Modes of the data, as the run's diagnostics tell them apart"),
     "forward_kl": ("forward_kl_nats", "KL of the real from the generated shares of the modes: dropped modes"),
     "reverse_kl": ("reverse_kl_nats", "KL of the generated from the real shares of the modes"),
     "weight": ("logit_weight", "Mean size of the derivative of the generator's loss by a logit"),
@@ -48,8 +50,10 @@ TRAINING = {  # figure of a training run -> end of its series' name, what it is
     "tail_index": ("tail_index", "Hill's tail index of those; below 2 there is no variance"),
     "signal_to_noise": ("signal_to_noise_ratio", "Squared mean of those over its variance"),
     "precision": ("precision_ratio", "Samples that lie among held-out data, each of which reaches to its fifth neighbour"),
+    "real_precision": ("real_precision_ratio", "What real samples, those of training, reach of that"),
     "dimension": ("sample_dimensions", "Intrinsic dimension of the generator's samples"),
     "data_dimension": ("data_dimensions", "Intrinsic dimension of the data"),
+    "latent_dimension": ("latent_dimensions", "Dimensions of the latent law"),
 }
 
 Outcomes = Mapping[tuple[str, str], int]

@@ -24,14 +24,15 @@ from monitoring.asymptotic import READINGS, Real, Spread, frechet_interval, mome
 from monitoring.audit import Compared
 from monitoring.calibration import SAMPLES, Calibration
 from monitoring.coverage import mode_coverage, mode_status
-from monitoring.diagnosis import VERDICTS, Verdict, delay_of_loss, detectable, diagnose, replaced, wrong_model
+from monitoring.diagnosis import VERDICTS, Verdict, detectable, diagnose, replaced, wrong_model
 from monitoring.divergences import DIVERGENCES, INTERVALS, ShareSet, smoothed, total_variation
-from monitoring.edetectors import FAMILIES, NULLS, EDetector, drop_bounds
+from monitoring.edetectors import FAMILIES, NULLS, EDetector
 from monitoring.features import Eye, Seen
 from monitoring.latents import LatentDetector
 from monitoring.points import LEAST, POINT_GAUGES, Cloud, Embedding
 from monitoring.sketches import BLOCK, NEWEST, Blocks, Decayed, Newest, Sketch
 from training.bundle import Bundle
+from training.drops import UNWATCHED, delay_of_loss, drop_bounds
 from training.moments import frechet
 
 POPULATIONS = ("fresh", "recent", "served")
@@ -44,7 +45,6 @@ REAL_POINTS = 1024  # real points that served ones are compared with
 AUDIT_PATIENCE = 4096  # samples tested for which a failed replay audit waits for the samples to say which failure it is
 SHORT_PATIENCE = 512  # ... where no failure that needs longer is possible
 RECENT_RERUNS = 128  # samples run again, of which two must differ: a latent on the very edge of a decision in the graph may
-UNWATCHED = 1e5  # samples: a mode whose loss would take longer to be seen counts as unwatched, never as fine
 WARM_UP = 512  # samples tested before silence is called health
 FLOOR_DRAWS = 64
 GAUGE_DELTA = 0.05  # chance that an interval fails at any sample of a block

@@ -52,7 +52,8 @@ class Config:
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Of the networks' products; weights, losses and penalties are float32 always. auto: bf16 for images on a GPU that has it."""
     compile: bool = False
-    """Compile the networks first, a minute that long runs win back; perceptron and dcgan critics have a faster way already."""
+    """Compile the networks first, a minute that long runs win back: the generator, and critics of your own. Those of perceptron and dcgan
+    have a faster way already and stay as they are; resnet is refused."""
     workers: int = 1
     """Ray Train workers, one CPU or one GPU each. The batch is split over them evenly, so that their number changes neither the
     gradient nor the learning rate."""
@@ -226,8 +227,8 @@ def conflicts(config: Config) -> list[str]:
         "them": config.packing > 1 and config.conditional,
         f"--objective {config.objective} with nothing that holds the critic back: its best loss is minus infinity; add "
         "--clip 0.01, --penalty gradient or --spectral-norm": objective.optimal is None and not held,
-        f"--noise-schedule controlled with --objective {config.objective}: its divergence has no upper end to hold half of; use "
-        "--noise-schedule linear": config.noise_schedule == "controlled" and math.isinf(objective.largest),
+        f"--noise-schedule controlled with --objective {config.objective}: its distance has no upper end to hold half of; use "
+        "--noise-schedule linear": config.noise_schedule == "controlled" and objective.optimal is None,
         f"{schedule} without noise: give the first standard deviation by --noise": config.noise_schedule != "constant"
         and not config.recipe.noise,
     }

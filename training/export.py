@@ -14,16 +14,19 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from io import StringIO
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float64, Int64
 from numpy import ndarray
 from torch import Tensor, nn
 
@@ -43,6 +46,7 @@ from training.bundle import (
     write_card,
 )
 from training.data import Dataset
+from training.drops import UNWATCHED, delay_of_loss, drop_bounds
 from training.evaluation import divergences, kid_excess, mixture_fit, prdc
 from training.features import Sight
 from training.moments import frechet
@@ -59,11 +63,10 @@ TRUNCATION = 0.5  # at which truncated samples are looked at
 LAW_SAMPLES, LAW_LIMIT = 1000, 8.0
 ACCURATE = 0.97
 ARL = 2.6e9  # samples to a false alarm for which expected delays are stated
-UNWATCHED = 1e5  # a mode whose loss takes longer to see is listed, never called fine
 
 
 class ExportError(RuntimeError):
-    """onnxruntime does not compute what torch computes. The text says where and by how much."""
+    """A network that ONNX cannot say, or of which onnxruntime does not compute what torch does. The text says where and by how much."""
 
 
 class Served(nn.Module):
@@ -94,33 +97,42 @@ def export_onnx(module: nn.Module, path: Path, inputs: dict[str, Tensor], output
     """Write `module` in eval mode as ONNX with a free batch dimension and check it against torch on 1, 2, 7 and 64 rows.
 
     `inputs` are example batches of at least 64 rows. Integers may differ by one level in at most one value of a thousand,
-    floats by `tolerance` relative to their scale. Raises ExportError otherwise.
+    floats by `tolerance` relative to their scale. Raises ExportError otherwise, and where there is no such graph.
     """
     module = module.eval()
-    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # it misses torchvision, we do not
-    with warnings.catch_warnings():
+    for name in ("torch.onnx._internal.exporter._registration", "torch.fx.experimental.symbolic_shapes"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # one misses torchvision, which we do not; the other announces what is raised
+    with warnings.catch_warnings(), redirect_stderr(StringIO()):  # a failing exporter prints all that it has so far, twice
         # The exporter of torch 2.13 warns of its own doing, and that two inputs share the batch dimension.
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "# The axis name: n will not be used, since it shares", UserWarning)
-        torch.onnx.export(
-            module,
-            tuple(inputs.values()),
-            path,
-            input_names=list(inputs),
-            output_names=list(outputs),
-            dynamic_shapes=({0: torch.export.Dim("n", min=1)},) * len(inputs),
-            external_data=False,
-            dynamo=True,
-            verbose=False,
-        )
-    check = session(path)
-    for n in (1, 2, 7, 64):
-        rows = {name: value[:n] for name, value in inputs.items()}
-        with torch.no_grad():
-            expected = module(*rows.values())
-        expected = expected if isinstance(expected, tuple) else (expected,)
-        found = check.run(list(outputs), {name: value.numpy() for name, value in rows.items()})
-        for name, want, got in zip(outputs, (e.numpy() for e in expected), found, strict=True):
+        try:
+            torch.onnx.export(
+                module,
+                tuple(inputs.values()),
+                path,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_shapes=({0: torch.export.Dim("n", min=1)},) * len(inputs),
+                external_data=False,
+                dynamo=True,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise ExportError(f"{path.name} cannot be made: {_cause(error)}") from None
+    answers = []
+    try:
+        check = session(path)
+        for n in (1, 2, 7, 64):
+            rows = {name: value[:n] for name, value in inputs.items()}
+            with torch.no_grad():
+                expected = module(*rows.values())
+            expected = [e.numpy() for e in (expected if isinstance(expected, tuple) else (expected,))]
+            answers.append((n, expected, check.run(list(outputs), {name: value.numpy() for name, value in rows.items()})))
+    except Exception as error:  # the network's own; and onnxruntime raises a dozen kinds without a common base
+        raise ExportError(f"{path.name} does not run with other numbers of rows: {_cause(error)}") from None
+    for n, expected, found in answers:
+        for name, want, got in zip(outputs, expected, found, strict=True):
             if got.shape != want.shape or got.dtype != want.dtype:
                 forms = f"{got.dtype} {got.shape}, in torch {want.dtype} {want.shape}"
                 raise ExportError(f"{path.name}: {name} is {forms}, at n = {n}")
@@ -132,6 +144,15 @@ def export_onnx(module: nn.Module, path: Path, inputs: dict[str, Tensor], output
             if not agrees:
                 worst = f"{difference.max():.3g} at n = {n}; the tolerance is {tolerance:g}"
                 raise ExportError(f"{path.name}: {name} differs from torch by {worst}")
+
+
+def _cause(error: BaseException) -> str:
+    """What began it, in one line, and where in a user's code."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    not_theirs = (str(Path(torch.__file__).parents[1]), __file__, "<")  # what is compiled from a string has no file
+    where = [f"{frame.filename}:{frame.lineno}" for frame in extract_tb(error.__traceback__) if not frame.filename.startswith(not_theirs)]
+    return (str(error).strip() or repr(error)).splitlines()[0] + (f" (at {where[-1]})" if where else "")
 
 
 @dataclass(frozen=True)
@@ -314,6 +335,16 @@ def describe_reals(dataset: Dataset, features: onnxruntime.InferenceSession, *, 
     )
 
 
+def export_generator(path: Path, generator: nn.Module, dataset: Dataset, latent: SignGaussian) -> Served:
+    """Write the generator in served form as ONNX. Raises ExportError as export_onnx does."""
+    inputs = {"z": torch.from_numpy(latent.sample(seed=0, count=64))}
+    if generator.classes:
+        inputs["y"] = torch.arange(64) % generator.classes
+    served = Served(generator, dataset)
+    export_onnx(served, path, inputs, ("samples",), tolerance=1e-5)
+    return served
+
+
 def write_bundle(
     directory: Path,
     *,
@@ -333,12 +364,9 @@ def write_bundle(
     Raises ExportError where onnxruntime and torch disagree, row by row or in law.
     """
     class_shares: tuple[float, ...] = ()
-    inputs = {"z": torch.from_numpy(latent.sample(seed=0, count=64))}
     if generator.classes:
         class_shares = tuple((np.bincount(dataset.labels, minlength=generator.classes) / len(dataset.labels)).tolist())
-        inputs["y"] = torch.arange(64) % generator.classes
-    served = Served(generator, dataset)
-    export_onnx(served, directory / "model.onnx", inputs, ("samples",), tolerance=1e-5)
+    served = export_generator(directory / "model.onnx", generator, dataset, latent)
     return complete_bundle(
         directory,
         model=model,
@@ -481,7 +509,7 @@ def detours(source: Source) -> dict[str, float]:
 def law(reference: Reference, certificate: Certificate, modes: tuple[str, ...]) -> dict[str, Any]:
     """What the counts of a certificate say beside the real data."""
     share = certificate.cell_count / certificate.count
-    delay = _expected_delay(share[:-1])
+    delay = delay_of_loss(certificate, drop_bounds(certificate), np.ones(1), threshold=ARL)[0]
     return divergences(reference.cell_share, share) | {
         "frechet": frechet(reference.feature_mean, reference.feature_cov, certificate.feature_mean, certificate.feature_cov)[0],
         "mode_coverage": float(np.mean(share[:-1] >= 0.25 * reference.cell_share[:-1])),
@@ -489,18 +517,8 @@ def law(reference: Reference, certificate: Certificate, modes: tuple[str, ...]) 
         "samples": certificate.count,
         "smallest_tail_level": float(LEVELS[LEVELS * certificate.count >= 10].min()),
         "expected_delay": dict(zip(modes, delay.tolist(), strict=True)),
-        "unwatched": [mode for mode, d in zip(modes, delay, strict=True) if not d <= UNWATCHED],
+        "unwatched": [mode for mode, d in zip(modes, delay, strict=True) if d > UNWATCHED],
     }
-
-
-def _expected_delay(share: Float[ndarray, "k"]) -> Float[ndarray, "k"]:
-    """Samples until the loss of a whole mode is an alarm at the default ARL.
-
-    Each sample outside a mode of share p multiplies the evidence against it by about 1 / (1 - p); one of K experts that share
-    a quarter of the weight must reach log ARL.
-    """
-    with np.errstate(divide="ignore"):
-        return (np.log(ARL) + np.log(4 * len(share))) / -np.log1p(-share)
 
 
 def _finite(value: Any) -> Any:

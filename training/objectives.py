@@ -32,6 +32,14 @@ class Objective:
     critic_steps: int = 1  # for each of the generator's
     ratio: Callable[[Tensor], Tensor] | None = None  # back from that logit to T, where the divergence has no largest value
 
+    def doubt(self, real: Float[Tensor, "n"], fake: Float[Tensor, "n"]) -> Float[Tensor, ""]:
+        """Of a critic whose divergence has no largest value: the classic loss of the T that its logits mean, log 4 at chance. Else 0."""
+        return real.new_zeros(()) if self.ratio is None else classic_critic_loss(self.ratio(real), self.ratio(fake)).mean()
+
+    def share(self, loss: float, doubt: float) -> float:
+        """The divergence that a mean loss says, as a share of its largest value; where it has none, that of JS by the doubt."""
+        return self.estimate(loss) / self.largest if self.ratio is None else 1 - doubt / math.log(4)
+
 
 # Goodfellow et al. 2014: D = sigmoid(logit) -----------------------------------------------------------------------------------
 

@@ -80,6 +80,14 @@ class Gradients:
     generator_loss: Float[Tensor, ""]
     penalty: Float[Tensor, ""]
     by_fake: Float[Tensor, "n d"]  # of the generator's loss by each fake
+    doubt: Float[Tensor, ""]  # Objective.doubt
+
+    @classmethod
+    def of(cls, objective: Objective, n: int, logit: Float[Tensor, "m"], slope: Float[Tensor, "m d"], loss: Tensor, penalty: Tensor) -> Gradients:
+        """From the logits of n reals, n fakes and whatever lies between, their derivatives by the samples, and the critic's loss."""
+        real, fake = logit[:n].detach(), logit[n : 2 * n].detach()
+        _, pull, generator_loss = _by_logits(objective.generator_loss, real, fake)
+        return cls(loss.detach(), generator_loss, penalty.detach(), pull[:, None] * slope[n : 2 * n].detach(), objective.doubt(real, fake))
 
 
 def autograd(
@@ -101,8 +109,7 @@ def autograd(
     loss = objective.critic_loss(logit[:n], logit[n : 2 * n]).mean()
     critic.zero_grad(set_to_none=True)
     (loss + price).backward()
-    _, pull, generator_loss = _by_logits(objective.generator_loss, logit[:n], logit[n : 2 * n])
-    return Gradients(loss.detach(), generator_loss, price.detach(), pull[:, None] * slope[n : 2 * n].detach())
+    return Gradients.of(objective, n, logit, slope, loss, price)
 
 
 def functional(
@@ -124,8 +131,7 @@ def functional(
     by_weight, (loss, price, logit, slope) = found
     for name, parameter in critic.named_parameters():
         parameter.grad = torch.empty_like(parameter).copy_(by_weight[name])  # compiled code chooses other strides, fused Adam reads memory
-    _, pull, generator_loss = _by_logits(objective.generator_loss, logit[:n], logit[n : 2 * n])
-    return Gradients(loss, generator_loss, price, pull[:, None] * slope[n : 2 * n])
+    return Gradients.of(objective, n, logit, slope, loss, price)
 
 
 def _derivatives(
@@ -193,8 +199,7 @@ def closed_form(
     if critic.head.of_class is not None:
         critic.head.of_class.weight.grad = torch.zeros_like(critic.head.of_class.weight).index_add_(0, y, rows)
 
-    _, pull, generator_loss = _by_logits(objective.generator_loss, logit[:n], logit[n : 2 * n])
-    return Gradients(critic_loss, generator_loss, price, pull[:, None] * by_input[n : 2 * n])
+    return Gradients.of(objective, n, logit, by_input, critic_loss, price)
 
 
 def gradients_for(critic: nn.Module, *, compiled: bool = False) -> Callable[..., Gradients]:

@@ -68,12 +68,12 @@ from training.clusters import Clusters
 from training.config import MAY_CHANGE, Config, InputError, check, check_shape
 from training.data import DATASETS, DataError, Dataset
 from training.diagnostics import ALARMS, Diagnosis, Look
-from training.export import ExportError, Served, open_source, write_bundle
+from training.export import ExportError, Served, export_generator, open_source, write_bundle
 from training.features import fit_eye
 from training.finish import finished, is_smooth
 from training.gate import QualityRefused, publish
 from training.journal import Journal
-from training.networks import family
+from training.networks import FAMILIES, family
 from training.objectives import OBJECTIVES
 from training.penalties import PENALTIES, clip_weights, gradients_for, normalise_spectrally, unrolled_pull
 from training.recipes import frequency, latent_law, nearest_recipe
@@ -191,7 +191,7 @@ def adversarial_training(
         moved = (generator, critic) if (step + 1) % turns == 0 else (critic,)  # the generator comes last of its turns
         for network in moved:
             network.zero_grad(set_to_none=True)
-        losses = torch.zeros(3, device=device)
+        losses = torch.zeros(4, device=device)
         for part in range(config.accumulate):
             # Each worker takes its part of one global batch, so that without noise the number of workers changes only rounding.
             first = part * batch + rank * local
@@ -211,7 +211,7 @@ def adversarial_training(
                 if config.unroll:
                     pull = unrolled_pull(critic, objective, real, shown, y, steps=config.unroll)
                 shown.backward(pull)
-            losses += torch.stack([seen.critic_loss, seen.generator_loss, seen.penalty])
+            losses += torch.stack([seen.critic_loss, seen.generator_loss, seen.penalty, seen.doubt])
         losses = mean_over_parts(moved, losses, parts=config.accumulate, world=world)
         for optimiser in optimisers[-len(moved) :]:
             group = optimiser.param_groups[0]
@@ -221,7 +221,7 @@ def adversarial_training(
         if config.clip:
             clip_weights(critic, config.clip)
         if config.noise_schedule != "constant":
-            noise.update(progress, objective.estimate(float(losses[0])) / objective.largest)
+            noise.update(progress, objective.share(float(losses[0]), float(losses[3])))
 
         # The served weights are a running mean whose half-life is a share of the run so far (Karras et al. 2024).
         keep = 0.5 ** (1 / max(1.0, HALF_LIFE * step))
@@ -234,7 +234,7 @@ def adversarial_training(
             if not all(bool(p.isfinite().all()) for n in (generator, critic) for p in n.parameters()):
                 rate = f"lower --learning-rate (now {recipe.learning_rate[0]:g})"
                 raise TrainingStopped(f"the weights are no longer finite at step {step + 1} of {recipe.steps}; {rate}")
-            said = dict(zip(("critic_loss", "generator_loss", "penalty"), losses.tolist(), strict=True))
+            said = dict(zip(("critic_loss", "generator_loss", "penalty"), losses[:3].tolist(), strict=True))
             figures = look(generator, critic)  # the same in every worker
             diagnosis.update(figures, progress=progress)
             fatal = [name for name in diagnosis.words if ALARMS[name].fatal]
@@ -291,7 +291,8 @@ def train_worker(job: dict[str, Any]) -> None:
         if rank == 0 and (now - said > 2.0 or step == steps or alarms.keys() != up.keys()):
             said, left = now, (now - begin) / (step - first) * (steps - step) if step > first else None
             finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-            journal.write("train", step=step, steps=steps, seconds_left=left, alarms=alarms, failing=failing, **finite)
+            with suppress(OSError):  # a full disk is the checkpoint's to report
+                journal.write("train", step=step, steps=steps, seconds_left=left, alarms=alarms, failing=failing, **finite)
             words = "  ".join(f"{name} {figures[name]:.4f}" for name in SAID)
             print(f"step {step:>6}/{steps}  {words}" + (f"  {left:4.0f} s left" if left is not None else ""), flush=True)
             for name in alarms.keys() - up.keys():
@@ -304,7 +305,7 @@ def train_worker(job: dict[str, Any]) -> None:
         nonlocal kept, drawn
         if rank == 0 and (tenth := 10 * step // config.recipe.steps) > drawn:
             drawn = tenth
-            with suppress(OSError):  # a full disk is the checkpoint's to report
+            with suppress(OSError):  # as above
                 pictures.mkdir(exist_ok=True)
                 shown(state.average, config, dataset).save(pictures / f"step-{step:07}.png")
         due = torch.tensor(step == config.recipe.steps or time.monotonic() - kept > config.checkpoint_seconds, device=device)
@@ -341,17 +342,27 @@ def train_worker(job: dict[str, Any]) -> None:
 # The run ----------------------------------------------------------------------------------------------------------------------
 
 
-def start_ray(config: Config) -> bool:
-    """Join the cluster of a Ray job or of RAY_ADDRESS, else start one on this machine. Returns whether to use GPUs.
+def python_path() -> dict[str, str]:
+    """Where the workers find these sources and the user's own: Ray replaces the variable, so what it holds here is kept.
 
-    Raises ConnectionError where there is no Ray then, InputError where it has fewer processors than are asked for.
+    Nothing where a Ray job names it in its runtime environment: Ray gives that to the workers, and refuses a second one.
+    """
+    if "PYTHONPATH" in json.loads(os.environ.get(JOB, "{}")).get("runtime_env", {}).get("env_vars", {}):
+        return {}
+    own = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([str(ROOT), *(map(os.path.abspath, own.split(os.pathsep)) if own else ())])}
+
+
+def start_ray(config: Config) -> None:
+    """Join the cluster of a Ray job or of RAY_ADDRESS, else start one on this machine.
+
+    Raises ConnectionError where there is no Ray then.
     """
     # Ray Train's helper actors look for a Ray of this machine, and give up where there are several, unless told which.
     address = os.environ.get("RAY_ADDRESS")
     if address is not None:
         where = f"the Ray cluster at RAY_ADDRESS, {address}, cannot be joined"
-        env = {"RAY_ADDRESS": address} | ({} if JOB in os.environ else {"PYTHONPATH": str(ROOT)})
-        how: dict[str, Any] = {"runtime_env": {"env_vars": env}}
+        how: dict[str, Any] = {"runtime_env": {"env_vars": {"RAY_ADDRESS": address} | python_path()}}
     else:
         where = "Ray cannot be started on this machine"
         with socket.socket() as probe:
@@ -362,7 +373,7 @@ def start_ray(config: Config) -> bool:
             "address": "local",
             "num_cpus": max(os.cpu_count() or 1, config.workers),
             "include_dashboard": False,
-            "runtime_env": {"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}", "PYTHONPATH": str(ROOT)}},
+            "runtime_env": {"env_vars": {"RAY_ADDRESS": f"127.0.0.1:{port}"} | python_path()},
             "logging_config": ray.LoggingConfig(log_level="ERROR"),  # Ray Train would miss the dashboard twice a second
             "_node_ip_address": "127.0.0.1",
         }
@@ -372,13 +383,23 @@ def start_ray(config: Config) -> bool:
         ray.init(logging_level="error", **how)
     except Exception as error:  # Ray raises bare Exceptions where a process of its own does not come up in time
         raise ConnectionError(f"{where} ({(str(error).strip() or repr(error)).splitlines()[0]})") from error
-    have, fewest = ray.cluster_resources(), config.min_workers or config.workers
-    gpus, cpus, asked = have.get("GPU", 0), have.get("CPU", 0), "--min-workers" if config.min_workers else "--workers"
+
+
+def chosen_device(config: Config, have: dict[str, float]) -> tuple[str, str]:
+    """Where to train with what Ray has of "CPU" and "GPU": cuda or cpu, and why the latter where there are GPUs.
+
+    Raises InputError where there are fewer processors than are asked for.
+    """
+    fewest, asked = config.min_workers or config.workers, "--min-workers" if config.min_workers else "--workers"
+    gpus, cpus = have.get("GPU", 0), have.get("CPU", 0)
     if config.device == "cuda" and gpus < fewest:
         raise InputError(f"--device is cuda with {asked} {fewest}, but Ray has {gpus:.0f} GPUs; use --device cpu")
     if cpus < fewest:
         raise InputError(f"{asked} is {fewest}, but the Ray cluster has {cpus:.0f} CPUs; use fewer workers")
-    return config.device != "cpu" and gpus >= fewest
+    if config.device != "cpu" and gpus >= fewest:
+        return "cuda", ""
+    left = config.device == "auto" and gpus > 0
+    return "cpu", f", since {asked} is {fewest} and Ray has {gpus:.0f} GPU{'s' * (gpus != 1)}" if left else ""
 
 
 @contextmanager
@@ -438,7 +459,7 @@ def train(config: Config, run: Path, use_gpu: bool, *, clusters: Clusters) -> tu
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if (run / STOPPED).exists():
-        raise TrainingStopped((run / STOPPED).read_text())
+        raise TrainingStopped((run / STOPPED).read_text() or f"there is no room in {run}, not even to say why; free some, then --resume it")
     if result.checkpoint is None:
         raise TrainingStopped("it ended before its first checkpoint")
     with result.checkpoint.as_directory() as directory:
@@ -500,20 +521,35 @@ def telling(journal: Journal, stage: str, words: str) -> Callable[[int, int], No
     return progress
 
 
+def check_export(config: Config, dataset: Dataset, latent: SignGaussian) -> None:
+    """Raise InputError where a generator of the user's own could not be served: seconds now, in place of hours until it is trained."""
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            export_generator(Path(directory) / "model.onnx", build(config, dataset)[1], dataset, latent)
+        except ExportError as error:
+            words = (
+                "forward must take any number of rows, treat each by itself and all alike, draw nothing and use what ONNX has: "
+                "torch.where in place of an `if` on values, x.flatten(1) in place of a fixed x.view(64, -1)"
+            )
+            raise InputError(f"--network {config.recipe.network} could not be served: {error}; {words}") from None
+
+
 def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     """Train, certify, publish. Raises TrainingStopped, ExportError, QualityRefused; the last leaves `<run>/bundle` complete."""
     built_in = open_data(config, run) if config.dataset in DATASETS else None  # at once; the user's own are read through Ray
     if built_in is not None:
         check_shape(config, built_in)
-    use_gpu = start_ray(config)
+    start_ray(config)
     journal.done("ray")
+    device, why = chosen_device(config, ray.cluster_resources())
+    print(f"device   {device}{why}", flush=True)
 
     torch.set_num_threads(1)
     dataset = open_data(config, run) if built_in is None else built_in
     if built_in is None:
         config = replace(config, like=config.like or nearest_recipe(dataset.shape))
         check_shape(config, dataset)
-    if not use_gpu:
+    if device == "cpu":
         takes_bf16(config.precision, torch.device("cpu"), images=dataset.is_image)
     latent = latent_law(config.recipe, dataset.clusters, dataset.dim)
     count, hollow, _ = dataset.clusters
@@ -522,9 +558,11 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     print(f"latent   {latent.signs} signs and {latent.normals} normals as latents, {why}", flush=True)
     print(f"pictures {run / 'samples'}, one for each tenth of the run", flush=True)
     journal.write("latent", signs=latent.signs, normals=latent.normals, clusters=count)
+    if config.recipe.network not in FAMILIES:
+        check_export(config, dataset, latent)
     with ThreadPoolExecutor(1) as beside:  # this process only waits while the workers train
         eye = beside.submit(fit_eye, dataset, seed=config.seed, remember=config.reference_points)
-        weights, metrics = train(config, run, use_gpu, clusters=dataset.clusters)
+        weights, metrics = train(config, run, device == "cuda", clusters=dataset.clusters)
         sight = eye.result()
     journal.done("train", **metrics)
 
@@ -627,7 +665,8 @@ def main() -> None:
     root, model = Registry(config.registry).root, config.model or label(config.dataset)
     print(f"run      {run}", flush=True)
     if JOB in os.environ and not root.is_absolute():
-        print(f"note: a Ray job runs in a copy of its working directory, so this relative registry is {root.resolve()}")
+        instead = "name one that stays with --registry /its/path, or in GANWATCH_HOME"
+        print(f"note: a Ray job runs in a copy of its working directory, so this relative registry is {root.resolve()}; {instead}")
 
     journal, again = Journal(run), f"go on with: python training/train.py --resume {run}"
 

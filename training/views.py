@@ -21,7 +21,7 @@ class InstanceNoise:
     """Gaussian noise on reals and fakes: blurred laws overlap, so the critic's gradient does not vanish and is not unstable.
 
     Arjovsky and Bottou 2017, theorems 3.1 and 3.2. `sigma` is its standard deviation now: constant, or falling to zero in a
-    straight line over the run, or controlled: multiplied by exp(0.02 (divergence / largest - 1/2)) each step, so that noise
+    straight line over the run, or controlled: multiplied by exp(0.02 (share - 1/2)) each step (Objective.share), so that noise
     stays while the critic finds the laws apart and goes when they meet.
     """
 

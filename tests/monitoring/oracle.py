@@ -7,8 +7,9 @@ from numpy import ndarray
 from scipy.special import logsumexp
 
 from monitoring.bulk import Moments
-from monitoring.edetectors import DROP_BETS, KINDS, Duplicates, Modes, Scores, Shares
+from monitoring.edetectors import KINDS, Duplicates, Modes, Scores, Shares
 from training.bundle import DUPLICATE_BLOCK, Certificate, Reference
+from training.drops import DROP_BETS
 
 
 class Oracle:

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from monitoring.diagnosis import QUIET, VERDICTS
-from monitoring.edetectors import KINDS, EDetector, drop_bounds
+from monitoring.edetectors import KINDS, EDetector
 from monitoring.incidents import Incidents
 from monitoring.monitor import WARM_UP, Monitor
 from monitoring.watch import Model, Watch, Watched
 from serving.records import Record
 from training.bundle import Certificate, Reference
+from training.drops import drop_bounds
 from training.registry import Registry
 
 CLASSES = 4

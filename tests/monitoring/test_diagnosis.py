@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from monitoring.diagnosis import EXPLANATIONS, QUIET, VERDICTS, delay_of_loss, detectable, diagnose
-from monitoring.edetectors import KINDS, drop_bounds
+from monitoring.diagnosis import EXPLANATIONS, QUIET, VERDICTS, detectable, diagnose
+from monitoring.edetectors import KINDS
+from training.drops import delay_of_loss, drop_bounds
 
 MODES = tuple(str(k) for k in range(10))
 

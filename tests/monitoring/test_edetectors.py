@@ -14,9 +14,10 @@ from hypothesis.extra.numpy import arrays
 from scipy.special import ndtri
 
 from monitoring import kernel
-from monitoring.edetectors import FAMILIES, KINDS, TILTS, Cells, Duplicates, EDetector, Modes, Scores, mode_bounds, tail_levels, tilted
+from monitoring.edetectors import FAMILIES, KINDS, TILTS, Cells, Duplicates, EDetector, Modes, Scores, tail_levels, tilted
 from monitoring.features import Eye, Seen
 from training.bundle import DUPLICATE_BLOCK, NEARER_TRAIN, NEAREST_TRAIN, Certificate, Reference
+from training.drops import mode_bounds
 
 sys.path.insert(0, str(Path(__file__).parent))
 

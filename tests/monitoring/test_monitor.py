@@ -12,6 +12,7 @@ from monitoring.divergences import DIVERGENCES
 from monitoring.monitor import ALL_GAUGES, AUDIT_PATIENCE, FAMILIES, GAUGES, POPULATIONS, VERDICTS, WARM_UP, Monitor
 from monitoring.points import LEAST, POINT_GAUGES
 from monitoring.sketches import BLOCK, HALF_LIFE, NEWEST
+from training.export import law
 
 
 def watch(bundle, samples, *, step=64, arl=2.6e9, fresh=True) -> Monitor:
@@ -310,3 +311,11 @@ def test_where_no_golden_sample_comes_back_another_model_serves_and_the_symptom_
     resumed = Monitor(bundle)
     resumed.restore(monitor.state())
     assert resumed.verdict == monitor.verdict
+
+
+@pytest.mark.parametrize("how", [{}, {"count": 2**12}, {"lost": (3, 8), "honest": True}])
+def test_the_delays_that_a_card_states_are_those_of_the_monitor(make_bundle, how):
+    bundle = make_bundle(**how)
+    monitor, card = Monitor(bundle), law(bundle.reference, bundle.certificate, bundle.card.modes)
+    assert list(card["expected_delay"].values()) == monitor._delays.tolist()
+    assert card["unwatched"] == [mode["name"] for mode in monitor.modes() if mode["status"] == "unwatched"] == [str(k) for k in how.get("lost", ())]

@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from monitoring.incidents import Incidents
-from monitoring.metrics import Exporter
+from monitoring.metrics import TRAINING, Exporter
 from monitoring.runs import NEWEST, SILENCE, STATES, Runs
 from monitoring.watch import Watch
+from training.config import Config
+from training.data import DATASETS
 from training.journal import Journal
 from training.registry import Registry
+from training.train import adversarial_training
 
 LOOK = {"steps": 100, "seconds_left": 30.0, "alarms": {}, "failing": [], "divergence": 0.2, "accuracy": 0.7, "mode_coverage": 1.0}
 CRITIC = {"alarms": {"perfect_critic": "the critic tells 99 % of pairs apart; --penalty r1r2"}, "failing": ["perfect_critic"]}
@@ -135,3 +138,10 @@ def test_prometheus_reads_the_figures_of_runs_under_way_and_the_fate_of_all(tmp_
     assert {state: found["ganwatch_training_state", state] for state in STATES} == dict.fromkeys(STATES, 0) | {"running": 1}
     fate = {s.name: s for s in samples if s.labels["run"] == "over" and s.value == 1}
     assert fate["ganwatch_training_state"].labels["state"] == "failed" and fate.keys() == {"ganwatch_training_state", "ganwatch_training_progress_ratio"}
+
+
+def test_every_figure_of_a_look_has_a_series():
+    said = []
+    adversarial_training(Config(dataset="ring", steps=1), DATASETS["ring"](), say=lambda *, step, steps, alarms, failing, **figures: said.append(figures))
+    assert set(TRAINING) == set(said[0])
+    assert len({name for name, _ in TRAINING.values()}) == len(TRAINING)

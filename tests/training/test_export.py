@@ -108,6 +108,25 @@ def test_export_refuses_a_graph_that_computes_something_else(tmp_path):
         export_onnx(Unfaithful(), tmp_path / "x.onnx", {"z": torch.randn(64, 3)}, ("samples",), tolerance=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("forward", "words"),
+    [
+        (lambda z: z if z.mean() > 0 else -z, r"x\.onnx cannot be made: Could not guard on data-dependent expression .* \(at .*test_export\.py:\d+\)$"),
+        (lambda z: torch.linalg.eigvals(z.T @ z).real.sum() + z, r"x\.onnx cannot be made: No ONNX function found for .*linalg_eig"),
+        (lambda z: z + torch.zeros(64, 3), r"x\.onnx does not run with other numbers of rows: .*"),
+        (lambda z: z.view(64, 3), r"x\.onnx does not run with other numbers of rows: shape .* is invalid .* \(at .*test_export\.py:\d+\)$"),
+    ],
+)
+def test_what_onnx_cannot_say_is_told_in_one_line_and_where(tmp_path, capfd, forward, words):
+    class Theirs(torch.nn.Module):
+        def forward(self, z):
+            return forward(z)
+
+    with pytest.raises(ExportError, match=words):
+        export_onnx(Theirs(), tmp_path / "x.onnx", {"z": torch.randn(64, 3)}, ("samples",), tolerance=1e-5)
+    assert capfd.readouterr().err == ""
+
+
 def test_export_refuses_a_graph_of_another_law(ring):
     source = open_source(ring, open_bundle(ring).card)
 

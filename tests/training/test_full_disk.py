@@ -35,11 +35,14 @@ def mounted(tmp_path):
         subprocess.run(["umount", str(place)], check=True)
 
 
-def train(home, *flags):
+def command(home, *flags):
     env = {**os.environ, "GANWATCH_HOME": str(home), "OMP_NUM_THREADS": "1"}
     env.pop("RAY_ADDRESS", None)
-    command = [sys.executable, "training/train.py", "--dataset", "ring", *map(str, flags)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    return {"args": [sys.executable, "training/train.py", "--dataset", "ring", *map(str, flags)], "cwd": ROOT, "env": env, "text": True}
+
+
+def train(home, *flags):
+    return subprocess.run(**command(home, *flags), capture_output=True, timeout=240)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -56,6 +59,23 @@ def test_a_disk_that_fills_up_ends_the_run_and_keeps_the_last_checkpoint(tmp_pat
         assert read_state(checkpoint)["step"] == int(checkpoint.name.split("-")[1])
         assert len(list(checkpoint.glob("random-*.pt"))) == workers
     assert '"stage": "failed", "reason": "there is no room in' in (run / "status.jsonl").read_text().splitlines()[-1]
+
+
+def test_a_disk_that_others_fill_to_the_last_byte_ends_the_run_once_and_in_words(tmp_path, mounted):
+    home = mounted("size=4m")
+    how = ("--registry", tmp_path / "registry", "--steps", 100_000, "--checkpoint-seconds", 30)  # by then the page in which its journal was has been filled, too
+    with subprocess.Popen(**command(home, *how), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        try:
+            said = [next(line for line in run.stdout if line.startswith("step "))]
+            with pytest.raises(OSError), open(home / "of-others", "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+            rest, errors = run.communicate(timeout=240)
+        finally:
+            run.kill()
+    assert run.returncode == 1 and "Traceback" not in errors, errors
+    assert errors.startswith("not published: there is no room in ") and "--resume" in errors, errors
+    assert "step " in rest and "goes on from" not in rest, said + [rest]  # no worker died of it
 
 
 def test_a_registry_that_cannot_be_written_is_named(tmp_path, mounted):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.config import Config
-from training.objectives import F_DIVERGENCES, OBJECTIVES
+from training.objectives import F_DIVERGENCES, OBJECTIVES, classic_critic_loss
 
 RATIO_GAMES = [name for name, objective in OBJECTIVES.items() if objective.optimal]
 
@@ -70,6 +70,26 @@ def test_laws_apart_reach_the_largest_value(name):
     p, q = (torch.tensor(v, dtype=torch.float64) for v in ((0.5, 0.5, 1e-9, 1e-9), (1e-9, 1e-9, 0.5, 0.5)))
     found = objective.estimate(mean_loss(objective.critic_loss, p, q, objective.optimal((p / q).log())))
     assert found == pytest.approx(objective.largest, rel=1e-3) if math.isfinite(objective.largest) else found > 5
+
+
+@pytest.mark.parametrize("name", RATIO_GAMES)
+@given(p=law, q=law)
+@settings(max_examples=10, deadline=None)
+def test_the_share_of_an_optimal_critic_lies_between_none_and_all(name, p, q):
+    objective = OBJECTIVES[name]
+
+    def share(p, q):
+        logit = objective.optimal((p / q).log())
+        # p and q weigh the logits of reals and of fakes, so the mean of the doubt is taken by hand
+        doubt = 0.0 if objective.ratio is None else mean_loss(lambda *logits: classic_critic_loss(*map(objective.ratio, logits)), p, q, logit)
+        return objective.share(mean_loss(objective.critic_loss, p, q, logit), doubt)
+
+    assert share(p, p) == pytest.approx(0, abs=1e-6)
+    apart = (torch.tensor(v, dtype=torch.float64) for v in ((0.5, 0.5, 1e-9, 1e-9), (1e-9, 1e-9, 0.5, 0.5)))
+    assert share(*apart) == pytest.approx(1, rel=1e-3)
+    assert -1e-9 <= share(p, q) <= 1 + 1e-9
+    if objective.ratio is not None:
+        assert share(p, q) == pytest.approx(js(p, q) / math.log(2), abs=1e-6)
 
 
 def test_wasserstein_measures_the_distance_on_a_line():

@@ -65,7 +65,7 @@ def test_a_part_trains_and_changes_what_is_learned(plain, dataset, part):
         ({"compile": True, "spectral_norm": True}, "--compile with --spectral-norm: the singular vectors"),
         ({"packing": 2, "conditional": True}, "--packing with --conditional: one critic input would mix"),
         ({"objective": "wasserstein", "penalty": "none"}, "wasserstein with nothing that holds the critic back: .* add --clip 0.01"),
-        ({"objective": "f_kl", "noise": 0.1, "noise_schedule": "controlled"}, "controlled with --objective f_kl: .* no upper end"),
+        ({"objective": "wasserstein", "noise": 0.1, "noise_schedule": "controlled"}, "controlled with --objective wasserstein: .* no upper end"),
         ({"dataset": "ring", "noise_schedule": "linear"}, "linear without noise: give the first standard deviation by --noise"),
         ({"packing": 3}, "--batch is 128, which --workers 1 and --packing 3 do not divide; .* 126 and 129"),
         ({"packing": 0}, "--packing is 0; it must be at least 1"),

@@ -66,7 +66,7 @@ def compare(critic, real, fake, objective, penalty, classes):
     found = closed_form(critic, objective, penalty, real, fake, between, y, 0.7)
     for p, gradient in zip(critic.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-11, atol=1e-12)
-    for name in ("critic_loss", "generator_loss", "penalty", "by_fake"):
+    for name in ("critic_loss", "generator_loss", "penalty", "by_fake", "doubt"):
         torch.testing.assert_close(getattr(found, name), getattr(oracle, name), rtol=1e-11, atol=1e-12)
 
 
@@ -99,7 +99,7 @@ def test_one_function_of_the_weights_gives_the_same_gradients(objective, penalty
     found = functional(critic, objective, penalty, real, fake, between, y, 0.7)
     for p, gradient in zip(critic.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-11, atol=1e-12)
-    for part in ("critic_loss", "generator_loss", "penalty", "by_fake"):
+    for part in ("critic_loss", "generator_loss", "penalty", "by_fake", "doubt"):
         torch.testing.assert_close(getattr(found, part), getattr(oracle, part), rtol=1e-11, atol=1e-12)
 
 

@@ -14,14 +14,14 @@ from training.config import Config, InputError, check
 from training.data import DATASETS, DataError
 from training.recipes import RECIPES
 from training.registry import Registry, RegistryError
-from training.train import TrainingStopped, adversarial_training, build, decayed, open_data
+from training.train import JOB, TrainingStopped, adversarial_training, build, chosen_device, decayed, open_data, python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 MNIST = ROOT.parent / "shared" / "data" / "mnist.npz"
 
 
-def train(home, *flags):
-    env = {**os.environ, "GANWATCH_HOME": str(home), "OMP_NUM_THREADS": "1"}
+def train(home, *flags, **environment):
+    env = {**os.environ, "GANWATCH_HOME": str(home), "OMP_NUM_THREADS": "1", **environment}
     env.pop("RAY_ADDRESS", None)
     command = [sys.executable, "training/train.py", *flags]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
@@ -52,6 +52,17 @@ def test_the_critic_may_move_several_times_for_each_step_of_the_generator(wish, 
     first = build(Config(dataset="ring", **wish), dataset)[1].head.weight
     waits, moves = (adversarial_training(Config(dataset="ring", steps=n, **wish), dataset)[0].head.weight for n in (turns - 1, turns))
     assert torch.equal(waits, first) and not torch.equal(moves, first)
+
+
+@pytest.mark.parametrize("objective", ["minimax", "f_kl", "f_reverse_kl", "f_pearson", "f_neyman"])
+def test_noise_goes_while_the_critic_knows_nothing_and_stays_while_it_knows_all(objective):
+    first = {}
+    for learns, rate in ((False, 1e-12), (True, 1e-2)):
+        sigma = []
+        wish = {"objective": objective, "noise": 0.05, "noise_schedule": "controlled", "learning_rate": rate}
+        adversarial_training(Config(dataset="ring", steps=50, **wish), DATASETS["ring"](), save=lambda state, *_, seen=sigma: seen.append(state.noise.sigma))
+        first[learns] = sigma[0]
+    assert first[False] < 0.05 and first[True] > first[False]
 
 
 def test_numbers_that_blow_up_stop_the_training():
@@ -89,6 +100,7 @@ def test_two_workers_train_what_one_does_and_force_publishes_it(tmp_path):
     assert bundle.card.forced and bundle.card.training["config"]["workers"] == 2
     assert bundle.reference.held_out_points.shape == (0, 2)
     assert "published small v1 at" in done.stdout
+    assert "\ndevice   cpu\n" in done.stdout or torch.cuda.device_count() >= 2
 
     (run,) = (tmp_path / "home" / "runs").iterdir()
     (checkpoint,) = run.glob("ray/step-*/state.pt")
@@ -101,6 +113,94 @@ def test_two_workers_train_what_one_does_and_force_publishes_it(tmp_path):
     assert [s for s in ("ray", "train", "certify", "publish") if s not in stages] == []
     assert (run / "samples.png").read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in (run / "samples").iterdir()] == ["step-0000005.png"]  # while it trained: one for each tenth
+
+
+THEIRS = """
+from dataclasses import replace
+from training.networks import FAMILIES, Generator
+
+class Branches(Generator):
+    def forward(self, z, y=None):
+        x = super().forward(z, y)
+        return x if x.mean() > 0 else -x
+
+def of(kind):
+    return replace(FAMILIES["perceptron"], generator=lambda latent, shape, **how: kind(latent, shape[0], **how))
+
+PLAIN, BRANCHES = of(Generator), of(Branches)
+"""
+
+
+@pytest.mark.slow
+def test_networks_that_only_pythonpath_names_reach_the_workers(tmp_path):
+    (tmp_path / "nets").mkdir()
+    (tmp_path / "nets" / "their_nets.py").write_text(THEIRS)
+    how = ("--dataset", "ring", "--steps", "5", "--certify-samples", "1000", "--no-reference-points", "--force")
+    done = train(tmp_path, *how, "--network", "their_nets:PLAIN", PYTHONPATH=os.path.relpath(tmp_path / "nets", ROOT))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Registry(tmp_path / "registry").open("ring", "v1").card.training["config"]["network"] == "their_nets:PLAIN"
+
+
+@pytest.mark.slow
+def test_networks_that_could_not_be_served_are_refused_before_the_first_step(tmp_path):
+    (tmp_path / "their_nets.py").write_text(THEIRS)
+    done = train(tmp_path / "home", "--dataset", "ring", "--network", "their_nets:BRANCHES", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.startswith("not published: --network their_nets:BRANCHES could not be served: model.onnx cannot be made: Could not guard on")
+    assert f"(at {tmp_path / 'their_nets.py'}:8); forward must " in done.stderr and "torch.where in place of an `if`" in done.stderr
+    (status,) = (tmp_path / "home").glob("runs/*/status.jsonl")
+    assert [json.loads(line)["stage"] for line in status.read_text().splitlines()] == ["begin", "ray", "latent", "failed"]
+
+
+def test_the_device_is_chosen_by_what_ray_has_and_told_where_gpus_are_left():
+    assert chosen_device(Config(), {"CPU": 2.0}) == ("cpu", "")
+    assert chosen_device(Config(device="cpu"), {"CPU": 2.0, "GPU": 2.0}) == ("cpu", "")
+    assert chosen_device(Config(workers=2), {"CPU": 2.0, "GPU": 2.0}) == ("cuda", "")
+    assert chosen_device(Config(workers=2), {"CPU": 2.0, "GPU": 1.0}) == ("cpu", ", since --workers is 2 and Ray has 1 GPU")
+    assert chosen_device(Config(workers=2, min_workers=1), {"CPU": 2.0, "GPU": 1.0}) == ("cuda", "")
+    with pytest.raises(InputError, match="--device is cuda with --workers 2, but Ray has 1 GPUs; use --device cpu"):
+        chosen_device(Config(workers=2, device="cuda"), {"CPU": 2.0, "GPU": 1.0})
+    with pytest.raises(InputError, match="--min-workers is 3, but the Ray cluster has 2 CPUs; use fewer workers"):
+        chosen_device(Config(workers=4, min_workers=3), {"CPU": 2.0})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("wish", [{"dataset": "ring"}, {"dataset": "digits", "network": "dcgan"}, {"dataset": "digits", "network": "dcgan", "conditional": True}])
+def test_a_gpu_learns_what_a_cpu_does(wish):
+    dataset = DATASETS[wish["dataset"]]()
+    for precision, near in (("float32", 0.01), ("auto", 0.1)):  # auto: bf16 for images, where the GPU has it
+        config = Config(steps=5, precision=precision, **wish)
+        generator, figures = adversarial_training(config, dataset, device="cuda")
+        alone, expected = adversarial_training(config, dataset)
+        assert {p.device.type for p in generator.parameters()} == {"cpu"}
+        assert not torch.equal(generator.head.weight, build(config, dataset)[1].head.weight)
+        for loss in ("critic_loss", "generator_loss"):
+            assert figures[loss] == pytest.approx(expected[loss], abs=near)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("network", ["perceptron", "dcgan"])
+def test_a_run_on_a_gpu_says_so_and_publishes(tmp_path, network):
+    done = train(tmp_path, "--device", "cuda", "--network", network, "--steps", "5", "--certify-samples", "2000", "--no-reference-points", "--force")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "\ndevice   cuda\n" in done.stdout
+    assert Registry(tmp_path / "registry").open("digits", "v1").card.training["metrics"]["device"] == "cuda:0"
+
+
+def test_ray_gives_the_workers_what_pythonpath_names_here(monkeypatch):
+    monkeypatch.delenv(JOB, raising=False)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert python_path() == {"PYTHONPATH": str(ROOT)}
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["/theirs", "near"]))
+    both = {"PYTHONPATH": os.pathsep.join([str(ROOT), "/theirs", os.path.abspath("near")])}
+    assert python_path() == both
+    monkeypatch.setenv(JOB, json.dumps({"runtime_env": {"working_dir": "gcs://_ray_pkg_1.zip"}, "metadata": {}}))
+    assert python_path() == both
+    monkeypatch.setenv(JOB, json.dumps({"runtime_env": {"env_vars": {"PYTHONPATH": "/theirs"}}}))
+    assert python_path() == {}  # Ray refuses a second value
 
 
 @pytest.mark.slow
