@@ -7,7 +7,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from monitoring.incidents import Incidents
 from monitoring.watch import NO_SEED, REPLICAS, STALE_AFTER, UNPAIRED, Replicas, Watch, parse_counter, total_log10
 from serving.records import Heartbeat, Record
 from tests.monitoring.conftest import CENTRES, SD
-from training.bundle import Bundle, BundleError, write_arrays, write_card
+from training.bundle import Bundle, BundleError
 from training.gate import QualityRefused, promote, publish
 from training.recertify import recertify
 from training.registry import Registry

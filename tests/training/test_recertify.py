@@ -1,7 +1,6 @@
 """A published generator is certified against other data: the graph stays to the last bit, all that is said of it is new."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import numpy as np
