@@ -63,7 +63,7 @@ def build(dataset: Dataset, name: str, source: str, root: Path, *, seed: int = 0
         "dtype": str(dataset.samples.dtype),
         "labelled": dataset.labels is not None,
         "accuracy": sight.accuracy,
-        "scores": sight.scores,
+        "scores": list(sight.scores),
         "counts": dict(zip(sight.modes, counts.tolist(), strict=True)),
     }
     about["changes"] = None if before is None else compare(before, about, dataset)
