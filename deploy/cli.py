@@ -37,7 +37,7 @@ from training.data import DataError
 from training.gate import TOLERANCE, QualityRefused
 from training.gate import promote as promote_version
 from training.gate import publish as publish_bundle
-from training.registry import Registry, RegistryError, ganwatch_home
+from training.registry import Registry, RegistryError, checked_name, ganwatch_home
 
 progress = Console(stderr=True, highlight=False, soft_wrap=True)
 answer = Console(highlight=False, soft_wrap=True)
@@ -250,6 +250,7 @@ def reference(
 
     Trains features.onnx, a classifier where data are labelled, and writes it with reference.npz and reference.json to
     .ganwatch/references/NAME/vN. Building again after new data came says in words which classes, shares and features moved.
+    `ganwatch certify v1 --reference NAME` certifies a generator against it.
 
     Args:
         action: build.
@@ -260,10 +261,10 @@ def reference(
     from training.reference import build, words
     from training.sources import label, open_dataset
 
-    directory = ganwatch_home() / "references"
+    directory, name = ganwatch_home() / "references", checked_name(name or label(data)[:64], "reference")
     with tempfile.TemporaryDirectory(prefix="ganwatch-") as cache, _stage(f"building the reference of {data}"):
         dataset = open_dataset(data, cache=Path(cache), skip_bad_files=skip_bad_files, say=lambda line: progress.print(escape(line)), option="data")
-        built = build(dataset, name or label(data), data, directory)
+        built = build(dataset, name, data, directory)
     if as_json:
         return _print_json({"path": str(built.path)} | built.about)
     for line in words(built.about):
@@ -273,29 +274,58 @@ def reference(
 
 def certify(
     version: tyro.conf.Positional[str],
-    more: int,
+    more: int | None = None,
+    reference: str | None = None,
     model: str | None = None,
+    skip_bad_files: bool = False,
+    force: bool = False,
     registry: Path | None = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Publish a version again with a certificate that counts more fresh samples: tighter bounds, deeper tails. Promotes nothing.
+    """Publish a version again with another certificate; model.onnx stays as it is, byte for byte. Promotes nothing.
+
+    With --more it counts that many fresh samples besides: tighter bounds, deeper tails. With --reference the generator is certified anew,
+    against other real data: where these have changed, it shows whether the generator that is served is still good enough.
 
     Args:
         version: a version or an alias, such as v2.
         more: how many samples to draw besides.
+        reference: the real data, as publish --reference takes them, or what `ganwatch reference build` has made: its NAME, NAME/v2 or
+            directory. Refused where the generator is too far from them, unless forced.
         model: default: the only model of the registry.
+        skip_bad_files: leave out files of the real data that cannot be used.
+        force: publish although the quality gate objects to --reference; the objections stay in the card.
         registry: directory of bundles.
     """
-    from training.export import certify_more
-
-    if more < 1:
+    if more is None and reference is None:
+        raise StackError("give --more N, to count so many samples besides, or --reference DATA, to certify anew against other real data")
+    if more is not None and reference is not None:
+        raise StackError("--more adds to the certificate that there is, --reference makes a new one that begins at 0; give one of the two")
+    if more is not None and more < 1:
         raise StackError(f"--more is {more}; it must be at least 1")
     reg = _registry(registry)
     name = _model(reg, model)
-    with reg.staging(name) as staged, _stage(f"certifying {name} {version}") as show:
-        card = certify_more(reg.open(name, version), staged, more, lambda done, most: show(f"{done:,} of {most:,} samples"))
-        published = reg.publish(staged, card)
-    _tell({"model": name, "version": published.card.version, "samples": published.certificate.count, "path": str(published.path)}, as_json)
+    bundle = reg.open(name, version)
+    if reference is None:
+        from training.export import certify_more
+
+        with reg.staging(name) as staged, _stage(f"certifying {name} {version}") as show:
+            card = certify_more(bundle, staged, more, lambda done, most: show(f"{done:,} of {most:,} samples"))
+            published = reg.publish(staged, card)
+    else:
+        from training.recertify import recertify
+
+        directory = ganwatch_home() / "recertified" / f"{time.strftime('%Y%m%dT%H%M%S')}-{name}-{bundle.card.version}"
+        with _stage(f"certifying {name} {version} against {reference}") as show:
+            recertify(
+                bundle, reference, directory, ganwatch_home() / "references", skip_bad_files=skip_bad_files,
+                say=lambda line: progress.print(escape(line)),
+                progress=lambda done, most: show(f"{done:,} of at most {most:,} samples"),
+            )  # fmt: skip
+        published = publish_bundle(directory, reg, force=force)
+        shutil.rmtree(directory, ignore_errors=True)  # a copy by now; where it was refused it stays, for --force
+    told = {"model": name, "version": published.card.version, "samples": published.certificate.count, "path": str(published.path)}
+    _tell(told | {"forced": published.card.forced}, as_json)
 
 
 def promote(

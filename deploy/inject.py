@@ -180,7 +180,7 @@ def copies(request: Request) -> onnx.ModelProto:
     """A generator of which COPY_SHARE of the samples are samples of its training data."""
     graph, card = Graph(request.bundle), request.bundle.card
     config = card.training.get("config", card.training)
-    name, where = request.data or card.dataset, None if request.data else config.get("data")
+    name, where = request.data or card.dataset, None if request.data or "recertified" in card.training else config.get("data")
     if not name:
         raise InjectError(f"the card of {card.model} does not name its training data; name them with --data")
     try:

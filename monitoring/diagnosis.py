@@ -78,7 +78,7 @@ VERDICTS: dict[str, Verdict] = {
         Verdict(
             "world_moved",
             "The model does what it did when it passed as {version}, but the reference data have changed since: by these it is not good enough.",
-            "Train on the new data and publish; a rollback to {version} is judged by the old reference.",
+            "Train on the new data and publish, or judge it by other data: ganwatch certify {version} --reference DATA; a rollback to {version} is judged by the old reference.",
             null="B",
         ),
         Verdict(

@@ -76,7 +76,7 @@ def adopt(
     """
     model = checked_name(model or label(str(path))[:64], "model")
     (law, steps), generator = read_law(latent), _load(path)
-    with _whole(directory), tempfile.TemporaryDirectory(prefix="data-", dir=directory) as cache:
+    with whole(directory), tempfile.TemporaryDirectory(prefix="data-", dir=directory) as cache:
         dataset = open_dataset(reference, cache=Path(cache), skip_bad_files=skip_bad_files, say=say, option="--reference")
         onnx.save(as_served(generator, path, dataset, law, steps), directory / "model.onnx")
         _check(directory / "model.onnx", path, dataset, law)
@@ -97,7 +97,7 @@ def adopt(
 
 
 @contextmanager
-def _whole(directory: Path) -> Iterator[None]:
+def whole(directory: Path) -> Iterator[None]:
     """Make the new `directory`; a failure removes it, and the directories above that were made for it."""
     above = [parent for parent in directory.parents if not parent.exists()]
     directory.mkdir(parents=True)

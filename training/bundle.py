@@ -188,7 +188,9 @@ class Card:
 
     @property
     def dataset(self) -> str | None:
-        """The real data that it was trained on or adopted with, as --dataset names them; None where nobody wrote that down."""
+        """The real data that its reference was made of, as --dataset names them; None where nobody wrote that down."""
+        if "recertified" in self.training:
+            return self.training["recertified"]["data"]
         return self.training.get("config", self.training).get("dataset") or self.training.get("reference")
 
     def latents(self, *, seed: int, offset: int = 0, count: int, truncation: float = 1.0) -> Float32[ndarray, "count d"]:
@@ -303,11 +305,11 @@ class Bundle:
 
     @cached_property
     def reference(self) -> Reference:
-        return _read_arrays(Reference, self.path / "reference.npz")
+        return read_arrays(Reference, self.path / "reference.npz")
 
     @cached_property
     def certificate(self) -> Certificate:
-        return _read_arrays(Certificate, self.path / "certificate.npz")
+        return read_arrays(Certificate, self.path / "certificate.npz")
 
 
 def load_card(path: str | os.PathLike[str]) -> Card:
@@ -365,7 +367,8 @@ def write_arrays(path: Path, arrays: Reference | Certificate) -> None:
     np.savez(path, allow_pickle=False, **{f.name: getattr(arrays, f.name) for f in fields(arrays)})
 
 
-def _read_arrays(kind: type, path: Path) -> Any:
+def read_arrays(kind: type, path: Path) -> Any:
+    """The Reference or the Certificate in the file at `path`. Raises BundleError where it is damaged."""
     try:
         with np.load(path, allow_pickle=False) as data:
             optional = {f.name for f in fields(kind) if f.default_factory is not MISSING or f.default is not MISSING}

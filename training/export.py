@@ -425,19 +425,11 @@ def complete_bundle(
 
     `check` raises where the exported graphs are not to be certified.
     """
-    example = {"x": torch.from_numpy(np.array(dataset.samples[:64]))}
-    export_onnx(sight.eye, directory / "features.onnx", example, ("features", "scores", "mode", "probability"), tolerance=1e-3)
-    source = Source(session(directory / "model.onnx"), session(directory / "features.onnx"), latent, class_shares)
-    check(source)
-    reference = describe_reals(dataset, source.features, keep_points=keep_points)
-    certificate = certify(source, certify_samples, cells=len(sight.modes), seconds=certify_seconds, progress=progress)
-    certificate = replace(certificate, model_sha256=sha256(directory / "model.onnx"))
-    write_arrays(directory / "reference.npz", reference)
-    write_arrays(directory / "certificate.npz", certificate)
+    reference = write_reference(directory, dataset, sight, keep_points=keep_points)
     card = Card(
         model=model,
         version="unpublished",
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created="",
         files={},
         latent=latent,
         sample_shape=dataset.shape,
@@ -447,22 +439,58 @@ def complete_bundle(
         classes=classes,
         class_shares=class_shares,
         training=training,
-        certified=figures(dataset, reference, certificate, source, sight),
-        versions={"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES},
     )
-    return write_card(directory, card)
+    return certify_bundle(
+        directory, card, reference, accuracy=sight.accuracy, dataset=dataset,
+        certify_samples=certify_samples, certify_seconds=certify_seconds, progress=progress, check=check,
+    )  # fmt: skip
+
+
+def write_reference(directory: Path, dataset: Dataset, sight: Sight, *, keep_points: bool) -> Reference:
+    """Write features.onnx, the eye, and reference.npz, what it sees in the real data."""
+    example = {"x": torch.from_numpy(np.array(dataset.samples[:64]))}
+    export_onnx(sight.eye, directory / "features.onnx", example, ("features", "scores", "mode", "probability"), tolerance=1e-3)
+    reference = describe_reals(dataset, session(directory / "features.onnx"), keep_points=keep_points)
+    write_arrays(directory / "reference.npz", reference)
+    return reference
+
+
+def certify_bundle(
+    directory: Path,
+    card: Card,
+    reference: Reference,
+    *,
+    accuracy: float | None,
+    dataset: Dataset | None,
+    certify_samples: int,
+    certify_seconds: float,
+    progress: Callable[[int, int], None],
+    check: Callable[[Source], None] = lambda source: None,
+) -> Card:
+    """Count the generator's law into the `directory`, which holds the other files, and write the card; `card` says what they are."""
+    source = open_source(directory, card)
+    check(source)
+    certificate = certify(source, certify_samples, cells=len(card.modes), seconds=certify_seconds, progress=progress)
+    certificate = replace(certificate, model_sha256=sha256(directory / "model.onnx"))
+    write_arrays(directory / "certificate.npz", certificate)
+    created, versions = datetime.now(UTC).isoformat(timespec="seconds"), {name: importlib.metadata.version(name) for name in LIBRARIES}
+    found = figures(dataset, reference, certificate, source, card.modes, accuracy)
+    return write_card(directory, replace(card, created=created, certified=found, versions={"python": platform.python_version()} | versions))
 
 
 def figures(
-    dataset: Dataset, reference: Reference, certificate: Certificate, source: Source, sight: Sight
+    dataset: Dataset | None, reference: Reference, certificate: Certificate, source: Source, modes: tuple[str, ...], accuracy: float | None
 ) -> dict[str, Any]:
-    """What the certificate says, and what 10,000 samples more do, for people. Infinite and undefined numbers become None."""
+    """What the certificate says, and what 10,000 samples more do, for people. Infinite and undefined numbers become None.
+
+    Without a `dataset`, samples are not compared with real ones one by one.
+    """
     seed = secrets.randbits(53)
     parts = [source.samples(seed=seed, offset=i, count=2000) for i in range(0, 10_000, 2000)]
     samples = np.concatenate(parts)
-    found = law(reference, certificate, sight.modes) | {"classifier_accuracy": sight.accuracy}
-    if sight.accuracy is not None and sight.accuracy < ACCURATE:
-        found["warning"] = f"the classifier that names modes is right on {sight.accuracy:.1%} of held-out data; {ACCURATE:.0%} are wanted"
+    found = law(reference, certificate, modes) | {"classifier_accuracy": accuracy}
+    if accuracy is not None and accuracy < ACCURATE:
+        found["warning"] = f"the classifier that names modes is right on {accuracy:.1%} of held-out data; {ACCURATE:.0%} are wanted"
     if source.class_shares:
         probability = np.concatenate([source.features.run(["probability"], {"x": part})[0] for part in parts])
         asked = sample_classes(np.array(source.class_shares), seed=seed, count=len(samples))
@@ -474,9 +502,9 @@ def figures(
         if least > DETOUR_LIMIT * found["off_manifold"]:
             words = f"{share:.1%} of {name} samples are off the manifold and {found['off_manifold']:.1%} of plain ones"
             found["warning"] = "; ".join(filter(None, (found.get("warning"), words)))
-    if dataset.mixture is not None:
+    if dataset is not None and dataset.mixture is not None:
         found |= {f"mixture_{name}": value for name, value in mixture_fit(dataset.mixture, samples).items()}
-    else:
+    elif dataset is not None:
         real = dataset.normalised(slice(min(dataset.trained, PRDC_POINTS)))
         fake = (samples[: len(real)].reshape(-1, dataset.dim) - dataset.shift) / dataset.scale
         found |= {f"prdc_{name}": value for name, value in prdc(real, fake).items()}

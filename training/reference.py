@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-import torch
 from jaxtyping import Float, Int64
 from numpy import ndarray
 from scipy.stats import ks_2samp
 
-from training.bundle import clopper_pearson, write_arrays
-from training.data import DataError, Dataset
-from training.export import describe_reals, export_onnx, session
+from training.bundle import clopper_pearson
+from training.data import DATASETS, DataError, Dataset
+from training.export import session, write_reference
 from training.features import fit_eye
 
 DELTA = 0.01  # chance that any of the statements of one report about shares, or about features, is wrong
@@ -49,10 +48,7 @@ def build(dataset: Dataset, name: str, source: str, root: Path, *, seed: int = 0
     directory = root / name / f"v{number}"
     directory.mkdir(parents=True)
     sight = fit_eye(dataset, seed=seed)
-    example = {"x": torch.from_numpy(np.array(dataset.samples[:64]))}
-    export_onnx(sight.eye, directory / "features.onnx", example, ("features", "scores", "mode", "probability"), tolerance=1e-3)
-    reference = describe_reals(dataset, session(directory / "features.onnx"), keep_points=True)
-    write_arrays(directory / "reference.npz", reference)
+    reference = write_reference(directory, dataset, sight, keep_points=True)
     if dataset.labels is None:
         counts = _of_modes(reference.cell_share, reference.count)
     else:
@@ -67,6 +63,7 @@ def build(dataset: Dataset, name: str, source: str, root: Path, *, seed: int = 0
         "dtype": str(dataset.samples.dtype),
         "labelled": dataset.labels is not None,
         "accuracy": sight.accuracy,
+        "scores": list(sight.scores),
         "counts": dict(zip(sight.modes, counts.tolist(), strict=True)),
     }
     about["changes"] = None if before is None else compare(before, about, dataset)
@@ -77,9 +74,20 @@ def build(dataset: Dataset, name: str, source: str, root: Path, *, seed: int = 0
 def latest(directory: Path) -> Built | None:
     """The newest complete version in the directory of a reference."""
     complete = [p.parent for p in directory.glob("v*/reference.json") if p.parent.name[1:].isdigit()]
-    if not complete:
+    return _read(max(complete, key=lambda p: int(p.name[1:]))) if complete else None
+
+
+def find(where: str, root: Path) -> Built | None:
+    """The reference in the directory `where`, or called that below `root`: NAME for the newest version, or NAME/v2. None where
+    there is none, or where `where` means data. Raises DataError where it is damaged.
+    """
+    path = Path(where) if Path(where).exists() else root / where
+    if where in DATASETS:
         return None
-    path = max(complete, key=lambda p: int(p.name[1:]))
+    return _read(path) if (path / "reference.json").is_file() else latest(path)
+
+
+def _read(path: Path) -> Built:
     try:
         return Built(path, json.loads((path / "reference.json").read_text()))
     except ValueError as error:

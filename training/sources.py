@@ -19,9 +19,11 @@ import io
 import json
 import logging
 import mmap
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -35,6 +37,8 @@ from training.data import CELLS, DATASETS, DataError, Dataset
 FEWEST = 100  # samples: a fifth is held out, and the outermost hundredth of that is looked at
 CHUNK = 8 << 20  # bytes of samples that travel together
 NAMED = 20  # bad files named in an error
+MANY = 10_000  # files: to read so many one after another takes longer than a Ray takes to start
+ROOT = Path(__file__).resolve().parent.parent
 SIDE_FILES = {"", ".txt", ".md", ".rst", ".html", ".csv", ".tsv", ".json", ".yaml", ".yml", ".xml", ".ini", ".log", ".db"}  # lie beside data
 
 
@@ -317,15 +321,11 @@ def as_served(found: Shaped[ndarray, "n ..."], first: int = 0) -> Shaped[ndarray
 
 def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], None], option: str) -> None:
     """Write samples.npy and labels.npy in a random order, and then dataset.json."""
-    import ray
-
     system, root, files, others = find(name, option)
     beside, bad = _unread(root, files, others)
     total = len(files) + len(bad)
     items, astray = _in_classes(root, files)
     bad |= astray
-
-    rows = _through_ray(items, system) if ray.is_initialized() else _here(items, system)
 
     cache.mkdir(parents=True, exist_ok=True)
     left_out: dict[str, dict[str, None]] = {}  # what, and the files of which it is
@@ -333,7 +333,7 @@ def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], 
     first: tuple[ndarray, str] | None = None
     count = 0
     current, before = "", (0, 0, 0)  # the file being read, and what had been kept when it began
-    with open(cache / "samples.raw", "wb") as raw:
+    with open(cache / "samples.raw", "wb") as raw, closing(_rows_of(items, system)) as rows:
         for row in rows:
             file, samples = row["file"], _unpacked(row["samples"])
             if file != current:
@@ -436,6 +436,28 @@ def _shuffle(found: Shaped[ndarray, "n ..."], order: Int64[ndarray, "n"], path: 
     return vary
 
 
+def _rows_of(items: list[dict[str, str]], system: FileSystem) -> Iterator[dict[str, Any]]:
+    """Through the Ray that runs; where none does, as when a reference is built, files are read one after another, or, where there are
+    many, through one of this machine alone, which is stopped again."""
+    import ray
+
+    if ray.is_initialized():
+        yield from _through_ray(items, system)
+        return
+    if len(items) >= MANY:
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        how = {"include_dashboard": False, "logging_level": "error", "log_to_driver": False, "_node_ip_address": "127.0.0.1"}
+        try:
+            with suppress(Exception):  # Ray raises bare ones where it does not come up; it is not needed
+                ray.init("local", runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}, **how)
+            if ray.is_initialized():
+                yield from _through_ray(items, system)
+                return
+        finally:
+            ray.shutdown()
+    yield from _here(items, system)
+
+
 def _through_ray(items: list[dict[str, str]], system: FileSystem) -> Iterator[dict[str, Any]]:
     import ray.data
 
@@ -450,7 +472,6 @@ def _through_ray(items: list[dict[str, str]], system: FileSystem) -> Iterator[di
 
 
 def _here(items: list[dict[str, str]], system: FileSystem) -> Iterator[dict[str, Any]]:
-    """Where no Ray runs, as when a generator of somebody else's is published, files are read one after another."""
     for item in items:
         yield from ({k: v[0] for k, v in row.items()} for row in _decoded({k: np.array([v]) for k, v in item.items()}, system))
 

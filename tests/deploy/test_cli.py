@@ -37,8 +37,10 @@ def ganwatch(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     ("words", "wanted"),
     [
         ("sample", "nothing is up"), ("scale 2", "nothing is up"), ("scale 0", "replicas is 0"), ("ack", "nothing is up"), ("promote v1", "there is no model yet"), ("rollback --model m", "unknown model|no earlier version"),
-        ("inject nothing", "there is no model yet"), ("publish /nowhere", "no card.json"), ("publish", "name a bundle directory"),
-        ("publish --onnx g.onnx", "--onnx takes --reference"), ("publish --onnx g.onnx --reference ring --latent gamma:2", "--latent is gamma:2"), ("replay --bundle /nowhere --samples x.npy", "no card.json"),
+        ("inject nothing", "there is no model yet"), ("certify v1", "give --more N, to count so many samples besides, or --reference DATA"),
+        ("certify v1 --more 5 --reference ring", "--reference makes a new one that begins at 0"), ("certify v1 --reference ring", "there is no model yet"), ("certify v1 --reference ring --model m", "unknown model 'm'"),
+        ("reference build ring --name ../x", "reference name is '../x'; use letters"), ("publish /nowhere", "no card.json"), ("publish", "name a bundle directory"),
+        ("publish --onnx g.onnx", "--onnx takes --reference"), ("publish --onnx g.onnx --reference ring --latent gamma:2", "--latent is 'gamma:2'"), ("replay --bundle /nowhere --samples x.npy", "no card.json"),
         ("inject drop-mode", "invalid choice 'drop-mode'"), ("up --device gpu", "invalid choice 'gpu'"), ("promte v1", "promte"), ("grafana apply", "GRAFANA_TOKEN"),
     ],
 )  # fmt: skip
@@ -90,6 +92,24 @@ def test_a_generator_from_elsewhere_is_certified_and_published(tmp_path: Path) -
     before = Registry(tmp_path / "registry").open("cloud", "v1").certificate.count
     done = ganwatch(tmp_path, "certify", "v1", "--more", "3000", "--json")
     assert json.loads(done.stdout)["version"] == "v2" and json.loads(done.stdout)["samples"] == before + 3000, done.stderr
+
+
+@pytest.mark.slow
+def test_a_version_is_certified_against_other_data(make_bundle: Callable[..., Bundle], tmp_path: Path) -> None:
+    """Of the new data nothing lies where the generator gives samples: it is refused, and published by force."""
+    old = make_bundle(root=tmp_path / "registry")
+    np.save(tmp_path / "far.npy", 50 + np.random.default_rng(0).standard_normal((1000, 2)))
+    built = ganwatch(tmp_path, "reference", "build", str(tmp_path / "far.npy"), "--name", "away", "--json")
+    assert built.returncode == 0, built.stderr
+    done = ganwatch(tmp_path, "certify", "v1", "--reference", "away")
+    (left,) = (tmp_path / "recertified").iterdir()
+    assert done.returncode == 2 and "samples are off the manifold of the real data" in done.stderr and "the reference is away v1" in done.stderr, done.stderr
+    assert f"ganwatch publish {left.resolve()} --force --registry {tmp_path / 'registry'}" in done.stderr and "Traceback" not in done.stderr
+    done = ganwatch(tmp_path, "certify", "v1", "--reference", "away", "--force", "--json")
+    told, made = json.loads(done.stdout), Registry(tmp_path / "registry").open("grid", "v2")
+    assert told["version"] == "v2" and "off the manifold" in told["forced"] and told["samples"] >= 160_000, done.stderr
+    assert made.card.files["model.onnx"] == old.card.files["model.onnx"] and made.card.training["recertified"]["built"] == "away v1"
+    assert list((tmp_path / "recertified").iterdir()) == [left]
 
 
 @pytest.mark.parametrize(

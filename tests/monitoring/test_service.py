@@ -334,6 +334,19 @@ def test_the_command_answers_and_stops_at_a_signal_with_a_reader_connected(
         assert process.stderr.read() == ""
 
 
+def test_the_readme_posts_what_another_server_serves(tmp_path: Path, world: World, run: Callable[..., Running]) -> None:
+    """Both of its examples, word for word but for the model and the port."""
+    service, samples = run(), world.draw(world.bundles["v1"], 1000, seed=1)
+    words = (Path(__file__).parents[2] / "README.md").read_text().partition("## Watching what another server serves")[2]
+    words = words.replace("observe/digits", "observe/grid").replace("http://127.0.0.1:9464", service.url)
+    curl, python = (words.split(f"```{language}\n")[1].split("```")[0] for language in ("bash", "python"))
+    np.save(tmp_path / "stream.npy", samples)
+    done = subprocess.run(curl, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert json.loads(done.stdout) == {"model": "grid", "version": "v1", "received": 1000, "judged": True}, done.stderr
+    exec(python, {"samples": world.draw(world.bundles["v1"], 500, seed=2)})
+    assert verdict(service.until(lambda state: monitored(state) == 1500)) == "healthy"
+
+
 def test_a_port_in_use_names_the_process(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

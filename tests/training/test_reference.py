@@ -13,7 +13,7 @@ import pytest
 from numpy import ndarray
 from PIL import Image
 
-from training.bundle import Reference, _read_arrays
+from training.bundle import Reference, read_arrays
 from training.data import DATASETS, Dataset
 from training.reference import build, latest, moved, words
 from training.sources import open_dataset

@@ -298,6 +298,30 @@ def test_data_of_ones_own_go_through_ray(tmp_path, ray):
             opened(name)
 
 
+MANY_FILES = """
+import sys, ray
+from pathlib import Path
+from training import sources
+sources.MANY = int(sys.argv[2])
+assert "ray.data" not in sys.modules
+dataset = sources.open_dataset(sys.argv[1], cache=Path(sys.argv[3]), say=lambda words: None)
+print("ray.data" in sys.modules, ray.is_initialized(), dataset.samples.tobytes().hex())
+"""
+
+
+@pytest.mark.slow
+def test_many_files_are_read_through_a_ray_that_is_started_for_them(tmp_path, faces):
+    def read(many):
+        command = [sys.executable, "-W", "ignore", "-c", MANY_FILES, faces, many, tmp_path / f"cache-{many}"]
+        done = subprocess.run([*map(str, command)], cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0 and done.stderr == "", done.stderr[-2000:]
+        return done.stdout.split()
+
+    through, running, samples = read(120)
+    assert (through, running) == ("True", "False")  # it is gone
+    assert read(121) == ["False", "False", samples]
+
+
 LIMITED = """
 import pyarrow, pyarrow.parquet, resource, sys
 pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the others reserve a gigabyte at once
