@@ -680,6 +680,9 @@ class Watch:
                 if not self.policy.allows(model.history, alias):
                     continue
                 verdict = self._watched[name, version].judged.verdict
+                if verdict.stays is not None:
+                    self._held[name, alias] = f"{alias} of {name} is alarmed, {version} is {verdict.id}, and stays as it is: {verdict.stays}"
+                    continue
                 why = f"{version} is {' '.join([verdict.id, *verdict.modes])}"
                 try:
                     change = self.policy.act(name, alias, why=why, alarmed=alarmed | self.incidents.unsettled(name), at=at)
