@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from numpy import ndarray
 
 from monitoring.asymptotic import frechet_interval
+from monitoring.audit import Compared
 from monitoring.divergences import INTERVALS, ShareSet
 from monitoring.incidents import Incidents
 from monitoring.monitor import GAUGE_DELTA, Monitor
@@ -440,6 +441,16 @@ def test_a_restart_takes_up_where_it_was(scene: Scene) -> None:
     assert shown.snapshot["monitored"] == 1000 and shown.snapshot["verdict"]["id"] == "healthy" and shown.last_sample_at == START + 1
     assert again.restores == {("grid", "restored"): 1, ("grid", "absent"): 0, ("grid", "refused"): 0} and again.errors == ()
     assert watch.publish(scene.now).restores["grid", "absent"] == 1
+
+
+def test_a_suspicion_is_written_down_though_no_sample_comes(scene: Scene) -> None:
+    watch = scene.watch()
+    scene.serve(watch, "v1", 100, seed=1)
+    watch.save()
+    for found, suspect in ((Compared(16, 1), True), (Compared(16), False)):
+        watch.audited(scene.bundles["v1"], found)
+        watch.save()
+        assert scene.watch().publish(scene.now).models["grid"].snapshot["replay"]["suspect"] == suspect
 
 
 def test_the_charts_show_what_was_before_a_restart_and_that_nobody_looked_in_between(scene: Scene) -> None:
