@@ -79,8 +79,8 @@ class Blocks:
     def merge(self, other: Blocks) -> None:
         """Show what both show, another stream of the same law and this one, each read since the first sample of a block of its own.
 
-        Whenever one of them goes on to its next block, the sum is read since another start: once in BLOCK samples of the sum, so that a
-        block of the sum, BLOCK samples of each of `streams`, is read since as many starts. Bounds must hold for all of these."""
+        Whenever one of them goes on to its next block, the sum is read since another start: once in BLOCK samples of all, so that a
+        block of the sum, `streams` times as many, is read since `streams` starts. Bounds must hold for all of these."""
         self._closed, self._open = self._empty, self.view + other.view
         self.streams += other.streams
 
