@@ -770,9 +770,9 @@ def _tables(snapshot: dict[str, Any]) -> Iterator[Table]:
     def figures(row: dict[str, Any], *names: str) -> Iterator[str]:
         return (f"{row[name]:.4g}" if row[name] is not None else "-" for name in names)
 
-    table = Table("gauge", "value", "low", "high", "n", "interval", box=None)
+    table = Table("gauge", "value", "low", "high", "real data", "n", "interval", box=None)
     for name, gauge in snapshot["gauges"]["fresh"].items():
-        table.add_row(name, *figures(gauge, "value", "low", "high"), str(gauge["n"]), gauge["ci"])
+        table.add_row(name, *figures(gauge, "value", "low", "high", "floor"), str(gauge["n"]), gauge["ci"])
     yield table
 
     modes, counts = snapshot["modes"], snapshot["coverage"]

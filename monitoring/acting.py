@@ -3,7 +3,7 @@ allowed for every alias (`--act` of the monitor) or for one, by the change that 
 
 Never twice within the cool-down, never to a version that is alarmed itself, or was when it was last served and nobody has
 acknowledged it, or that people rolled back from, or that the gate refused, be it when it was published or when it was promoted, or that
-carries a deliberate fault. Whatever is done is an ordinary change of an alias, its reason says why; so the
+carries a deliberate fault. Nor is anything done where another version would serve no better (`Verdict.stays`). Whatever is done is an ordinary change of an alias, its reason says why; so the
 cool-down outlives the process, too. It does not judge: it reads verdicts and incidents.
 """
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float64
 from numpy import ndarray
 
 from monitoring.divergences import Shares, ShareSet
@@ -27,12 +27,15 @@ class Coverage(NamedTuple):
     surely_dropped: Bool[ndarray, "k"]
 
 
+def covered(p: Shares, q: Float64[ndarray, "*n k1"]) -> Bool[ndarray, "*n k"]:
+    """Which modes have at least RHO of their real share p in q; off-manifold, which is last, is none."""
+    return q[..., :-1] >= RHO * p[:-1]
+
+
 def mode_coverage(p: Shares, shares: ShareSet) -> Coverage:
     """p [K + 1] are the real shares, off-manifold last. Exact: all cells' bounds hold together, and so does any count of them."""
-    needed = RHO * p[:-1]
-    covered, dropped = shares.low[:-1] >= needed, shares.high[:-1] < needed
-    value = (shares.centre[:-1] >= needed).mean()
-    return Coverage(float(value), float(covered.mean()), float((~dropped).mean()), covered, dropped)
+    surely, dropped = covered(p, shares.low), ~covered(p, shares.high)
+    return Coverage(float(covered(p, shares.centre).mean()), float(surely.mean()), float((~dropped).mean()), surely, dropped)
 
 
 def mode_status(coverage: Coverage) -> list[str]:

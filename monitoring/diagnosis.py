@@ -20,13 +20,15 @@ from training.drops import DropBounds, delay_of_loss
 
 @dataclass(frozen=True)
 class Verdict:
-    """id: one of VERDICTS; words, advice: a sentence each; modes: those dropped; null: the hypothesis that was refuted."""
+    """id: one of VERDICTS; words, advice: a sentence each; modes: those dropped; null: the hypothesis that was refuted; stays: why another
+    version would serve no better, where that is so."""
 
     id: str
     words: str
     advice: str
     modes: tuple[str, ...] = ()
     null: Literal["A", "B"] | None = None
+    stays: str | None = None
 
 
 VERDICTS: dict[str, Verdict] = {
@@ -80,6 +82,7 @@ VERDICTS: dict[str, Verdict] = {
             "The model does what it did when it passed as {version}, but the reference data have changed since: by these it is not good enough.",
             "Train on the new data and publish, or judge it by other data: ganwatch certify {version} --reference DATA; a rollback to {version} is judged by the old reference.",
             null="B",
+            stays="an earlier version would only be judged by data that are no more",
         ),
         Verdict(
             "drift",
@@ -137,7 +140,10 @@ def latent_shift(shifts: Collection[str], misdrawn: tuple[int, int] | None) -> V
     follows = f"what the model is fed does not follow its law: {law}" if law else "that they break the law itself has not shown"
     words = f"{'; '.join(filter(None, (seeds, follows)))}."
     advice = "Compare how the replicas draw latents with the card (law, truncation, seeds), and the versions of what they run; start them anew with the certified release."
-    return replace(VERDICTS["latent_fault"], words=words[0].upper() + words[1:], advice=advice)
+    # A replica draws latents for whatever version it serves: to go back would go on, a version per cool-down, and never help. Where all
+    # that is known is that samples repeat it may, as what makes them repeat may lie inside model.onnx.
+    stays = "it is the replicas that draw latents, and they would draw those of an earlier version no better"
+    return replace(VERDICTS["latent_fault"], words=words[0].upper() + words[1:], advice=advice, stays=stays)
 
 
 def wrong_model(*, golden: tuple[int, int], served: Compared, levels: bool) -> Verdict:

@@ -95,7 +95,8 @@ class _ViewCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         view, dropped, probes = self._read()
-        yield _counter("ganwatch_clock_jumps_total", "How often the monitor's clock was set back", [({}, view.clock_jumps)])
+        words = "How often the monitor's clock was set back, or went ahead by a minute at once: set forward, or the process stood still"
+        yield _counter("ganwatch_clock_jumps_total", words, [({"direction": direction}, count) for direction, count in view.clock_jumps.items()])
         yield _gauge("ganwatch_monitor_up", "1 while the monitor's process answers", [({}, 1)])
         yield _gauge("ganwatch_arl_target_samples", "Monitored samples to a false alarm, on average, at least", [({}, view.budget.samples)])
         words = "The same as a time, whatever the traffic; NaN where it was stated in samples"
@@ -119,6 +120,7 @@ def _estimates(view: View) -> Iterator[Metric]:
         ("", "", lambda gauge: gauge.value),
         ("_low", ", lower end of its interval", lambda gauge: gauge.low),
         ("_high", ", upper end of its interval", lambda gauge: gauge.high),
+        ("_floor", ": what as many samples of the real data itself would read", lambda gauge: gauge.floor),
     ):
         yield _gauge(
             f"ganwatch_divergence{suffix}",
@@ -128,10 +130,9 @@ def _estimates(view: View) -> Iterator[Metric]:
         for ratio, meaning in RATIOS.items():
             samples = [(labels, pick(g[ratio])) for labels, g in gauges if ratio in g]
             yield _gauge(f"ganwatch_{ratio}_ratio{suffix}", f"Share of {meaning}{words}", samples)
-    floors = [(labels | {"estimator": e}, g[e].floor) for labels, g in gauges for e in ESTIMATORS if e in g]
-    yield _gauge("ganwatch_divergence_floor", "What as many samples of the real data itself would read", floors)
-    found = [(labels | {"estimator": e}, g[e].value) for labels, g in gauges for e in NEIGHBOURS if e in g]
-    yield _gauge("ganwatch_neighbours", "Fidelity and diversity by nearest neighbours, without an interval", found)
+    for suffix, words, pick in (("", "", lambda gauge: gauge.value), ("_floor", ": what as many samples of the real data itself would read", lambda gauge: gauge.floor)):
+        found = [(labels | {"estimator": e}, pick(g[e])) for labels, g in gauges for e in NEIGHBOURS if e in g]
+        yield _gauge(f"ganwatch_neighbours{suffix}", f"Fidelity and diversity by nearest neighbours, without an interval{words}", found)
     for bound, words in (("certified", "as certified"), ("threshold", "above which the quality is out of tolerance")):
         samples = [
             (labels | {"estimator": estimator}, limits[bound])
@@ -139,7 +140,10 @@ def _estimates(view: View) -> Iterator[Metric]:
             for estimator, limits in live.snapshot["tolerance"].items()
         ]
         yield _gauge(f"ganwatch_divergence_{bound}", f"Divergence from the real data {words}", samples)
-    yield _gauge("ganwatch_window_samples", "Samples behind the present estimates", [(labels, g["js"].n) for labels, g in gauges])
+    every = [(labels | {"estimator": e}, gauge) for labels, g in gauges for e, gauge in g.items()]
+    yield _gauge("ganwatch_window_samples", "Samples behind the present estimate", [(labels, gauge.n) for labels, gauge in every])
+    kinds = [(labels | {"ci": gauge.ci}, 1) for labels, gauge in every]
+    yield _gauge("ganwatch_interval_info", "What the estimate's interval holds for: exact, asymptotic, pointwise; or none", kinds)
     yield _gauge(
         "ganwatch_estimate_timestamp_seconds",
         "When the newest sample entered the estimates, 0 before the first",
@@ -151,6 +155,8 @@ def _modes(view: View) -> Iterator[Metric]:
     cells = [(labels | {"mode": cell["name"]}, cell) for labels, live in _versions_of(view) for cell in live.snapshot["modes"]]
     for name, words, pick in (
         ("share", "Share of served samples in the mode", lambda cell: cell["served"]),
+        ("share_low", "Share of served samples in the mode, lower end of its interval", lambda cell: cell["low"]),
+        ("share_high", "Share of served samples in the mode, upper end of its interval", lambda cell: cell["high"]),
         ("share_reference", "Share of the real data in the mode", lambda cell: cell["reference"]),
         ("alarmed", "1 while an alarm names the mode", lambda cell: cell["status"] == "alarmed"),
     ):

@@ -23,7 +23,7 @@ from numpy import ndarray
 from monitoring.asymptotic import READINGS, Real, Spread, frechet_interval, moments_spread
 from monitoring.audit import Compared
 from monitoring.calibration import SAMPLES, Calibration
-from monitoring.coverage import mode_coverage, mode_status
+from monitoring.coverage import covered, mode_coverage, mode_status
 from monitoring.diagnosis import VERDICTS, Verdict, detectable, diagnose, replaced, wrong_model
 from monitoring.divergences import DIVERGENCES, INTERVALS, ShareSet, smoothed, total_variation
 from monitoring.edetectors import FAMILIES, NULLS, EDetector
@@ -106,7 +106,8 @@ class Monitor:
         cells, features = len(bundle.card.modes) + 1, len(reference.feature_mean)
         rng = np.random.default_rng(0)  # which of the real points: the same ones in every process
         real, self._spare = rng.permutation(reference.held_out_points)[:REAL_POINTS], rng.permutation(reference.train_points)[:BLOCK]
-        self._cloud, self._embedding, self._real_points = Cloud(real), Embedding(real), Real(real)
+        # Training points set the kernel's width, so that the mean is that of all of `real`.
+        self._cloud, self._embedding, self._real_points = Cloud(real), Embedding(np.concatenate([self._spare[: len(real) // 2], real])), Real(real)
         self._blocks = {population: Blocks(cells, features, self._embedding.size) for population in ("fresh", "served")}
         self._recent, self._newest = Decayed(cells, features, self._embedding.size), Newest(features)
         self._gauges: dict[str, tuple[int, dict[str, Gauge]]] = {}  # as last read, and at how many samples
@@ -425,6 +426,11 @@ class Monitor:
             self._gauges[population] = (self.served, self._estimate(population))
         return self._gauges[population][1]
 
+    @property
+    def _delta(self) -> float:
+        """What of GAUGE_DELTA each stream has that a block of fresh samples is read as: a block of a sum is read since several starts."""
+        return GAUGE_DELTA / self._blocks["fresh"].streams
+
     def _estimate(self, population: str) -> dict[str, Gauge]:
         sketch: Sketch | Decayed = self._recent if population == "recent" else self._blocks[population].view
         n, real = sketch.count, self._real
@@ -433,7 +439,7 @@ class Monitor:
         if isinstance(sketch, Decayed):
             shares = ShareSet.pointwise(sketch.cells, count=sketch.effective, delta=GAUGE_DELTA)
         else:
-            shares = ShareSet.observed(sketch.cells, priors=self._priors, delta=GAUGE_DELTA)
+            shares = ShareSet.observed(sketch.cells, priors=self._priors, delta=self._delta)
         values = self._divergences(sketch.cells)
         coverage = mode_coverage(real, shares)
         values |= {"mode_coverage": coverage.value, "off_manifold": float(shares.centre[-1])}
@@ -452,10 +458,10 @@ class Monitor:
         if population == "served":
             return found
         if (spread := self._newest_spread()) is not None:
-            error = spread.reach(n, delta=GAUGE_DELTA) if isinstance(sketch, Sketch) else spread.reach_now(sketch.effective, delta=GAUGE_DELTA)
+            error = spread.reach(n, delta=self._delta) if isinstance(sketch, Sketch) else spread.reach_now(sketch.effective, delta=GAUGE_DELTA)
             found["frechet"] = Gauge(distance, *frechet_interval(distance, error), n, "asymptotic" if isinstance(sketch, Sketch) else "pointwise", floors["frechet"])
         if isinstance(sketch, Sketch):
-            mmd = self._embedding.mmd(sketch.embedded_sum, n, delta=GAUGE_DELTA)
+            mmd = self._embedding.mmd(sketch.embedded_sum, n, delta=self._delta)
         else:
             mmd = self._embedding.mmd_now(sketch.embedded_sum, sketch.weight, sketch.squares, delta=GAUGE_DELTA)
         found["mmd"] = Gauge(*mmd, n, ci if math.isfinite(mmd[0]) else "none", floors["mmd"])
@@ -468,7 +474,7 @@ class Monitor:
         if self._outdated(read, POINTS_AFTER[population]):
             points = self._newest.points
             floors, values, bounds = self._floor(len(points)), self._cloud.gauges(points), {}
-            delta, ci = (GAUGE_DELTA / READINGS, "asymptotic") if population == "fresh" else (GAUGE_DELTA, "pointwise")
+            delta, ci = (self._delta / READINGS, "asymptotic") if population == "fresh" else (GAUGE_DELTA, "pointwise")
             if math.isfinite(values["kid"]):
                 for name, interval in (("kid", self._real_points.kid_interval), ("sliced_wasserstein", self._real_points.sliced_wasserstein_interval)):
                     bounds[name] = (*interval(values[name], points, delta=delta), len(points), ci)
@@ -493,18 +499,26 @@ class Monitor:
 
     def _floor(self, n: int) -> dict[str, float]:
         """What n samples of the real data itself would read, n rounded down to a power of two. Shares: the mean over FLOOR_DRAWS
-        draws of n real cells; the rest: other real points, NaN where the bundle has not nearly as many."""
+        draws of n real cells; mmd: the root of the standard deviation that its unbiased square has around zero, sqrt(2 tr C^2)
+        (1 / n + 1 / m) against m real points, C the covariance of embedded ones (Gretton et al., JMLR 2012); the rest: other real points.
+        Where the bundle has not nearly as many, as the sum of several monitors may want, frechet is its first-order mean,
+        tr G / n for the samples and tr G / N for the N real ones whose moments are given (`asymptotic.moments_spread`)."""
         n = 1 << (n.bit_length() - 1)
         if n not in self._floors:
             draws = np.random.default_rng(n).multinomial(n, self._real / self._real.sum(), FLOOR_DRAWS)
             read = [self._divergences(draw) for draw in draws]
             floors = {name: float(np.mean([r[name] for r in read])) for name in DIVERGENCES}
+            floors |= {"mode_coverage": float(covered(self._real, draws / n).mean()), "off_manifold": float(self._real[-1] / self._real.sum())}
             points, real = self._spare[:n].astype(np.float64), self.bundle.reference
             floors |= dict.fromkeys(("frechet", "mmd", *POINT_GAUGES), math.nan)
+            if self._embedding.count and len(self._spare) >= LEAST:
+                variety = float((np.cov(self._embedding(self._spare).T.astype(np.float64)) ** 2).sum())
+                floors["mmd"] = math.sqrt(math.sqrt(2 * variety) * (1 / n + 1 / self._embedding.count))
             if len(points) >= 0.9 * n:
                 floors["frechet"] = frechet(real.feature_mean, real.feature_cov, points.mean(axis=0), np.cov(points.T, bias=True).reshape(real.feature_cov.shape))[0]
-                floors["mmd"] = self._embedding.mmd(self._embedding(points).sum(axis=0, dtype=np.float64), n, delta=GAUGE_DELTA)[0]
                 floors |= self._cloud.gauges(points[:NEWEST])
+            elif len(points) >= LEAST:
+                floors["frechet"] = moments_spread(points[:NEWEST]).trace * (1 / n + 1 / real.count)
             self._floors[n] = floors
         return self._floors[n]
 
@@ -519,7 +533,7 @@ class Monitor:
         served = low = high = np.full(len(names), np.nan)
         status = ["uncertain"] * len(names)
         if sketch.count:
-            shares = ShareSet.observed(sketch.cells, priors=self._priors, delta=GAUGE_DELTA)
+            shares = ShareSet.observed(sketch.cells, priors=self._priors, delta=self._delta)
             served, low, high = shares.centre, shares.low, shares.high
             certain = "covered" if shares.high[-1] >= self._real[-1] else "uncertain"
             status = [*mode_status(mode_coverage(self._real, shares)), certain]
@@ -537,7 +551,7 @@ class Monitor:
         found = {"real": len(self.bundle.card.modes), "covered": 0, "certainly_covered": 0, "certainly_dropped": 0}
         sketch = self._blocks["fresh"].view
         if sketch.count:
-            coverage = mode_coverage(self._real, ShareSet.observed(sketch.cells, priors=self._priors, delta=GAUGE_DELTA))
+            coverage = mode_coverage(self._real, ShareSet.observed(sketch.cells, priors=self._priors, delta=self._delta))
             counts = (round(coverage.value * found["real"]), int(coverage.surely_covered.sum()), int(coverage.surely_dropped.sum()))
             found |= dict(zip(("covered", "certainly_covered", "certainly_dropped"), counts, strict=True))
         return found | {"unwatched": int((self._delays > UNWATCHED).sum())}
@@ -618,6 +632,8 @@ def _check_array(name: str, found: Any, own: ndarray) -> None:
         raise ValueError(f"{name} is {about}; expected {own.dtype} {list(own.shape)}")
     if found.dtype.kind == "f" and not np.isfinite(found).all():
         raise ValueError(f"{name} holds NaN or infinity")
+    if name.endswith(".streams") and found < 1:
+        raise ValueError(f"{name} is {found}; expected how many monitors are summed up")
     if name.rpartition(".")[2].removeprefix("closed_").removeprefix("open_") in ("cells", "r", "r_modes", "r_quality") and (found < 0).any():
         raise ValueError(f"{name} is negative somewhere")
 

@@ -432,7 +432,7 @@ def build(options: Options) -> Starlette:
         if samples.dtype != card.sample_dtype or samples.shape[1:] != card.sample_shape:
             found, wanted = (f"{dtype} [{', '.join(map(str, shape))}]" for dtype, shape in ((samples.dtype, samples.shape), (card.sample_dtype, ("n", *card.sample_shape))))
             return _error(422, "bad_samples", f"the body holds {found}", "body", found, wanted)
-        origin: Origin = "server_seed" if iid == "true" else "client_z"  # only the former may be evidence for an alarm
+        origin: Origin = "observed_iid" if iid == "true" else "observed"  # only the former may be evidence for an alarm
         if not service.inbox.put(Record(model, card.version, origin, NO_SEED, 0, samples, time.time())):
             return _error(503, "busy", f"{len(samples)} samples found no room beside those that wait", None, len(samples), "fewer at a time, or later")
         return JSONResponse({"model": model, "version": card.version, "received": len(samples), "judged": iid == "true"}, 202)

@@ -61,30 +61,35 @@ class Sketch:
 
 
 class Blocks:
-    """The block now being filled and the one closed before it."""
+    """The block now being filled and the one closed before it. streams: how many of them are summed up here, each with blocks of its own."""
 
     def __init__(self, cells: int, features: int, embedded: int = 0) -> None:
         self._empty = Sketch.empty(cells, features, embedded)
         self._closed = self._open = self._empty
+        self.streams = 1
 
     def add(self, cells: Int64[ndarray, "n"], features: Float[ndarray, "n p"], embedded: Float[ndarray, "n e"]) -> None:
         while len(cells):
+            if self._open.count >= BLOCK:
+                self._closed, self._open = self._open, self._empty
             room = BLOCK - self._open.count
             self._open += Sketch.of(cells[:room], features[:room], embedded[:room], size=len(self._empty.cells))
             cells, features, embedded = cells[room:], features[room:], embedded[room:]
-            if self._open.count == BLOCK:
-                self._closed, self._open = self._open, self._empty
 
     def merge(self, other: Blocks) -> None:
-        """Take over what another stream of the same law left: its open block joins ours, which may thereby close."""
-        self._closed, self._open = self._closed + other._closed, self._open + other._open
-        if self._open.count >= BLOCK:
-            self._closed, self._open = self._open, self._empty
+        """Show what both show, another stream of the same law and this one, each read since the first sample of a block of its own.
+
+        Whenever one of them goes on to its next block, the sum is read since another start: once in BLOCK samples of all, so that a
+        block of the sum, `streams` times as many, is read since `streams` starts. Bounds must hold for all of these."""
+        self._closed, self._open = self._empty, self.view + other.view
+        self.streams += other.streams
 
     def state(self) -> dict[str, ndarray]:
-        return {f"{name}_{k}": v for name, sketch in (("closed", self._closed), ("open", self._open)) for k, v in sketch.state().items()}
+        sketches = {f"{name}_{k}": v for name, sketch in (("closed", self._closed), ("open", self._open)) for k, v in sketch.state().items()}
+        return sketches | {"streams": np.array(self.streams)}
 
     def restore(self, state: Mapping[str, ndarray]) -> None:
+        self.streams = int(state["streams"])
         self._closed, self._open = (Sketch(*(state[f"{name}_{k}"] for k in self._empty.state())) for name in ("closed", "open"))
 
     @property

@@ -42,6 +42,7 @@ from training.registry import AliasChange, Registry, RegistryError
 SHARES = {"production": 0.5, "canary": 0.25, "shadow": 0.25}  # of a model's false-alarm budget; they sum to 1
 SIMULATED = 1024  # healthy samples a second that a version is calibrated with at most, until it is
 SIMULATED_AT_ONCE, SIMULATING = 64, 0.2  # ... in such pieces, and the seconds after which none is begun: a slow generator holds nobody up
+LEAP = 60.0  # seconds by which the clock went ahead: it is looked at every second, and no step takes nearly as long; else the process stood still
 STALE_AFTER = 10.0  # seconds without a fresh sample, or without a heartbeat
 HISTORY = 3600  # seconds that the page can look back, one point each
 RATE_WINDOW = 2.0  # seconds over which the rate of fresh samples is taken
@@ -268,7 +269,7 @@ class View:
     restores: Mapping[tuple[str, str], int]  # (model, one of RESTORES) -> versions that came under watch
     replays: Mapping[tuple[str, str], int]  # (model, "checked" or "mismatched") -> golden samples
     actions: Mapping[tuple[str, str], int]  # (model, alias) -> changes made for an alarm
-    clock_jumps: int  # how often the clock was set back
+    clock_jumps: Mapping[str, int]  # "back" or "forward" -> how often the clock was set so
     unknown_model: int  # records of models that the registry does not hold
     failed: int  # records that an unexpected error kept from being judged
     serving: Mapping[str, float | int]  # the replicas' counters, summed
@@ -369,7 +370,7 @@ class Watch:
         self._restores: Counter[tuple[str, str]] = Counter()
         self._held: dict[tuple[str, str], str] = {}  # (model, alias) -> why an alarm did not change it
         self._actions: Counter[tuple[str, str]] = Counter()
-        self._latest, self._clock_jumps = -math.inf, 0
+        self._latest, self._clock_jumps = math.nan, {"back": 0, "forward": 0}
         self._replays: Counter[tuple[str, str]] = Counter()
         self._notices: deque[tuple[float, str]] = deque(maxlen=8)
         self._unknown_model = self._failed_records = 0
@@ -680,6 +681,9 @@ class Watch:
                 if not self.policy.allows(model.history, alias):
                     continue
                 verdict = self._watched[name, version].judged.verdict
+                if verdict.stays is not None:
+                    self._held[name, alias] = f"{alias} of {name} is alarmed, {version} is {verdict.id}, and stays as it is: {verdict.stays}"
+                    continue
                 why = f"{version} is {' '.join([verdict.id, *verdict.modes])}"
                 try:
                     change = self.policy.act(name, alias, why=why, alarmed=alarmed | self.incidents.unsettled(name), at=at)
@@ -691,9 +695,12 @@ class Watch:
                     self.changed = True
 
     def _tell_time(self, at: float) -> None:
-        """Where the clock was set back, nothing may lie in the future: it would look fresh until the clock has caught up."""
+        """Where the clock was set back, nothing may lie in the future: it would look fresh until the clock has caught up. Where it went ahead,
+        all is as old as it says, and silent replicas, staleness and the end of a cool-down are believed until they speak again."""
+        if at > self._latest + LEAP:
+            self._clock_jumps["forward"] += 1
         if at < self._latest - 1.0:
-            self._clock_jumps += 1
+            self._clock_jumps["back"] += 1
             self.replicas.last = OrderedDict((replica, (min(heard, at), counters)) for replica, (heard, counters) in self.replicas.last.items())
             self.replicas.heard_at = min(self.replicas.heard_at or at, at)
             for watched in self._watched.values():
@@ -729,7 +736,7 @@ class Watch:
             self._observed[record.model, record.origin] += len(record.samples)
             if record.version not in model.aliases.values():
                 continue  # asked for by its number, or served before a rollback reached every replica: counted, not judged
-            if record.origin == "server_seed" and record.is_fresh:
+            if record.origin != "probe" and record.is_fresh:
                 self._watched[record.model, record.version].drawn.append((at, len(record.samples)))
             if model.comparisons:
                 try:
@@ -780,7 +787,10 @@ class Watch:
         """Take in a replay audit of a version's golden samples, unless that very bundle is watched no longer."""
         if (watched := self._still(bundle)) is None:
             return
+        before = watched.monitor.suspect
         watched.monitor.audit(checked=found.checked, mismatched=found.different, near=found.near)
+        if found.different or watched.monitor.suspect != before:
+            watched.saved = -1  # so that it is written down, whether more samples come or not
         self._replays[bundle.card.model, "checked"] += found.checked
         self._replays[bundle.card.model, "mismatched"] += found.different
         self.changed |= found.different > 0
@@ -792,6 +802,8 @@ class Watch:
             return False
         before = watched.monitor.suspect
         watched.monitor.rerun(rerun.samples, latents=rerun.latents, wrong=rerun.wrong, at=at)
+        if rerun.samples.different or watched.monitor.suspect != before:
+            watched.saved = -1
         self.changed |= rerun.samples.different + rerun.wrong > 0
         self._raise_alarm(rerun.bundle.card.model, rerun.bundle.card.version, at)
         return watched.monitor.suspect and not before
@@ -899,7 +911,7 @@ class Watch:
             restores={(name, outcome): self._restores[name, outcome] for name in self._models for outcome in RESTORES},
             replays={(name, what): self._replays[name, what] for name in self._models for what in ("checked", "mismatched")},
             actions={(name, alias): self._actions[name, alias] for name in self._models for alias in acting.ALIASES},
-            clock_jumps=self._clock_jumps,
+            clock_jumps=dict(self._clock_jumps),
             unknown_model=self._unknown_model,
             failed=self._failed_records,
             serving=self.replicas.totals(at),

@@ -17,13 +17,13 @@ import numpy as np
 from numpy import ndarray
 
 SCHEMA = 3
-Origin = Literal["server_seed", "client_seed", "client_z", "probe"]
+Origin = Literal["server_seed", "client_seed", "client_z", "probe", "observed_iid", "observed"]  # the last two: of somebody else's server
 ORIGINS: tuple[Origin, ...] = get_args(Origin)
 
 
 def is_independent(origin: Origin, truncation: float) -> bool:
     """Whether rows of such an answer are independent draws of the model."""
-    return origin in ("server_seed", "probe") and truncation == 1.0
+    return origin in ("server_seed", "probe", "observed_iid") and truncation == 1.0
 
 
 def is_fresh(origin: Origin, truncation: float, label: int | tuple | None) -> bool:

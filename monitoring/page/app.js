@@ -403,7 +403,7 @@ function drawGauges(snapshot) {
     const row = $(`#gauge-${name}`), [, value, interval, now, certified, tolerated, asServed] = row.children, ci = $("abbr", row);
     row.className = (gauge.value != null && limits.threshold != null && gauge.value > limits.threshold ? "over" : "") + (MORE.includes(name) ? " more" : "");
     say(value.firstChild, show(gauge.value));
-    say(value.lastChild, gauge.floor == null ? "" : `noise ${show(gauge.floor)}`);
+    say(value.lastChild, gauge.floor == null ? "" : `real data ${show(gauge.floor)}`);
     say(now, show(recent[name]?.value));
     now.title = recent[name]?.low == null ? "" : `${show(recent[name].low)} to ${recent[name].high == null ? "∞" : show(recent[name].high)}, ${recent[name].ci}`;
     say(interval.firstChild, gauge.low == null && gauge.high == null ? "–" : `${show(gauge.low)} to ${gauge.high == null ? "∞" : show(gauge.high)}`);

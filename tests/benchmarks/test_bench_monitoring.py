@@ -105,10 +105,19 @@ def test_a_short_benchmark_and_its_resumption(tmp_path):
 
 
 @pytest.mark.slow
-def test_exact_intervals_hold_while_everybody_looks():
-    found = {row["interval"]: row for row in bench.intervals(8, block=300)}
-    assert all(row["missed"] <= 0.125 for name, row in found.items() if not name.startswith("pointwise"))
-    assert found["pointwise bounds of cells"]["missed"] >= found["bounds of cells"]["missed"]
+def test_exact_intervals_hold_while_everybody_looks(monkeypatch):
+    """And a set of seven tenths of the radius does not, so that it would show if the set were too small."""
+    found = {row["interval"]: row for row in bench.intervals(40, block=300)}
+    assert all(row["missed"] <= row["delta"] for name, row in found.items() if not name.startswith("pointwise"))
+
+    class Smaller(bench.ShareSet):
+        @classmethod
+        def observed(cls, counts, **options):
+            found = super().observed(counts, **options)
+            return cls(found.centre, 0.7 * found.radius)
+
+    monkeypatch.setattr(bench, "ShareSet", Smaller)
+    assert {row["interval"]: row for row in bench.intervals(40, block=300)}["set of shares"]["missed"] > found["set of shares"]["delta"]
 
 
 @pytest.mark.slow

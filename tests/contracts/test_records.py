@@ -43,7 +43,7 @@ def test_a_heartbeat_survives_the_wire(sent: list[Record], counters: dict[str, f
 @pytest.mark.parametrize("label", [None, 3])
 def test_only_independent_draws_of_the_whole_law_are_fresh(origin: str, truncation: float, label: int | None) -> None:
     record = Record("m", "v1", origin, 1, 0, np.zeros((1, 2), np.float32), 0.0, label, truncation)
-    assert record.is_independent == (origin in ("server_seed", "probe") and truncation == 1.0)
+    assert record.is_independent == (origin in ("server_seed", "probe", "observed_iid") and truncation == 1.0)
     assert record.is_fresh == (record.is_independent and label is None)
 
 

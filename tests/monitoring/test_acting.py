@@ -7,14 +7,17 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 from numpy import ndarray
 
 from monitoring.acting import ACTED, Policy
+from monitoring.audit import Compared
 from monitoring.incidents import Incidents
+from monitoring.reruns import Rerun
 from monitoring.watch import View, Watch
 from serving.records import Record
-from training.bundle import Bundle, load_card, write_card
+from training.bundle import Bundle, load_card, write_arrays, write_card
 from training.registry import Registry
 
 FAULTS = {"v1": {}, "v2": {}, "v3": {"lost": (3, 8)}, "v4": {"fakes": 0.1}}
@@ -142,6 +145,37 @@ def test_an_acknowledged_version_counts_as_sound_again_but_for_one_that_never_wa
     scene.watch.acknowledge("grid", scene.now)
     scene.promote("v3")
     assert scene.serve("v3").models["grid"].version == ("v4" if why == "acknowledged" else "v3")
+
+
+def test_where_the_data_have_moved_the_version_by_the_old_data_is_not_gone_back_to(scene, make_bundle):
+    scene = scene()
+    old, new = (make_bundle(root=scene.registry.root, version=v, lost=(3, 8), honest=True) for v in ("v5", "v6"))
+    share = np.where(np.isin(np.arange(11), (3, 8)), 1e-6, old.reference.cell_share)  # when v5 passed, hardly any data lay there
+    write_arrays(old.path / "reference.npz", replace(old.reference, cell_share=share / share.sum()))
+    write_card(old.path, old.card)
+    scene.bundles["v6"] = new
+    for version in ("v5", "v6"):
+        scene.promote(version)
+    view = scene.serve("v6")
+    assert view.models["grid"].version == "v6" and view.actions["grid", "production"] == 0
+    assert view.errors == ("production of grid is alarmed, v6 is world_moved, and stays as it is: an earlier version would only be judged by data that are no more",)
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_the_latents_of_a_replica_are_no_better_for_another_version(scene, make_bundle, repeats):
+    """But samples that repeat may do so because of their model.onnx."""
+    scene = scene()
+    if repeats:
+        scene.bundles["v5"] = make_bundle(root=scene.registry.root, version="v5", grain=1.0)
+    version = "v5" if repeats else "v2"
+    for each in ("v1", version):
+        scene.promote(each)
+    if not repeats:
+        scene.watch.reran(Rerun(scene.bundles["v2"], Compared(8), 8, 3), scene.now)
+    view = scene.serve(version)
+    assert {incident["verdict"] for incident in scene.watch.incidents.newest()} == {"latent_fault"}
+    assert view.models["grid"].version == ("v1" if repeats else "v2")
+    assert ("draw those of an earlier version no better" in "".join(view.errors)) != repeats
 
 
 def test_one_alias_may_be_allowed_and_the_others_not(scene):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 from scipy.special import rel_entr
-from scipy.stats import binom, entropy
+from scipy.stats import entropy
 
 from monitoring.divergences import (
     DIVERGENCES,
@@ -105,19 +105,17 @@ def test_intervals_shrink_and_exclude_what_is_wrong():
 
 @pytest.mark.slow
 def test_the_set_holds_at_every_sample_at_once():
-    """Time-uniform: of 120 streams read after every fourth of 400 samples, at most delta ever leave the set (up to chance)."""
-    delta, q = 0.2, shares(5, 3, 1.9, 0.1)
+    """Time-uniform: of 120 streams read after every fourth of 400 samples, at most delta ever leave the set; a smaller set they leave more often."""
+    delta, q = 0.05, shares(5, 3, 1.9, 0.1)
     priors = np.stack([np.full(4, 0.5), 0.5 + 100 * shares(5, 3, 1.5, 0.5)])
     rng = np.random.default_rng(8)
-    missed = 0
-    for _ in range(120):
+    farthest = np.zeros(120)  # from what was observed, as a part of the radius
+    for run in range(120):
         counts = np.cumsum(np.eye(4, dtype=np.int64)[rng.choice(4, size=400, p=q)], axis=0)
         for n in counts[::4]:
             observed = ShareSet.observed(n, priors=priors, delta=delta)
-            if rel_entr(observed.centre, q).sum() > observed.radius:
-                missed += 1
-                break
-    assert missed <= binom.ppf(0.999, 120, delta)
+            farthest[run] = max(farthest[run], rel_entr(observed.centre, q).sum() / observed.radius)
+    assert (farthest > 1).mean() <= delta < (farthest > 0.7).mean()
 
 
 def test_no_samples_no_set():

@@ -26,15 +26,20 @@ CONTRACT = {  # name -> label names
     "ganwatch_divergence_high": {"model", "role", "version", "population", "estimator"},
     "ganwatch_divergence_floor": {"model", "role", "version", "population", "estimator"},
     "ganwatch_neighbours": {"model", "role", "version", "population", "estimator"},
+    "ganwatch_neighbours_floor": {"model", "role", "version", "population", "estimator"},
     "ganwatch_divergence_certified": {"model", "role", "version", "estimator"},
     "ganwatch_divergence_threshold": {"model", "role", "version", "estimator"},
     "ganwatch_mode_coverage_ratio": {"model", "role", "version", "population"},
     "ganwatch_mode_coverage_ratio_low": {"model", "role", "version", "population"},
     "ganwatch_mode_coverage_ratio_high": {"model", "role", "version", "population"},
+    "ganwatch_mode_coverage_ratio_floor": {"model", "role", "version", "population"},
+    "ganwatch_off_manifold_ratio_floor": {"model", "role", "version", "population"},
     "ganwatch_off_manifold_ratio": {"model", "role", "version", "population"},
     "ganwatch_off_manifold_ratio_low": {"model", "role", "version", "population"},
     "ganwatch_off_manifold_ratio_high": {"model", "role", "version", "population"},
     "ganwatch_mode_share": {"model", "role", "version", "mode"},
+    "ganwatch_mode_share_low": {"model", "role", "version", "mode"},
+    "ganwatch_mode_share_high": {"model", "role", "version", "mode"},
     "ganwatch_mode_share_reference": {"model", "role", "version", "mode"},
     "ganwatch_mode_alarmed": {"model", "role", "version", "mode"},
     "ganwatch_alarm_active": {"model", "role", "version", "verdict"},
@@ -54,7 +59,8 @@ CONTRACT = {  # name -> label names
     "ganwatch_arl_seconds": {"model"},
     "ganwatch_samples_untested_total": {"model"},
     "ganwatch_samples_tested_per_second": {"model", "role", "version"},
-    "ganwatch_window_samples": {"model", "role", "version", "population"},
+    "ganwatch_window_samples": {"model", "role", "version", "population", "estimator"},
+    "ganwatch_interval_info": {"model", "role", "version", "population", "estimator", "ci"},
     "ganwatch_estimate_timestamp_seconds": {"model", "role", "version"},
     "ganwatch_samples_observed_total": {"model", "origin"},
     "ganwatch_samples_rejected_total": {"model", "reason"},
@@ -64,7 +70,7 @@ CONTRACT = {  # name -> label names
     "ganwatch_model_loaded_timestamp_seconds": {"model", "role", "version"},
     "ganwatch_model_load_failures_total": {"model"},
     "ganwatch_actions_total": {"model", "alias"},
-    "ganwatch_clock_jumps_total": set(),
+    "ganwatch_clock_jumps_total": {"direction"},
     "ganwatch_replay_checked_total": {"model"},
     "ganwatch_replay_mismatch_total": {"model"},
     "ganwatch_samples_rerun_total": {"model", "outcome"},
@@ -128,7 +134,7 @@ def test_a_canary_has_series_of_its_own_and_is_compared_with_production(candidat
     assert active == {("production", "v1"): 1, ("canary", "v2"): 0}
     assert [scraped("ganwatch_budget_share", role=role) for role in ("production", "canary")] == [0.5, 0.25]
     assert scraped("ganwatch_evidence_threshold_log10", role="canary") > scraped("ganwatch_evidence_threshold_log10", role="production")
-    assert scraped("ganwatch_window_samples", role="canary", population="fresh") == 600
+    assert scraped("ganwatch_window_samples", role="canary", population="fresh", estimator="js") == 600
     assert scraped("ganwatch_comparison_pairs", version="v2", against="v1") == 600 and scraped("ganwatch_comparison_differs") == 1
     assert scraped("ganwatch_modes", role="production", state="covered") == 8 == scraped("ganwatch_modes", role="production", state="certainly_covered")
     assert scraped("ganwatch_modes", role="production", state="certainly_dropped") == 2 and scraped("ganwatch_modes", role="canary", state="unwatched") == 0
@@ -171,7 +177,12 @@ def test_the_values_are_those_of_the_monitor(watch: Watch) -> None:
     for estimator in ("js", "mmd", "kid", "sliced_wasserstein"):  # either clock has all of them
         assert scraped("ganwatch_divergence", population="recent", estimator=estimator) == shown.gauges["recent"][estimator].value
         assert scraped("ganwatch_divergence_low", population="recent", estimator=estimator) < scraped("ganwatch_divergence_high", population="recent", estimator=estimator)
-    assert scraped("ganwatch_neighbours", population="recent", estimator="recall") < 1
+    assert scraped("ganwatch_neighbours", population="recent", estimator="recall") < scraped("ganwatch_neighbours_floor", population="recent", estimator="recall")
+    assert scraped("ganwatch_mode_coverage_ratio_floor", population="fresh") == 1 and scraped("ganwatch_off_manifold_ratio_floor", population="served") == pytest.approx(0.01)
+    assert scraped("ganwatch_window_samples", population="fresh", estimator="kid") == 512
+    kinds = {(s.labels["population"], s.labels["estimator"]): s.labels["ci"] for s in scraped.samples if s.name == "ganwatch_interval_info"}
+    assert kinds == {(population, name): gauge.ci for population, found in shown.gauges.items() for name, gauge in found.items()}
+    assert scraped("ganwatch_mode_share_low", mode="3") == 0 < scraped("ganwatch_mode_share_high", mode="3") < scraped("ganwatch_mode_share_reference", mode="3")
     assert math.isnan(scraped("ganwatch_arl_target_seconds")) and scraped("ganwatch_samples_untested_total") == 0
     assert (
         js.value
@@ -185,7 +196,7 @@ def test_the_values_are_those_of_the_monitor(watch: Watch) -> None:
     assert [s.labels["mode"] for s in scraped.samples if s.name == "ganwatch_mode_alarmed" and s.value] == ["3", "8"]
     assert scraped("ganwatch_evidence_log10", family="modes") > scraped("ganwatch_evidence_threshold_log10") > 6
     assert (
-        scraped("ganwatch_window_samples", population="fresh")
+        scraped("ganwatch_window_samples", population="fresh", estimator="js")
         == 3000
         == scraped("ganwatch_samples_observed_total", origin="server_seed")
     )
@@ -245,4 +256,5 @@ def test_gauges_without_a_sample_are_nan_not_zero(tmp_path: Path, make_bundle: C
     watch.eat([Record("grid", "v1", "server_seed", 1, 0, np.zeros((0, 2), np.float32), START)], START)
     scraped = Scraped(watch, START)
     assert math.isnan(scraped("ganwatch_divergence", population="fresh", estimator="js"))
-    assert scraped("ganwatch_window_samples", population="fresh") == 0
+    assert scraped("ganwatch_window_samples", population="fresh", estimator="js") == scraped("ganwatch_window_samples", population="fresh", estimator="recall") == 0
+    assert scraped("ganwatch_interval_info", population="fresh", estimator="js", ci="none") == 1

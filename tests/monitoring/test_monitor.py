@@ -234,7 +234,10 @@ def test_a_floor_is_what_real_data_reads(make_bundle, draw):
     for name, factor in (("chi_squared", 1.0), ("reverse_kl", 0.5), ("js", 0.125)):
         assert gauges[name].floor == pytest.approx(factor * (len(real) - 1) / 2048, rel=0.3)  # chi-squared with K degrees of freedom
     assert 0 < gauges["sliced_wasserstein"].floor < 2 * gauges["sliced_wasserstein"].value
-    assert math.isnan(gauges["frechet"].floor)  # the bundle has 1,000 real points to spare, not 2,048
+    assert 0 < gauges["frechet"].floor < 0.02 and 0 < gauges["mmd"].floor < 0.05  # though the bundle has 1,000 real points to spare, not 2,048
+    assert gauges["mode_coverage"].floor == 1 and gauges["off_manifold"].floor == real[-1]
+    few = watch(bundle, draw(bundle, 16)).gauges("fresh")["mode_coverage"]
+    assert few.floor == pytest.approx(1 - (1 - real[0]) ** 16, abs=0.02)  # of 16 real samples a mode has one, or is missed
 
 
 def test_without_real_points_their_gauges_say_so(make_bundle, draw, monkeypatch):
@@ -265,7 +268,7 @@ def test_snapshot_is_json_and_complete(make_bundle, draw):
         *("model", "version", "verdict", "monitored", "given", "served", "rejected", "evidence", "log10_threshold", "arl"),
         *("budget", "gauges", "tolerance", "modes", "coverage", "replay", "rerun", "detectable", "slack"),
     }
-    assert set(snapshot["verdict"]) == {"id", "words", "advice", "modes", "null", "since_sample", "since"}
+    assert set(snapshot["verdict"]) == {"id", "words", "advice", "modes", "null", "stays", "since_sample", "since"}
     assert snapshot["verdict"]["modes"] == ["3", "8"] and snapshot["gauges"]["fresh"]["forward_kl"]["high"] is None
     assert set(snapshot["evidence"]) == set(FAMILIES) and sum(FAMILIES.values()) == pytest.approx(1)
     assert [m["name"] for m in snapshot["modes"]] == [*bundle.card.modes, "off-manifold"]

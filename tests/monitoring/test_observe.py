@@ -61,6 +61,9 @@ def test_independent_samples_are_judged_and_others_only_shown(client, make_bundl
     assert client.post("/v1/observe/grid?iid=true&version=production", content=npy(lossy)).json()["judged"]
     seen = client.step()
     assert (seen["monitored"], seen["served"], seen["verdict"]["modes"]) == (3000, 6000, ["3", "8"])
+    view = client.service.watch.publish(1_800_000_000.0)
+    assert view.observed == {("grid", "observed"): 3000, ("grid", "observed_iid"): 3000}  # nobody's traffic is counted as that of our servers
+    assert view.models["grid"].live[0].fresh_rate == 1500  # and no probe is sent where samples come
 
 
 def test_raw_values_are_the_same_samples(client, make_bundle, draw):

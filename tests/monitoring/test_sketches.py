@@ -69,6 +69,35 @@ def test_what_a_block_shows(seen, shown):
     assert same(blocks.view, Sketch.of(*(x[seen - shown : seen] for x in (CELLS, FEATURES, EMBEDDED)), size=4))
 
 
+@pytest.mark.parametrize("rates", [(1, 1, 1), (5, 2, 1)])
+def test_a_block_of_a_sum_is_read_since_as_many_starts_as_streams(rates):
+    """What every stream shows, none left out; and as the streams go on to their next blocks, another start once in BLOCK samples of all."""
+    streams, seen, starts, step = [Blocks(2, 1) for _ in rates], np.zeros(len(rates), int), set(), 128
+    for _ in range(60):
+        for i, rate in enumerate(rates):
+            streams[i].add(np.zeros(rate * step, np.int64), np.ones((rate * step, 1), np.float32), np.empty((rate * step, 0), np.float32))
+            seen[i] += rate * step
+            merged = Blocks(2, 1)
+            merged.restore(streams[0].state())
+            for other in streams[1:]:
+                merged.merge(other)
+            shown = [stream.view.count for stream in streams]
+            assert merged.view.count == sum(shown) == merged.view.feature_sum[0] and merged.streams == len(rates)
+            starts.add(tuple(seen - shown))
+    assert abs(len(starts) - seen.sum() / BLOCK) <= len(rates)
+
+
+def test_a_sum_that_goes_on_begins_a_block():
+    one, other = Blocks(4, 3, 2), Blocks(4, 3, 2)
+    for blocks in (one, other):
+        blocks.add(CELLS[:BLOCK], FEATURES[:BLOCK], EMBEDDED[:BLOCK])
+    one.merge(other)
+    one.add(CELLS[: READABLE - 1], FEATURES[: READABLE - 1], EMBEDDED[: READABLE - 1])
+    assert one.view.count == 2 * BLOCK + READABLE - 1
+    one.add(CELLS[:1], FEATURES[:1], EMBEDDED[:1])
+    assert one.view.count == READABLE and one.streams == 2
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, 700), max_size=5))
 def test_what_decays_weighs_as_it_should_whatever_the_split(cuts):

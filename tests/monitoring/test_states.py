@@ -18,13 +18,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy import ndarray
 
+from monitoring.asymptotic import frechet_interval
+from monitoring.audit import Compared
+from monitoring.divergences import INTERVALS, ShareSet
 from monitoring.incidents import Incidents
-from monitoring.monitor import Monitor
+from monitoring.monitor import GAUGE_DELTA, Monitor
 from monitoring.points import POINT_GAUGES
 from monitoring.states import StateError, States
 from monitoring.watch import COLUMNS, HISTORY, SHARDS, Watch
 from serving.records import Heartbeat, Record
 from training.bundle import Bundle, Certificate
+from training.moments import frechet
 from training.registry import Registry
 
 START = 1_800_000_000.0
@@ -328,6 +332,37 @@ def test_shards_merge_to_the_verdict_of_one(make_bundle, draw, fault, verdict, m
     assert several.monitored == several.served == 4000
 
 
+def test_a_sum_shares_the_chance_that_an_interval_fails(make_bundle, draw):
+    """Its block is read since a start of each monitor's, each bound of which has its part of GAUGE_DELTA."""
+    bundle = make_bundle()
+    several = merged(shards(bundle, draw(bundle, 3 * 3000, seed=5), 3))
+    found, sketch, third = several.gauges("fresh"), several._blocks["fresh"].view, GAUGE_DELTA / 3
+    shares = ShareSet.observed(sketch.cells, priors=several._priors, delta=third)
+    assert (found["tv"].low, found["tv"].high) == INTERVALS["tv"](bundle.reference.cell_share, shares) and found["tv"].n == 9000
+    assert [(mode["low"], mode["high"]) for mode in several.modes()] == list(zip(shares.low, shares.high, strict=True))
+    assert (found["mmd"].low, found["mmd"].high) == several._embedding.mmd(sketch.embedded_sum, 9000, delta=third)[1:]
+    distance = found["frechet"].value
+    assert (found["frechet"].low, found["frechet"].high) == frechet_interval(distance, several._newest_spread().reach(9000, delta=third))
+    again = Monitor(bundle)
+    again.restore(several.state())
+    assert again.gauges("fresh") == found
+
+
+def test_a_sum_has_the_floors_of_all_its_samples(make_bundle, draw):
+    """Of more samples than the bundle has real points to spare: about what as many real ones read."""
+    bundle, rng, n, read = make_bundle(), np.random.default_rng(7), 16384, []
+    several, reference = merged(shards(bundle, draw(bundle, n, seed=5)[: 4 * 4000], 4)), bundle.reference
+    centres = 2.0 * np.stack([np.arange(10) % 5 - 2, np.arange(10) // 5 - 0.5], axis=1)
+    for _ in range(20):
+        real = (centres[rng.integers(10, size=n)] + 0.1 * rng.standard_normal((n, 2))).astype(np.float32)
+        distance, _ = frechet(reference.feature_mean, reference.feature_cov, real.mean(axis=0, dtype=np.float64), np.cov(real.T.astype(np.float64)))
+        read.append((distance, several._embedding.mmd(several._embedding(real).sum(axis=0, dtype=np.float64), n, delta=0.05)[0]))
+    floors = several._floor(n)
+    distance, mmd = np.mean(read, axis=0)
+    assert 0.5 * distance < floors["frechet"] < 2 * distance and mmd < floors["mmd"] < 2 * mmd  # of the square more than half is below its deviation
+    assert np.isfinite([gauge.floor for name, gauge in several.gauges("fresh").items()]).all()
+
+
 def test_merged_evidence_is_the_sum_and_can_raise_the_alarm_by_itself(make_bundle, draw):
     bundle = make_bundle(lost=(3, 8))
     parts = shards(bundle, draw(bundle, 400, seed=5), 2)
@@ -406,6 +441,16 @@ def test_a_restart_takes_up_where_it_was(scene: Scene) -> None:
     assert shown.snapshot["monitored"] == 1000 and shown.snapshot["verdict"]["id"] == "healthy" and shown.last_sample_at == START + 1
     assert again.restores == {("grid", "restored"): 1, ("grid", "absent"): 0, ("grid", "refused"): 0} and again.errors == ()
     assert watch.publish(scene.now).restores["grid", "absent"] == 1
+
+
+def test_a_suspicion_is_written_down_though_no_sample_comes(scene: Scene) -> None:
+    watch = scene.watch()
+    scene.serve(watch, "v1", 100, seed=1)
+    watch.save()
+    for found, suspect in ((Compared(16, 1), True), (Compared(16), False)):
+        watch.audited(scene.bundles["v1"], found)
+        watch.save()
+        assert scene.watch().publish(scene.now).models["grid"].snapshot["replay"]["suspect"] == suspect
 
 
 def test_the_charts_show_what_was_before_a_restart_and_that_nobody_looked_in_between(scene: Scene) -> None:

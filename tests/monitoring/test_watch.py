@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy import ndarray
 
 from monitoring.incidents import Incidents
-from monitoring.watch import NO_SEED, REPLICAS, STALE_AFTER, UNPAIRED, Replicas, Watch, parse_counter, total_log10
+from monitoring.watch import LEAP, NO_SEED, REPLICAS, STALE_AFTER, UNPAIRED, Replicas, Watch, parse_counter, total_log10
 from serving.records import Heartbeat, Record
 from tests.monitoring.conftest import CENTRES, SD
 from training.bundle import Bundle, BundleError
@@ -305,6 +305,14 @@ def test_heartbeats_tell_what_the_tap_left_out(scene: Scene) -> None:
     assert scene.state()["tap"] == {"replicas": 1, "last_heartbeat_at": START, "dropped": 4.0, "skipped": 900.0, "received": 0}
 
 
+def test_a_clock_that_goes_ahead_is_counted(scene: Scene) -> None:
+    """By more than a busy monitor may take to look at it again, and not the first time that it looks."""
+    for ahead, jumps in ((0.0, 0), (LEAP, 0), (LEAP + 1, 1), (1.0, 1), (86_400.0, 2)):
+        scene.now += ahead
+        scene.watch.follow(scene.now)
+        assert scene.watch.publish(scene.now).clock_jumps == {"back": 0, "forward": jumps}
+
+
 def test_a_clock_that_is_set_back_hides_no_silence(scene: Scene) -> None:
     scene.alias("production", "v1")
     scene.serve("v1", 600)
@@ -313,12 +321,12 @@ def test_a_clock_that_is_set_back_hides_no_silence(scene: Scene) -> None:
     scene.now -= 3600.0
     scene.watch.follow(scene.now)
     after = scene.watch.publish(scene.now)
-    assert after.clock_jumps == 1 and after.models["grid"].last_sample_at == after.heard_at == scene.now
+    assert after.clock_jumps == {"back": 1, "forward": 0} and after.models["grid"].last_sample_at == after.heard_at == scene.now
     assert [row[0] for row in after.models["grid"].rows] == [scene.now] and before["history"]["t"] > [scene.now]
     assert after.models["grid"].live[0].fresh_rate == 0  # or no probe would be sent for an hour
     scene.now += STALE_AFTER + 1
     silent = scene.watch.publish(scene.now)
-    assert silent.models["grid"].stale and silent.replicas == 0 and silent.clock_jumps == 1
+    assert silent.models["grid"].stale and silent.replicas == 0 and silent.clock_jumps == {"back": 1, "forward": 0}
     scene.serve("v1", 100)
     state = scene.state()
     assert verdict(state) == "healthy" and state["models"]["grid"]["snapshot"]["monitored"] == 700
