@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from tyro.constructors import PrimitiveConstructorSpec
 
 from training.bundle import BundleError, SignGaussian
 from training.data import DATASETS, ON_DISK, Dataset
@@ -23,6 +25,24 @@ from training.penalties import CONSTRAINT, PENALTIES, critical_gamma
 from training.recipes import IMAGES, RECIPES, Recipe
 from training.registry import Registry
 from training.sources import find, label, open_dataset
+
+
+def one_of(*words: str) -> PrimitiveConstructorSpec[str]:
+    """A flag that takes one of these words. Of another it says which is nearest: tyro does so for flags, not for a Literal."""
+
+    def read(given: list[str]) -> str:
+        if given[0] in words:
+            return given[0]
+        near = get_close_matches(given[0], words, n=1)
+        raise ValueError(f"{given[0]} is none of {', '.join(words)}{f'; did you mean {near[0]}?' if near else ''}")
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(words)}}}",
+        instance_from_str=read,
+        is_instance=lambda value: value in words,
+        str_from_instance=lambda value: [value],
+    )
 
 
 @dataclass(frozen=True)
@@ -49,7 +69,7 @@ class Config:
     """Samples of each kind that go through the networks at once, over all workers; by default the recipe's."""
     accumulate: int = 1
     """Batches whose gradients make one update: that of a batch so many times as large, in the memory of one. Rates stay."""
-    precision: Literal["auto", "float32", "bf16"] = "auto"
+    precision: Annotated[str, one_of("auto", "float32", "bf16")] = "auto"
     """Of the networks' products; weights, losses and penalties are float32 always. auto: bf16 for images on a GPU that has it."""
     compile: bool = False
     """Compile the networks first, a minute that long runs win back: the generator, and critics of your own. Those of perceptron and dcgan
@@ -65,20 +85,17 @@ class Config:
     """Time between checkpoints, which are made at the looks of diagnostics, a hundred a run: what a killed worker costs."""
     resume: str | None = None
     """Directory of an interrupted run to go on with, in its own settings."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Annotated[str, one_of("auto", "cuda", "cpu")] = "auto"
     """Where the networks are trained; auto takes CUDA where Ray has a GPU for each worker."""
     conditional: bool = False
     """Train G(z, y) and D(x, y) on the labels, so that requests may name a class."""
     steps: int | None = None
     """Updates of the critic; by default those of the recipe (6,000 for ring, 7,500 for grid, 8,000 for digits)."""
-    objective: Literal[
-        "relativistic", "minimax", "non_saturating", "least_squares", "least_squares_pearson", "wasserstein", "hinge",
-        "f_kl", "f_reverse_kl", "f_pearson", "f_neyman", "f_hellinger", "f_js", "f_total_variation",
-    ] = "relativistic"  # fmt: skip
+    objective: Annotated[str, one_of(*OBJECTIVES)] = "relativistic"
     """The game: paired logits (RpGAN) by default; minimax is GAN0, non_saturating GAN1, f_* the f-GANs."""
     critic_steps: int | None = None
     """Updates of the critic for each of the generator; by default the objective's: 5 for wasserstein, else 1."""
-    penalty: Literal["r1r2", "r1", "r2", "gradient", "none"] = "r1r2"
+    penalty: Annotated[str, one_of(*PENALTIES)] = "r1r2"
     """On the critic's slope: at reals and fakes, at one of them, WGAN-GP's between them, or none, to see a collapse."""
     gamma: float | None = None
     """First weight of the penalty; it falls by the recipe's factor. By default the recipe's, scaled to the objective. That of
@@ -89,7 +106,7 @@ class Config:
     """Divide each of the critic's layers by its largest singular value."""
     noise: float | None = None
     """Standard deviation of noise on the critic's inputs, real and fake, in place of the recipe's; 0 = off."""
-    noise_schedule: Literal["constant", "linear", "controlled"] = "constant"
+    noise_schedule: Annotated[str, one_of("constant", "linear", "controlled")] = "constant"
     """Let the noise stay, fall to zero over the run, or follow the divergence that the critic sees."""
     packing: int = 1
     """Samples that the critic judges together (PacGAN); 1 = off."""
@@ -229,6 +246,8 @@ def conflicts(config: Config) -> list[str]:
         "--clip 0.01, --penalty gradient or --spectral-norm": objective.optimal is None and not held,
         f"--noise-schedule controlled with --objective {config.objective}: its distance has no upper end to hold half of; use "
         "--noise-schedule linear": config.noise_schedule == "controlled" and objective.optimal is None,
+        "--gamma with --penalty none: there is no penalty to weigh; leave --gamma out, or choose the penalty it is for": config.gamma is not None
+        and config.penalty == "none",
         f"{schedule} without noise: give the first standard deviation by --noise": config.noise_schedule != "constant"
         and not config.recipe.noise,
     }
@@ -240,8 +259,9 @@ def check_shape(config: Config, dataset: Dataset) -> None:
     recipe, which for a user's data is known only now."""
     for reason in conflicts(config):
         raise InputError(reason)
-    if config.packing > (held_out := min(ROWS, len(dataset.samples) - dataset.trained)):
-        raise InputError(f"--packing is {config.packing}, and a critic of {dataset.name} is judged by {held_out} held-out samples; use at most {held_out}")
+    if config.packing > (held_out := min(ROWS, len(dataset.samples) - dataset.trained)) // 2:  # variances need two critic inputs
+        words = f"a critic of {dataset.name} is judged by {held_out} held-out samples, two packs of them at least"
+        raise InputError(f"--packing is {config.packing}, and {words}; use at most {held_out // 2}")
     if config.conditional:
         unseen = np.setdiff1d(dataset.labels, dataset.labels[: dataset.trained])
         if len(unseen):

@@ -7,6 +7,7 @@ sources.py. This file knows neither networks nor bundles, nor Ray.
 from __future__ import annotations
 
 import gzip
+import math
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from training.clusters import Clusters, clusters, signs_for
 HELD_OUT = 0.2
 COUNT = 100_000  # samples of a law that can be drawn from
 CLUSTERED = 5000  # samples in which clusters are counted
+COMPARED = 4096  # numbers of an image that is compared with others: larger ones are, by coarser pixels
+PIECE = 2**24  # numbers of samples that are looked at together, 64 MB: of buffers below 32, the allocator keeps holes
 CELLS = 20  # modes that data with neither labels nor a known law are divided into
 DEBIAN = Path("/usr/share/datasets")  # where packages such as dataset-fashion-mnist put their files
 
@@ -82,7 +85,7 @@ class Dataset:
             return Clusters(*self.counted)
         if self.is_image and self.labels is not None:
             return Clusters(len(self.classes), hollow=False, signs=signs_for(np.full(len(self.classes), 1 / len(self.classes))))
-        return clusters(self.normalised(slice(min(self.trained, CLUSTERED))))
+        return clusters(self.coarse(np.arange(min(self.trained, CLUSTERED))))
 
     @cached_property
     def shift(self) -> Float32[ndarray, "d"]:
@@ -103,7 +106,28 @@ class Dataset:
     def normalised(self, rows: slice | Int64[ndarray, "n"] = slice(None)) -> Float32[ndarray, "n d"]:
         """Samples in the networks' units, one row each. Only `rows` are read, where samples lie on disk."""
         picked = self.samples[rows]
-        return (picked.reshape(len(picked), self.dim).astype(np.float32) - self.shift) / self.scale
+        x = picked.reshape(len(picked), self.dim).astype(np.float32)
+        x -= self.shift  # in place: rows of large images are not to be there twice
+        x /= self.scale
+        return x
+
+    def pieces(self, rows: Int64[ndarray, "n"], fewest: int = 1) -> list[Int64[ndarray, "..."]]:
+        """Rows in at least `fewest` parts, each of no more than PIECE numbers, or of one sample."""
+        return np.array_split(rows, max(fewest, min(len(rows), math.ceil(len(rows) * self.dim / PIECE))))
+
+    def coarse(self, rows: Int64[ndarray, "n"]) -> Float32[ndarray, "n q"]:
+        """Samples in the networks' units, pooled."""
+        return np.concatenate([self.pooled(self.normalised(part)) for part in self.pieces(rows)])
+
+    def pooled(self, x: Float32[ndarray, "n d"]) -> Float32[ndarray, "n q"]:
+        """Images of more than COMPARED numbers averaged over squares of pixels, beyond an edge over zeros; all else as it is."""
+        side = math.ceil(math.sqrt(self.dim / COMPARED)) if self.is_image else 1
+        if side == 1:
+            return x
+        x = x.reshape(len(x), *self.shape)
+        for axis in (1, 2):
+            x = np.add.reduceat(x, np.arange(0, x.shape[axis], side), axis=axis) / np.float32(side)
+        return x.reshape(len(x), -1)
 
 
 def ring() -> Dataset:

@@ -97,7 +97,7 @@ class Cells:
 
     def __init__(self, dataset: Dataset) -> None:
         rows = np.random.default_rng(0).permutation(dataset.trained)[:5000]
-        x = dataset.normalised(rows)
+        self.pooled, x = dataset.pooled, dataset.coarse(rows)
         if dataset.mixture is not None:
             centres = (dataset.mixture.centres - dataset.shift) / dataset.scale
         elif dataset.labels is not None:
@@ -119,7 +119,7 @@ class Cells:
         """Coverage is divided by what as many real samples would reach: a rare mode may be missed by chance. A missing mode is none
         of these: no more than BY_CHANCE / K of real samples would hit it so seldom.
         """
-        count, needed = self._counts(x), np.maximum(1, np.ceil(COVERED * self.share * len(x)))
+        count, needed = self._counts(self.pooled(x)), np.maximum(1, np.ceil(COVERED * self.share * len(x)))
         reached = binom.sf(needed - 1, len(x), self.share)  # how likely, of each mode
         share, missed, surely = self._shares(count), count < needed, 1 - reached < BY_CHANCE / self.count
         return {

@@ -17,7 +17,7 @@ from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
 
 from training.bundle import NEARER_TRAIN, NEAREST_TRAIN
-from training.data import Dataset
+from training.data import PIECE, Dataset
 
 MANIFOLD_QUANTILE = 0.99  # of held-out real data lies inside the manifold
 PROTOTYPES = 100  # cells that cover labelled data, whose modes are the classes
@@ -78,7 +78,7 @@ class Copies(nn.Module):
         self.register_buffer("weights", torch.from_numpy(weights.astype(np.float64)))  # sums below 2^53 are exact
         self.register_buffer("starts", torch.arange(TABLES) * PLACES)
         self.register_buffer("tables", torch.zeros(TABLES * PLACES, dtype=torch.uint8))
-        for part in np.array_split(rows, len(rows) // 1000 + 1):
+        for part in np.array_split(rows, len(rows) * samples[0].size // PIECE + 1):
             self.tables[self.places(torch.from_numpy(samples[part]))] = 1
 
     def places(self, x: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ def fit_eye(dataset: Dataset, *, seed: int, remember: bool = True) -> Sight:
     """Fit on the training part; set the manifold's threshold on the held-out part. `remember`: keep features of training samples."""
     lens = Lens(dataset)
     rows = np.sort(np.random.default_rng(seed).permutation(dataset.trained)[: MOST_FITTED // lens.parts])
-    train = lens(torch.from_numpy(dataset.samples[rows])).numpy()
+    train = np.concatenate([lens(torch.from_numpy(dataset.samples[part])).numpy() for part in dataset.pieces(rows)])
     count = min(PROTOTYPES, len(train) // 4) if dataset.classes else dataset.cells
     found = KMeans(count, n_init=4, random_state=seed).fit(train)
     centres = found.cluster_centers_
@@ -225,11 +225,11 @@ def fit_eye(dataset: Dataset, *, seed: int, remember: bool = True) -> Sight:
         eye.projection = _principal(eye.classifier, torch.from_numpy(train), min(FEATURES, MOST_FEATURES // lens.parts))
     eye.eval().requires_grad_(False)
     scores = SCORES if dataset.labels is not None else SCORES[:2]
-    parts = np.array_split(np.arange(dataset.trained, len(dataset.samples)), len(dataset.samples) // 10_000 + 1)
+    parts = dataset.pieces(np.arange(dataset.trained, len(dataset.samples)), fewest=len(dataset.samples) // 10_000 + 1)
     held_out = [eye(torch.from_numpy(dataset.samples[part])) for part in parts]  # copies: a file in memory is not torch's to write
     if remember:
         some = np.random.default_rng(seed).permutation(rows)[:REMEMBERED]
-        eye.remembered = torch.cat([eye(torch.from_numpy(dataset.samples[part]))[0] for part in np.array_split(some, 8)])
+        eye.remembered = torch.cat([eye(torch.from_numpy(dataset.samples[part]))[0] for part in dataset.pieces(some, fewest=8)])
         eye.held_out = torch.cat([features for features, *_ in held_out])[: len(some)]
         scores = (*scores, NEAREST_TRAIN, NEARER_TRAIN)
         if dataset.samples.dtype == np.uint8 and dataset.trained > len(some):

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int64, Shaped
 from numpy import ndarray
-from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
 
 from training.data import CELLS, DATASETS, DataError, Dataset
 
@@ -85,7 +85,7 @@ def open_dataset(
 def find(name: str, option: str = "--dataset") -> tuple[FileSystem, str, list[str], list[str]]:
     """The file system, the root, the files at a path or URI that have a reader, and the others, both sorted.
 
-    Hidden files have none. Raises DataError where there is nothing to read.
+    Hidden files have none. Raises DataError where there is nothing to read, or nothing of a class.
     """
     try:
         system, root = FileSystem.from_uri(name) if "://" in name else (LocalFileSystem(), str(Path(name).absolute()))
@@ -104,6 +104,10 @@ def find(name: str, option: str = "--dataset") -> tuple[FileSystem, str, list[st
     files = [path for path in paths if _kind(path) in READERS and not _hidden(root, path)]
     if not files:
         raise DataError(f"{option} is {name}, where no file ends in {', '.join(READERS)}")
+    if _classes(root, files) and (empty := _empty(root, inside)):
+        one = len(empty) == 1
+        words = f"{_some(empty)} hold{'s' * one} no file; put images into {'it' if one else 'them'}, or remove {'it' if one else 'them'}"
+        raise DataError(f"{option} is {name}, whose folders are classes, of which {words}")
     return system, root, files, sorted(set(paths) - set(files))
 
 
@@ -407,10 +411,22 @@ def _unread(root: str, files: list[str], others: list[str]) -> tuple[list[str], 
     return beside, bad
 
 
+def _classes(root: str, files: list[str]) -> list[str]:
+    """The folders right below the root that are classes: those with images in them."""
+    return sorted({_inside(root, file)[0] for file in files if _inside(root, file)[1:] and READERS[_kind(file)] is image})
+
+
+def _empty(root: str, inside: list[FileInfo]) -> list[str]:
+    """The paths of those folders in which nothing lies, hidden things aside."""
+    seen = [f for f in inside if not _hidden(root, f.path)]
+    filled = {_inside(root, f.path)[0] for f in seen if f.type == FileType.File}
+    return sorted(f.path for f in seen if f.type == FileType.Directory and _inside(root, f.path)[0] not in filled and not _inside(root, f.path)[1:])
+
+
 def _in_classes(root: str, files: list[str]) -> tuple[list[dict[str, str]], dict[str, str]]:
     """Each file with the class that its folder is, "" where there are none, and the files that lie beside such folders, with the reason."""
     folders = {file: [*_inside(root, file)[:-1], ""][0] for file in files}
-    classes = sorted({folder for file, folder in folders.items() if folder and READERS[_kind(file)] is image})
+    classes = _classes(root, files)
     why = f"it lies beside the class folders {_some(classes)}; move it into one of them, or all images into one folder"
     items = [{"file": file, "folder": folder if classes else ""} for file, folder in folders.items() if folder or not classes]
     return items, {file: why for file, folder in folders.items() if classes and not folder}

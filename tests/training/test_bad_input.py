@@ -31,13 +31,15 @@ def refused(done, status):
     ("flags", "words"),
     [
         ("--dataset digist", "did you mean digits"),
-        ("--objective relativstic", "relativistic"),
+        ("--objective relativstic", "f_total_variation; did you mean relativistic?"),
+        ("--penalty r1r3", "did you mean r1r2?"),
+        ("--noise-schedule falling", "falling is none of constant, linear, controlled "),
         ("--network dcgen", "there are no networks dcgen; did you mean dcgan"),
         ("--unrol 5", "--unroll"),
         ("--latent signs:16+norml:4", "--latent is 'signs:16+norml:4'; normal:128, normal:64x0.5 (a standard deviation above 0), signs:16 or"),
         ("--objective wasserstein --penalty none --clip 0.01 --unroll 5", "--unroll with --clip: a clipped weight has no derivative"),
         ("--workers 3", "--batch is 128, which --workers 3 do not divide; the nearest that will do: 126 and 129"),
-        ("--precision fp16", "bf16"),
+        ("--precision fp16", "did you mean bf16?"),
     ],
 )
 def test_wishes_that_cannot_be_granted(tmp_path, flags, words):

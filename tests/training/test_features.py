@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -133,3 +138,48 @@ def test_every_pixel_of_a_large_image_is_seen(shape):
     x = torch.zeros(1, *shape, dtype=torch.float32, requires_grad=True)
     lens(x).sum().backward()
     assert (x.grad != 0).all()
+
+
+LIMITED = """
+import resource, sys
+import numpy as np, torch
+from training.data import Dataset
+from training.diagnostics import Cells
+import training.features
+from training.features import fit_eye
+torch.set_num_threads(1)
+training.features.REMEMBERED = 100  # copies are then looked for among the others
+looks = {"clusters": lambda dataset: dataset.clusters, "cells": Cells, "eye": lambda dataset: fit_eye(dataset, seed=0)}
+look = looks[sys.argv[2]]
+samples = np.load(sys.argv[1], mmap_mode="r")
+look(Dataset("few", np.array(samples[:100]), cells=2))  # what the first call keeps
+held = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (held + (int(sys.argv[3]) << 20),) * 2)
+look(Dataset("large", samples, cells=2))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """1,000 images of 200 MB as whole numbers, of which the training part is 630 MB as float32."""
+    samples = np.lib.format.open_memmap(path := tmp_path_factory.mktemp("large") / "x.npy", "w+", np.uint8, (1000, 256, 256, 3))
+    samples[:] = np.random.default_rng(0).integers(256, size=(1000, 8, 1, 3), dtype=np.uint8).repeat(32, axis=1)
+    return path
+
+
+@pytest.mark.parametrize("look", ["clusters", "cells", "eye"])
+def test_large_images_are_looked_at_a_few_at_a_time(look, large):
+    command, environment = [sys.executable, "-c", LIMITED, large, look, 300], {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, command)], cwd=Path(__file__).resolve().parents[2], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_images_are_pooled_only_where_they_are_large():
+    rng = np.random.default_rng(0)
+    stacked, large = (Dataset("noise", rng.integers(256, size=(3, *shape), dtype=np.uint8), cells=2) for shape in ((28, 28, 3), (70, 90, 3)))
+    rows = np.arange(2)
+    np.testing.assert_array_equal(stacked.coarse(rows), stacked.normalised(rows))
+    found = large.coarse(rows).reshape(2, 24, 30, 3)  # 18,900 numbers, by squares of 3 x 3
+    whole = large.normalised(rows).reshape(2, 70, 90, 3)
+    np.testing.assert_allclose(found[:, :23], whole[:, :69].reshape(2, 23, 3, 30, 3, 3).mean(axis=(2, 4)), atol=1e-6)
+    np.testing.assert_allclose(found[:, 23], whole[:, 69].reshape(2, 30, 3, 3).sum(axis=2) / 9, atol=1e-6)  # no edge is left out

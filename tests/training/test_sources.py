@@ -227,6 +227,31 @@ def test_files_that_no_reader_takes_are_refused_unless_they_are_no_data(faces, o
     assert len(dataset.samples) == 120 and any("x.heic" in words for words in said)
 
 
+def test_classes_without_images_are_named(faces, opened):
+    (faces / "c" / "deeper").mkdir(parents=True)
+    for folder in ("a/deeper", ".thumbnails", "notes"):  # no classes, or said to be left out
+        (faces / folder).mkdir()
+    (faces / "notes" / "README.md").write_text("no picture")
+    with pytest.raises(DataError, match=r"/faces, whose folders are classes, of which \S+/faces/c holds no file; put images into it, or remove it"):
+        find(str(faces))
+    (faces / "d").mkdir()
+    (faces / "d" / ".gitkeep").write_text("")
+    with pytest.raises(DataError, match=r"of which \S+/faces/c, \S+/faces/d hold no file; put images into them"):
+        opened("faces", skip_bad_files=True)
+    picture(faces / "c" / "000")
+    picture(faces / "d" / "000")
+    dataset, said = opened("faces")
+    assert dataset.classes == ("a", "b", "c", "d") and len(said) == 1
+
+
+def test_a_flat_folder_may_have_empty_ones_in_it(tmp_path, opened):
+    for k in range(100):
+        picture(tmp_path / "flat" / f"{k}")
+    (tmp_path / "flat" / "empty").mkdir()
+    dataset, said = opened("flat")
+    assert dataset.labels is None and len(dataset.samples) == 100 and not said
+
+
 def test_labels_without_their_images_are_named(tmp_path, opened):
     pixels = rng.integers(256, size=(120, 6, 5), dtype=np.uint8)
     for name, array in (("a-images-idx3", pixels), ("a-labels-idx1", Y), ("b-labels-idx1", Y)):
