@@ -46,6 +46,21 @@ def test_the_same_seed_trains_the_same_generator():
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+def test_what_is_served_is_the_running_mean_of_the_generators_weights():
+    """Half of what was, half of what is, in steps so few."""
+    dataset, how = DATASETS["ring"](), {"dataset": "ring", "learning_rate": 0.1}
+
+    def run(steps):
+        states = []
+        served, _ = adversarial_training(Config(steps=steps, **how), dataset, save=lambda state, *_: states.append(state))
+        return served, states[-1].generator
+
+    weights = build(Config(**how), dataset)[1], run(1)[1], *reversed(run(2))
+    for at_first, after_one, after_two, served in zip(*(network.parameters() for network in weights), strict=True):
+        torch.testing.assert_close(served, (at_first + after_one) / 4 + after_two / 2)
+        assert (served - after_two).abs().max() > 0.01
+
+
 @pytest.mark.parametrize(("wish", "turns"), [({"objective": "wasserstein", "clip": 0.05, "penalty": "none"}, 5), ({"critic_steps": 3}, 3)])
 def test_the_critic_may_move_several_times_for_each_step_of_the_generator(wish, turns):
     dataset = DATASETS["ring"]()
