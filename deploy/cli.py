@@ -303,6 +303,8 @@ def certify(
         raise StackError("--more adds to the certificate that there is, --reference makes a new one that begins at 0; give one of the two")
     if more is not None and more < 1:
         raise StackError(f"--more is {more}; it must be at least 1")
+    if reference is None and (force or skip_bad_files):
+        raise StackError(f"{'--force' if force else '--skip-bad-files'} is for --reference; --more judges nothing anew and reads no data")
     reg = _registry(registry)
     name = _model(reg, model)
     bundle = reg.open(name, version)

@@ -42,6 +42,7 @@ GAUGES = (*DIVERGENCES, "mode_coverage", "off_manifold", "frechet")
 ALL_GAUGES = (*GAUGES, "mmd", *POINT_GAUGES)  # the latter of independent draws only, and only where the bundle has real points
 POINTS_AFTER = {"fresh": BLOCK, "recent": NEWEST}  # samples, at most, after which a population's POINT_GAUGES are read again
 REAL_POINTS = 1024  # real points that served ones are compared with
+WIDTH_POINTS = 512  # training points that set the width of the kernel
 AUDIT_PATIENCE = 4096  # samples tested for which a failed replay audit waits for the samples to say which failure it is
 SHORT_PATIENCE = 512  # ... where no failure that needs longer is possible
 RECENT_RERUNS = 128  # samples run again, of which two must differ: a latent on the very edge of a decision in the graph may
@@ -106,8 +107,7 @@ class Monitor:
         cells, features = len(bundle.card.modes) + 1, len(reference.feature_mean)
         rng = np.random.default_rng(0)  # which of the real points: the same ones in every process
         real, self._spare = rng.permutation(reference.held_out_points)[:REAL_POINTS], rng.permutation(reference.train_points)[:BLOCK]
-        # Training points set the kernel's width, so that the mean is that of all of `real`.
-        self._cloud, self._embedding, self._real_points = Cloud(real), Embedding(np.concatenate([self._spare[: len(real) // 2], real])), Real(real)
+        self._cloud, self._embedding, self._real_points = Cloud(real), Embedding(real, width_from=self._spare[:WIDTH_POINTS]), Real(real)
         self._blocks = {population: Blocks(cells, features, self._embedding.size) for population in ("fresh", "served")}
         self._recent, self._newest = Decayed(cells, features, self._embedding.size), Newest(features)
         self._gauges: dict[str, tuple[int, dict[str, Gauge]]] = {}  # as last read, and at how many samples
@@ -307,6 +307,8 @@ class Monitor:
         if differing := [f"{name} is {theirs.get(name)!r}, here it is {ours[name]!r}" for name in names if theirs.get(name) != ours[name]]:
             raise ValueError(f"the state is of another monitor: {'; '.join(differing)}")
         for name, own in self.state().items():
+            if _of_gauges(name) and not _has_gauges(state):
+                continue
             if name not in state:
                 raise ValueError(f"the state lacks {name}")
             if isinstance(own, ndarray):
@@ -316,7 +318,8 @@ class Monitor:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where the monitor stood whose `state` this is, without a false alarm and with any latched one. It may have had
-        another arl or share, as with `reshare`; then it is judged by the guaranteed threshold.
+        another arl or share, as with `reshare`; then it is judged by the guaranteed threshold. The gauges of a state that was saved
+        before sums of monitors counted their streams rest on another kernel: they begin anew.
 
         Raises ValueError where it watched another bundle or with other bets, or where the state is damaged.
         """
@@ -327,6 +330,8 @@ class Monitor:
         self.calibrate(self.slack if state["identity"] == self.identity() else None)
         self._gauges.clear()
         for part, owner in self._parts().items():
+            if _of_gauges(part) and not _has_gauges(state):
+                continue
             owner.restore({name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")})
         self._judge()
 
@@ -622,6 +627,14 @@ class Monitor:
         plain, finite = counts / counts.sum(), smoothed(counts)
         values = {name: divergence(self._real, plain) for name, divergence in DIVERGENCES.items()}
         return {name: v if math.isfinite(v) else DIVERGENCES[name](self._real, finite) for name, v in values.items()}
+
+
+def _of_gauges(name: str) -> bool:
+    return name.partition(".")[0] in ("fresh", "served", "recent")
+
+
+def _has_gauges(state: Mapping[str, Any]) -> bool:
+    return "fresh.streams" in state
 
 
 def _check_array(name: str, found: Any, own: ndarray) -> None:

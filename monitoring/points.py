@@ -131,19 +131,18 @@ class Embedding:
     """Random Fourier features of a Gaussian kernel as wide as the median distance between real points: unit vectors, so that the
     distance of two means, the MMD of this very kernel, has exact bounds.
 
-    The bounds are those of a kernel that was fixed beforehand, so no point has part in both: the first third of the points sets the
-    width, the mean is that of the others.
+    The bounds are those of a kernel that was fixed beforehand: what sets the width must not be among the points whose mean this is.
     Sources: Rahimi and Recht, Random Features for Large-Scale Kernel Machines (NIPS 2007); bounds: `reach`, `reach_now`.
     """
 
-    def __init__(self, points: Float[ndarray, "m p"]) -> None:
-        some, averaged = np.split(points, [len(points) // 3])
-        self.count = len(averaged) if len(averaged) >= LEAST else 0
+    def __init__(self, points: Float[ndarray, "m p"], *, width_from: Float[ndarray, "w p"]) -> None:
+        self.count = len(points) if min(len(points), len(width_from)) >= LEAST else 0
         self.size = 2 * FREQUENCIES if self.count else 0
         if self.count:
-            width = math.sqrt(max(float(np.median(squared_distances(some, some)[np.triu_indices(len(some), 1)])), 1e-300))
+            apart = squared_distances(width_from, width_from)[np.triu_indices(len(width_from), 1)]
+            width = math.sqrt(max(float(np.median(apart)), 1e-300))
             self.frequencies = np.random.default_rng(0).standard_normal((points.shape[1], FREQUENCIES)).astype(np.float32) / np.float32(width)
-            self.sum = self(averaged).sum(axis=0, dtype=np.float64)
+            self.sum = self(points).sum(axis=0, dtype=np.float64)
 
     def __call__(self, x: Float[ndarray, "n p"]) -> Float[ndarray, "n e"]:
         """Unit vectors [n, size]; of size 0 where there were not enough real points."""

@@ -505,7 +505,9 @@ class Watch:
 
     def _monitor(self, bundle: Bundle, share: float) -> Monitor:
         monitor, ours = Monitor(bundle, arl=self.budget.samples, share=share), bundle.card
-        for version in self.registry.versions(ours.model):
+        for version in self.registry.versions(ours.model):  # the oldest first
+            if version == ours.version:
+                break  # whatever came later has not passed before
             try:
                 other = self.registry.card(ours.model, version)
             except (RegistryError, BundleError):
@@ -681,7 +683,7 @@ class Watch:
                 if not self.policy.allows(model.history, alias):
                     continue
                 verdict = self._watched[name, version].judged.verdict
-                if verdict.stays is not None:
+                if alias == "production" and verdict.stays is not None:  # a canary loses its traffic, whatever the alarm
                     self._held[name, alias] = f"{alias} of {name} is alarmed, {version} is {verdict.id}, and stays as it is: {verdict.stays}"
                     continue
                 why = f"{version} is {' '.join([verdict.id, *verdict.modes])}"

@@ -90,7 +90,7 @@ class SignGaussian:
     def read(cls, words: str) -> SignGaussian:
         """`normal:128`, `normal:64x0.5` (its standard deviation), `signs:16` or `signs:16+normal:48x0.5`. Raises BundleError."""
         found = re.fullmatch(r"(?:signs:([1-9]\d{0,5}))?(?:(?:^|(?<=\d)\+)normal:([1-9]\d{0,5})(?:x(\d*\.?\d+))?)?", words)
-        if not words or not found or float(found[3] or 1) == 0:
+        if not words or not found or not 0 < np.float32(found[3] or 1) < np.inf:
             raise BundleError(f"{words!r}; normal:128, normal:64x0.5 (a standard deviation above 0), signs:16 or signs:16+normal:48 is expected")
         return cls(int(found[1] or 0), int(found[2] or 0), float(found[3] or 1))
 

@@ -191,7 +191,7 @@ def check(config: Config) -> None:
     if config.dataset in ON_DISK:
         open_dataset(config.dataset, data=config.data, cache=Path())
     elif config.dataset not in DATASETS:
-        find(config.dataset)
+        find(config.dataset, skip_bad_files=config.skip_bad_files)
     fewest = config.workers if config.min_workers is None else config.min_workers
     if fewest > config.workers:
         raise InputError(f"--min-workers is {fewest}; it must not exceed --workers, {config.workers}")
@@ -247,7 +247,8 @@ def conflicts(config: Config) -> list[str]:
         f"--noise-schedule controlled with --objective {config.objective}: its distance has no upper end to hold half of; use "
         "--noise-schedule linear": config.noise_schedule == "controlled" and objective.optimal is None,
         "--gamma with --penalty none: there is no penalty to weigh; leave --gamma out, or choose the penalty it is for": config.gamma is not None
-        and config.penalty == "none",
+        and config.penalty == "none"
+        and config.resume is None,  # a run that was let begin like that goes on
         f"{schedule} without noise: give the first standard deviation by --noise": config.noise_schedule != "constant"
         and not config.recipe.noise,
     }

@@ -20,9 +20,8 @@ from scipy.spatial import cKDTree
 from scipy.stats import binom
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
-from training.bundle import SignGaussian
+from training.bundle import MODE_FLOOR, SignGaussian
 from training.data import Dataset
 from training.objectives import Objective
 from training.views import pack
@@ -30,7 +29,6 @@ from training.views import pack
 ROWS = 512  # reals and fakes of one look
 PATIENCE = 3  # looks in a row before an alarm is raised
 LATENTS = 2**40  # added to the seed: the latents of a look are not those of training
-COVERED = 0.25  # of a mode's real share
 A_MODE = 4  # fakes for each mode, at least: with fewer, chance decides which are hit
 BY_CHANCE = 0.01  # how often a sound generator may be said to miss a mode, at a look
 NEIGHBOUR = 5  # a sample lies among the data where it is nearer to one of them than this neighbour of theirs is
@@ -119,7 +117,7 @@ class Cells:
         """Coverage is divided by what as many real samples would reach: a rare mode may be missed by chance. A missing mode is none
         of these: no more than BY_CHANCE / K of real samples would hit it so seldom.
         """
-        count, needed = self._counts(self.pooled(x)), np.maximum(1, np.ceil(COVERED * self.share * len(x)))
+        count, needed = self._counts(self.pooled(x)), np.maximum(1, np.ceil(MODE_FLOOR * self.share * len(x)))
         reached = binom.sf(needed - 1, len(x), self.share)  # how likely, of each mode
         share, missed, surely = self._shares(count), count < needed, 1 - reached < BY_CHANCE / self.count
         return {
@@ -194,7 +192,7 @@ class Look:
         return {
             "divergence": divergence,
             "accuracy": accuracy,
-            "saturation": self._saturation(divergence, on_real.detach(), on_fake.detach()),
+            "saturation": self.objective.share(critic_loss, float(self.objective.doubt(on_real.detach(), on_fake.detach()))),
             "weight": float(by_logit.abs().mean()),
             "gradient_norm": math.sqrt(sum(float(g.double().square().sum()) for g in by_weight)),
             "pull": float(np.linalg.norm(pull, axis=1).mean()),
@@ -213,12 +211,6 @@ class Look:
         """As many as there are held-out samples."""
         count = len(self.held_out)
         return torch.from_numpy(self.latent.sample(seed=self.seed, offset=part * count, count=count)).to(device)
-
-    def _saturation(self, divergence: float, on_real: Tensor, on_fake: Tensor) -> float:
-        if self.objective.ratio is None:
-            return divergence / self.objective.largest
-        doubt = softplus(-self.objective.ratio(on_real)).mean() + softplus(self.objective.ratio(on_fake)).mean()
-        return 1 - float(doubt) / math.log(4)
 
     def _shown(self, x: Tensor, device: torch.device) -> Tensor:
         return pack(x.to(device), self.packing)
@@ -332,7 +324,7 @@ class Diagnosis:
         figures = figures | {"gradient_share": figures["gradient_norm"] / max(median(self.norms), 1e-300)}
         for name, alarm in ALARMS.items():
             shown = progress >= alarm.after and alarm.fires(figures)
-            self.looks[name] = self.looks[name] + 1 if shown else 0
+            self.looks[name] = self.looks.get(name, 0) + 1 if shown else 0  # a checkpoint of before an alarm was thought of has none
             if self.looks[name] >= PATIENCE:
                 self.words[name] = f"{alarm.meaning.format(**figures)}; {alarm.advice}"
             else:

@@ -31,6 +31,7 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 from training.bundle import (
+    MODE_FLOOR,
     DUPLICATE_BLOCK,
     FILES,
     Bundle,
@@ -540,7 +541,7 @@ def law(reference: Reference, certificate: Certificate, modes: tuple[str, ...]) 
     delay = delay_of_loss(certificate, drop_bounds(certificate), np.ones(1), threshold=ARL)[0]
     return divergences(reference.cell_share, share) | {
         "frechet": frechet(reference.feature_mean, reference.feature_cov, certificate.feature_mean, certificate.feature_cov)[0],
-        "mode_coverage": float(np.mean(share[:-1] >= 0.25 * reference.cell_share[:-1])),
+        "mode_coverage": float(np.mean(share[:-1] >= MODE_FLOOR * reference.cell_share[:-1])),
         "off_manifold": float(share[-1]),
         "samples": certificate.count,
         "smallest_tail_level": float(LEVELS[LEVELS * certificate.count >= 10].min()),

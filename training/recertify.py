@@ -48,6 +48,8 @@ def recertify(
         if built is not None:
             made_of |= {"data": built.about["source"], "built": f"{built.about['name']} {built.path.name}"}
             say(f"the reference is {made_of['built']}, built of {made_of['data']}")
+            if not len(bundle.reference.train_points):
+                raise DataError(f"{bundle.card.model} {bundle.card.version} was published so that it keeps no real data, and {built.path} does; name the data instead, {built.about['source']}")
             card, found, accuracy = _take(bundle.card, built, directory)
         else:
             dataset = open_dataset(reference, cache=Path(cache), skip_bad_files=skip_bad_files, say=say, option="--reference")

@@ -21,6 +21,8 @@ import logging
 import mmap
 import os
 import re
+import secrets
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -82,7 +84,7 @@ def open_dataset(
     return Dataset(about["name"], samples, about["cells"], labels, tuple(about["classes"]))
 
 
-def find(name: str, option: str = "--dataset") -> tuple[FileSystem, str, list[str], list[str]]:
+def find(name: str, option: str = "--dataset", *, skip_bad_files: bool = False) -> tuple[FileSystem, str, list[str], list[str]]:
     """The file system, the root, the files at a path or URI that have a reader, and the others, both sorted.
 
     Hidden files have none. Raises DataError where there is nothing to read, or nothing of a class.
@@ -104,9 +106,9 @@ def find(name: str, option: str = "--dataset") -> tuple[FileSystem, str, list[st
     files = [path for path in paths if _kind(path) in READERS and not _hidden(root, path)]
     if not files:
         raise DataError(f"{option} is {name}, where no file ends in {', '.join(READERS)}")
-    if _classes(root, files) and (empty := _empty(root, inside)):
+    if _classes(root, files) and (empty := _empty(root, inside)) and not skip_bad_files:
         one = len(empty) == 1
-        words = f"{_some(empty)} hold{'s' * one} no file; put images into {'it' if one else 'them'}, or remove {'it' if one else 'them'}"
+        words = f"{_some(empty)} hold{'s' * one} no file; put images into {'it' if one else 'them'}, or remove {'it' if one else 'them'}, or go on with --skip-bad-files"
         raise DataError(f"{option} is {name}, whose folders are classes, of which {words}")
     return system, root, files, sorted(set(paths) - set(files))
 
@@ -325,7 +327,7 @@ def as_served(found: Shaped[ndarray, "n ..."], first: int = 0) -> Shaped[ndarray
 
 def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], None], option: str) -> None:
     """Write samples.npy and labels.npy in a random order, and then dataset.json."""
-    system, root, files, others = find(name, option)
+    system, root, files, others = find(name, option, skip_bad_files=skip_bad_files)
     beside, bad = _unread(root, files, others)
     total = len(files) + len(bad)
     items, astray = _in_classes(root, files)
@@ -455,13 +457,16 @@ def _shuffle(found: Shaped[ndarray, "n ..."], order: Int64[ndarray, "n"], path: 
 def _rows_of(items: list[dict[str, str]], system: FileSystem) -> Iterator[dict[str, Any]]:
     """Through the Ray that runs; where none does, as when a reference is built, files are read one after another, or, where there are
     many, through one of this machine alone, which is stopped again."""
-    import ray
-
-    if ray.is_initialized():
+    imported = sys.modules.get("ray")
+    if imported and imported.is_initialized():
         yield from _through_ray(items, system)
         return
-    if len(items) >= MANY:
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if len(items) >= MANY and not imported:
+        before = dict(os.environ)
+        # As in train.py: read when Ray is imported, it keeps all of its sockets on 127.0.0.1, which answer only who has the token.
+        os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+        import ray
+
         how = {"include_dashboard": False, "logging_level": "error", "log_to_driver": False, "_node_ip_address": "127.0.0.1"}
         try:
             with suppress(Exception):  # Ray raises bare ones where it does not come up; it is not needed
@@ -471,6 +476,8 @@ def _rows_of(items: list[dict[str, str]], system: FileSystem) -> Iterator[dict[s
                 return
         finally:
             ray.shutdown()
+            os.environ.clear()
+            os.environ.update(before)
     yield from _here(items, system)
 
 

@@ -555,7 +555,8 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     count, hollow, _ = dataset.clusters
     found = "one cluster" if count == 1 else f"{count} separate {'curves or sheets' if hollow else 'clusters'}"
     why = f"as --latent says; the data are {found}" if config.latent else f"for the data are {found}"
-    print(f"latent   {latent.signs} signs and {latent.normals} normals as latents, {why}", flush=True)
+    chosen = f"{latent.signs} signs and {latent.normals} normals as latents, {why}"
+    print(f"latent   {chosen}", flush=True)
     print(f"pictures {run / 'samples'}, one for each tenth of the run", flush=True)
     journal.write("latent", signs=latent.signs, normals=latent.normals, clusters=count)
     if config.recipe.network not in FAMILIES:
@@ -664,7 +665,7 @@ def main() -> None:
         _end(f"error: {error}", status=2)
     root, model = Registry(config.registry).root, config.model or label(config.dataset)
     print(f"run      {run}", flush=True)
-    if JOB in os.environ and not root.is_absolute():
+    if JOB in os.environ and not Path(config.registry or os.environ.get("GANWATCH_HOME", "")).is_absolute():
         instead = "name one that stays with --registry /its/path, or in GANWATCH_HOME"
         print(f"note: a Ray job runs in a copy of its working directory, so this relative registry is {root.resolve()}; {instead}")
 

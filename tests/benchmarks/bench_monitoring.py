@@ -437,7 +437,8 @@ def asymptotic_intervals(runs: int, width: int = 8, block: int = 4096) -> list[d
 
 def embedded_intervals(runs: int, width: int = 8, block: int = 4096) -> list[dict]:
     """The same of the MMD, whose bounds hold for any number of samples: `exact` looked at after every sample from the second on, and
-    `pointwise` (of decaying weights) once, at the end. The kernel depends on 1,024 real points, drawn anew by each run, and so does the truth.
+    `pointwise` (of decaying weights) once, at the end. The kernel depends on 512 real points and the
+    mean on 1,024 others, drawn anew by each run, and so does the truth.
     """
     turn = np.linalg.qr(np.random.default_rng(3).standard_normal((width, width)))[0]
     real = (np.zeros(width), (turn * np.geomspace(3, 0.1, width)) @ turn.T)
@@ -446,7 +447,7 @@ def embedded_intervals(runs: int, width: int = 8, block: int = 4096) -> list[dic
         missed, widths, truths = {"exact": 0, "pointwise": 0}, {"exact": 0.0, "pointwise": 0.0}, 0.0
         for run in range(runs):
             rng = np.random.default_rng((run, 19))
-            embedding = Embedding(draw(rng, 1024, real))
+            embedding = Embedding(draw(rng, 1024, real), width_from=draw(rng, 512, real))
             true = float(np.linalg.norm(embedded(real, embedding.frequencies) - embedded(law, embedding.frequencies)))
             psi = embedding(draw(rng, block, law)).astype(np.float64)
             sums = np.cumsum(psi, axis=0)

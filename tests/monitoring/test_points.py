@@ -28,6 +28,7 @@ from training import evaluation
 
 RNG = np.random.default_rng(5)
 REAL, SERVED = RNG.standard_normal((150, 7)).astype(np.float32), (1.3 * RNG.standard_normal((90, 7)) + 0.2).astype(np.float32)
+WIDTH = RNG.standard_normal((80, 7)).astype(np.float32)  # points that set the width of a kernel
 
 
 def test_the_kernel_distance_is_its_definition():
@@ -89,24 +90,25 @@ def test_too_few_points_say_nothing():
     for served, real in ((SERVED[: LEAST - 1], REAL), (SERVED, REAL[: LEAST - 1]), (SERVED, REAL[:0])):
         assert all(math.isnan(value) for value in Cloud(real).gauges(served).values())
     assert tuple(Cloud(REAL).gauges(SERVED)) == POINT_GAUGES
-    empty = Embedding(REAL[:0])
+    empty = Embedding(REAL[:0], width_from=WIDTH)
+    assert Embedding(REAL, width_from=WIDTH[: LEAST - 1]).size == 0
     assert empty(SERVED).shape == (90, 0) and all(math.isnan(v) for v in empty.mmd(np.empty(0), 90, delta=0.05))
-    assert all(math.isnan(v) for v in (*empty.mmd_now(np.empty(0), 90.0, 80.0, delta=0.05), *Embedding(REAL).mmd_now(np.zeros(256), 1.0, 1.0, delta=0.05)))
+    assert all(math.isnan(v) for v in (*empty.mmd_now(np.empty(0), 90.0, 80.0, delta=0.05), *Embedding(REAL, width_from=WIDTH).mmd_now(np.zeros(256), 1.0, 1.0, delta=0.05)))
 
 
 def test_no_point_has_part_in_both_the_kernel_and_the_mean():
     """Bounds for a fixed kernel: other points in the mean leave it as it is, other points for the width leave none of theirs in the mean."""
-    plain, others, wider = Embedding(REAL), Embedding(np.concatenate([REAL[:50], 9 + REAL[50:]])), Embedding(np.concatenate([3 * REAL[:50], REAL[50:]]))
+    plain, others, wider = (Embedding(points, width_from=width) for points, width in ((REAL, WIDTH), (9 + REAL, WIDTH), (REAL, 3 * WIDTH)))
     np.testing.assert_array_equal(others.frequencies, plain.frequencies)
     assert not np.allclose(others.sum, plain.sum)
     np.testing.assert_allclose(3 * wider.frequencies, plain.frequencies, rtol=1e-5)
-    assert plain.count == wider.count == 100
-    np.testing.assert_allclose(wider.sum, wider(REAL[50:]).sum(axis=0), rtol=1e-4)
+    assert plain.count == wider.count == len(REAL)
+    np.testing.assert_allclose(wider.sum, wider(REAL).sum(axis=0), rtol=1e-4)
 
 
 def test_the_embedded_distance_is_an_mmd():
-    embedding = Embedding(REAL)
-    a, b = (embedding(x).astype(np.float64) for x in (SERVED, REAL[50:]))
+    embedding = Embedding(REAL, width_from=WIDTH)
+    a, b = (embedding(x).astype(np.float64) for x in (SERVED, REAL))
     np.testing.assert_allclose(np.linalg.norm(a, axis=1), 1, rtol=1e-5)
     gram = np.mean([u @ v for i, u in enumerate(a) for j, v in enumerate(a) if i != j]) + np.mean([u @ v for i, u in enumerate(b) for j, v in enumerate(b) if i != j])
     value, low, high = embedding.mmd(a.sum(axis=0), 90, delta=0.05)
@@ -117,8 +119,7 @@ def test_the_embedded_distance_is_an_mmd():
 def streams(rng, runs, length):
     """Embedded streams of the real law itself, whose MMD is 0, and of a shifted one, whose MMD is known from many samples."""
     for _ in range(runs):
-        real = rng.standard_normal((1500, 2))
-        embedding = Embedding(real)
+        embedding = Embedding(rng.standard_normal((1000, 2)), width_from=rng.standard_normal((500, 2)))
         middle = embedding(rng.standard_normal((20_000, 2))).mean(0)
         for shift in (0.0, 0.5):
             truth = np.linalg.norm(embedding(rng.standard_normal((20_000, 2)) + shift).mean(0) - middle) if shift else 0.0
@@ -138,15 +139,15 @@ def test_the_interval_of_the_mmd_holds_at_every_sample():
 
 def test_the_weighted_mmd_is_that_of_all_pairs():
     """Written out pair by pair; equal weights are no weights."""
-    embedding, weight = Embedding(REAL), 0.5 ** (np.arange(90)[::-1] / 20)
-    a, b = (embedding(x).astype(np.float64) for x in (SERVED, REAL[50:]))
+    embedding, weight = Embedding(REAL, width_from=WIDTH), 0.5 ** (np.arange(90)[::-1] / 20)
+    a, b = (embedding(x).astype(np.float64) for x in (SERVED, REAL))
     pairs, others = np.outer(weight, weight), ~np.eye(90, dtype=bool)
     ours = (pairs * (a @ a.T))[others].sum() / pairs[others].sum()
-    theirs = (b @ b.T)[~np.eye(100, dtype=bool)].mean()
+    theirs = (b @ b.T)[~np.eye(len(b), dtype=bool)].mean()
     value, low, high = embedding.mmd_now(weight @ a, weight.sum(), weight @ weight, delta=0.05)
-    assert value == pytest.approx(math.sqrt(ours + theirs - 2 * (weight @ (a @ b.T)).sum() / (weight.sum() * 100)), abs=1e-6)
+    assert value == pytest.approx(math.sqrt(ours + theirs - 2 * (weight @ (a @ b.T)).sum() / (weight.sum() * len(b))), abs=1e-6)
     plain = np.linalg.norm(weight @ a / weight.sum() - b.mean(axis=0))
-    error = reach_now(weight.sum() ** 2 / (weight @ weight), 0.025) + reach_now(100, 0.025)
+    error = reach_now(weight.sum() ** 2 / (weight @ weight), 0.025) + reach_now(len(b), 0.025)
     assert (low, high) == pytest.approx((max(0.0, plain - error), plain + error), abs=1e-6)
     assert embedding.mmd_now(a.sum(axis=0), 90.0, 90.0, delta=0.05)[0] == embedding.mmd(a.sum(axis=0), 90, delta=0.05)[0]
 

@@ -62,6 +62,16 @@ def test_a_restored_monitor_goes_on_as_if_nothing_had_been(make_bundle, draw, tm
             assert said(resumed) == said(straight)
 
 
+def test_gauges_of_a_state_that_knows_no_streams_begin_anew_and_the_alarm_stays(make_bundle, draw, tmp_path):
+    bundle = make_bundle(lost=(3, 8))
+    alarmed, states = fed(bundle, draw(bundle, 2000, seed=5)), States(tmp_path)
+    states.save("grid", "v1", {name: value for name, value in alarmed.state().items() if not name.endswith(".streams")})
+    resumed = Monitor(bundle)
+    resumed.restore(states.load("grid", "v1"))
+    assert resumed.evidence() == alarmed.evidence() and resumed.first_alarm == alarmed.first_alarm is not None and resumed.monitored == alarmed.monitored
+    assert resumed.gauges("fresh")["js"].n == 0 < alarmed.gauges("fresh")["js"].n
+
+
 def test_a_state_is_of_one_bundle_and_a_sum_of_one_budget(make_bundle, draw):
     bundle, other = make_bundle(), make_bundle(lost=(3,))
     before = fed(bundle, draw(bundle, 100))

@@ -90,6 +90,16 @@ def test_what_reference_build_made_is_taken_as_it_is(published, tmp_path):
     refused(r"is damaged .*reference\.npz.*; build it again")
 
 
+@pytest.mark.slow
+def test_who_kept_no_real_data_takes_no_built_reference_that_does(published, tmp_path):
+    build(Dataset("ring", points(RING), 8), "faces", "faces.npy", tmp_path / "references")
+    none = replace(published.reference, train_points=published.reference.train_points[:0])
+    published.__dict__["reference"] = none
+    with pytest.raises(DataError, match="was published so that it keeps no real data, .*; name the data instead, faces.npy"):
+        recertify(published, "faces", tmp_path / "made", tmp_path / "references")
+    assert not (tmp_path / "made").exists()
+
+
 def test_a_built_reference_is_found_by_name_and_by_directory(tmp_path, monkeypatch):
     for name in ("faces/v1", "faces/v2", "faces/v3", "ring/v1"):
         (tmp_path / "references" / name).mkdir(parents=True)

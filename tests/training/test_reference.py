@@ -144,7 +144,7 @@ def test_a_reference_is_the_same_from_every_kind_of_file(
         path = write(root, x, y)
         made = build(open_dataset(str(path), cache=root / "cache", say=said.append), "digits", str(path), root / "references")
         assert len(said) == 1 and said[0].startswith(f"read     {len(x):,} samples")
-        return _read_arrays(Reference, made.path / "reference.npz"), made.about["counts"]
+        return read_arrays(Reference, made.path / "reference.npz"), made.about["counts"]
 
     wanted, counts = built(plain)
     assert len(counts) == modes and wanted.count == sum(counts.values()) == len(x) == len(wanted.train_points) + len(wanted.held_out_points)
