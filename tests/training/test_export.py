@@ -79,7 +79,7 @@ def test_a_card_warns_where_the_classifier_that_names_modes_is_often_wrong(condi
     monkeypatch.setattr("training.features.STEPS", 50)
     sight = fit_eye(dataset, seed=0, remember=False)
     assert 0.5 < sight.accuracy < 0.97
-    certified = figures(dataset, bundle.reference, bundle.certificate, open_source(bundle.path, bundle.card), sight)
+    certified = figures(dataset, bundle.reference, bundle.certificate, open_source(bundle.path, bundle.card), sight.modes, sight.accuracy)
     assert f"the classifier that names modes is right on {sight.accuracy:.1%} of held-out data; 97% are wanted" in certified["warning"]
     assert bundle.card.certified["classifier_accuracy"] >= 0.97 and "the classifier" not in bundle.card.certified.get("warning", "")
 

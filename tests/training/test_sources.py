@@ -325,13 +325,15 @@ def test_data_of_ones_own_go_through_ray(tmp_path, ray):
 
 
 MANY_FILES = """
-import sys, ray
+import os, sys
 from pathlib import Path
 from training import sources
 sources.MANY = int(sys.argv[2])
-assert "ray.data" not in sys.modules
+assert "ray" not in sys.modules
+before = dict(os.environ)
 dataset = sources.open_dataset(sys.argv[1], cache=Path(sys.argv[3]), say=lambda words: None)
-print("ray.data" in sys.modules, ray.is_initialized(), dataset.samples.tobytes().hex())
+assert dict(os.environ) == before
+print("ray.data" in sys.modules, "ray" in sys.modules and sys.modules["ray"].is_initialized(), dataset.samples.tobytes().hex())
 """
 
 
