@@ -218,6 +218,8 @@ def publish(
     if onnx is None:
         if bundle is None:
             raise StackError("name a bundle directory, or a generator: publish --onnx g.onnx --reference data.npz --latent normal:128")
+        if reference is not None or latent is not None or skip_bad_files:
+            raise StackError(f"{bundle} is certified already; --reference, --latent and --skip-bad-files are for --onnx. Against other data: ganwatch certify VERSION --reference DATA")
         published = publish_bundle(bundle, _registry(registry), model=model, force=force)
     else:
         if bundle is not None or reference is None or latent is None:

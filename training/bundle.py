@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import zipfile
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cached_property
@@ -373,7 +374,7 @@ def read_arrays(kind: type, path: Path) -> Any:
         with np.load(path, allow_pickle=False) as data:
             optional = {f.name for f in fields(kind) if f.default_factory is not MISSING or f.default is not MISSING}
             values = {f.name: data[f.name] for f in fields(kind) if f.name in data or f.name not in optional}
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise BundleError(f"{path}: {error}") from None
     return kind(**{name: value.item() if value.ndim == 0 else value for name, value in values.items()})
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from training.bundle import FILES, BundleError, Card, Certificate, Reference, SignGaussian, clopper_pearson, open_bundle, write_arrays, write_card
+from training.bundle import FILES, BundleError, Card, Certificate, Reference, SignGaussian, clopper_pearson, open_bundle, read_arrays, write_arrays, write_card
 from training.registry import Registry, RegistryError
 
 CARD = Card(
@@ -72,6 +72,13 @@ def test_a_damaged_bundle_is_refused_by_the_file_name(registry: Registry, name: 
         path.write_bytes(content[:-1] if damage == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(BundleError, match=name.replace(".", r"\.")):
         open_bundle(path.parent)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK" + bytes(40)])
+def test_arrays_that_cannot_be_read_are_refused_by_the_file_name(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "reference.npz").write_bytes(content)
+    with pytest.raises(BundleError, match=r"/reference\.npz: "):
+        read_arrays(Reference, tmp_path / "reference.npz")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 2}', '{"schema": 1}', '{"schema": 1, "surprise": 1}'])

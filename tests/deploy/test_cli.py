@@ -40,6 +40,7 @@ def ganwatch(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
         ("inject nothing", "there is no model yet"), ("certify v1", "give --more N, to count so many samples besides, or --reference DATA"),
         ("certify v1 --more 5 --reference ring", "--reference makes a new one that begins at 0"), ("certify v1 --reference ring", "there is no model yet"), ("certify v1 --reference ring --model m", "unknown model 'm'"),
         ("reference build ring --name ../x", "reference name is '../x'; use letters"), ("publish /nowhere", "no card.json"), ("publish", "name a bundle directory"),
+        ("publish /nowhere --reference x.npz", "/nowhere is certified already; --reference, --latent and --skip-bad-files are for --onnx"),
         ("publish --onnx g.onnx", "--onnx takes --reference"), ("publish --onnx g.onnx --reference ring --latent gamma:2", "--latent is 'gamma:2'"), ("replay --bundle /nowhere --samples x.npy", "no card.json"),
         ("inject drop-mode", "invalid choice 'drop-mode'"), ("up --device gpu", "invalid choice 'gpu'"), ("promte v1", "promte"), ("grafana apply", "GRAFANA_TOKEN"),
     ],
