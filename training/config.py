@@ -58,7 +58,7 @@ class Config:
     """Leave out files that cannot be used, naming each; by default they end the run."""
     like: str | None = None
     """The built-in data set whose recipe to use; by default its own. Other images take that of mnist, those with less
-    than 16 pixels a side that of digits, and vectors that of grid."""
+    than 16 pixels a side that of digits, vectors that of grid, and of 48 coordinates or more that of mixture1200."""
     model: str | None = None
     """Name of the model in the registry; by default that of the data set."""
     registry: str | None = None

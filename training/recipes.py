@@ -30,6 +30,8 @@ class Recipe:
     settled: bool = False  # whether these latents stay whatever clusters there are
 
 
+WIDE = 48  # coordinates of a vector, from which on the recipe of mixture1200 serves better than that of grid
+
 # Each pattern of signs makes a small blob, as wide as the generator happens to be steep there. Sixteen narrow normals, in place of
 # two wide ones, make these alike: modes lose their tails and keep their width. All of them together are as wide as one sign. Of
 # eleven signs a grid's mode gets some 80 patterns; with fewer, chance decides how many and the modes' shares differ.
@@ -63,9 +65,13 @@ RECIPES = {
 
 
 def nearest_recipe(shape: tuple[int, ...]) -> str:
-    """The built-in data set whose recipe to take for samples [d] or [h, w, c] of a user's own."""
+    """The built-in data set whose recipe to take for samples [d] or [h, w, c] of a user's own.
+
+    Distances grow with the number of coordinates and slopes fall: of 20 heaps in 64 dimensions the grid's recipe lost one and left
+    half of the samples between the others, that of mixture1200 found all of them.
+    """
     if len(shape) == 1:
-        return "grid"
+        return "grid" if shape[0] < WIDE else "mixture1200"
     return "mnist" if min(shape[:2]) >= FINE else "digits"
 
 

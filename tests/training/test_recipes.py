@@ -40,7 +40,7 @@ def test_a_batch_doubles_in_equal_parts_of_a_run_and_reads_no_latent_twice(monke
     assert all(end <= offset for end, (offset, _) in zip(ends, drawn[1:], strict=False))
 
 
-@pytest.mark.parametrize(("shape", "name"), [((3,), "grid"), ((8, 8, 1), "digits"), ((28, 28, 1), "mnist"), ((64, 12, 3), "digits")])
+@pytest.mark.parametrize(("shape", "name"), [((3,), "grid"), ((47,), "grid"), ((48,), "mixture1200"), ((8, 8, 1), "digits"), ((28, 28, 1), "mnist"), ((64, 12, 3), "digits")])
 def test_data_of_a_users_own_take_the_recipe_of_what_is_as_large(shape, name):
     assert nearest_recipe(shape) == name
 
