@@ -38,7 +38,7 @@ def ganwatch(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     [
         ("sample", "nothing is up"), ("scale 2", "nothing is up"), ("scale 0", "replicas is 0"), ("ack", "nothing is up"), ("promote v1", "there is no model yet"), ("rollback --model m", "unknown model|no earlier version"),
         ("inject nothing", "there is no model yet"), ("certify v1", "give --more N, to count so many samples besides, or --reference DATA"),
-        ("certify v1 --more 5 --reference ring", "--reference makes a new one that begins at 0"), ("certify v1 --reference ring", "there is no model yet"), ("certify v1 --reference ring --model m", "unknown model 'm'"),
+        ("certify v1 --more 5 --reference ring", "--reference makes a new one that begins at 0"), ("certify v1 --more 5 --force", "--force is for --reference"), ("certify v1 --reference ring", "there is no model yet"), ("certify v1 --reference ring --model m", "unknown model 'm'"),
         ("reference build ring --name ../x", "reference name is '../x'; use letters"), ("publish /nowhere", "no card.json"), ("publish", "name a bundle directory"),
         ("publish /nowhere --reference x.npz", "/nowhere is certified already; --reference, --latent and --skip-bad-files are for --onnx"),
         ("publish --onnx g.onnx", "--onnx takes --reference"), ("publish --onnx g.onnx --reference ring --latent gamma:2", "--latent is 'gamma:2'"), ("replay --bundle /nowhere --samples x.npy", "no card.json"),
