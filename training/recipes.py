@@ -57,7 +57,7 @@ RECIPES = {
     "moons": CONTINUOUS,
     "flower": CONTINUOUS,
     "digits": IMAGES,
-    "stacked-digits": replace(IMAGES, steps=40_000, signs=72, width=384, hold=0.6),
+    "stacked-digits": replace(IMAGES, steps=66_000, width=384, hold=0.6),
     "stacked-mnist": STACKED_MNIST,
     "mnist": FINE_IMAGES,
     "fashion-mnist": FINE_IMAGES,
