@@ -307,7 +307,7 @@ class Monitor:
         if differing := [f"{name} is {theirs.get(name)!r}, here it is {ours[name]!r}" for name in names if theirs.get(name) != ours[name]]:
             raise ValueError(f"the state is of another monitor: {'; '.join(differing)}")
         for name, own in self.state().items():
-            if _of_gauges(name) and not _has_gauges(state):
+            if _begins_anew(name, state):
                 continue
             if name not in state:
                 raise ValueError(f"the state lacks {name}")
@@ -330,7 +330,7 @@ class Monitor:
         self.calibrate(self.slack if state["identity"] == self.identity() else None)
         self._gauges.clear()
         for part, owner in self._parts().items():
-            if _of_gauges(part) and not _has_gauges(state):
+            if _begins_anew(part, state):
                 continue
             owner.restore({name.removeprefix(f"{part}."): value for name, value in state.items() if name.startswith(f"{part}.")})
         self._judge()
@@ -629,12 +629,9 @@ class Monitor:
         return {name: v if math.isfinite(v) else DIVERGENCES[name](self._real, finite) for name, v in values.items()}
 
 
-def _of_gauges(name: str) -> bool:
-    return name.partition(".")[0] in ("fresh", "served", "recent")
-
-
-def _has_gauges(state: Mapping[str, Any]) -> bool:
-    return "fresh.streams" in state
+def _begins_anew(name: str, state: Mapping[str, Any]) -> bool:
+    """Whether this is of the gauges of a state that knows no streams, see `Monitor.restore`."""
+    return name.partition(".")[0] in ("fresh", "served", "recent") and "fresh.streams" not in state
 
 
 def _check_array(name: str, found: Any, own: ndarray) -> None:

@@ -21,7 +21,7 @@ from training.data import DataError, Dataset
 from training.export import certify_bundle, open_source, write_reference
 from training.features import fit_eye
 from training.reference import Built, find
-from training.sources import open_dataset
+from training.sources import open_dataset, some
 
 
 def recertify(
@@ -111,13 +111,9 @@ def _check(card: Card, what: str, dtype: str, shape: tuple[int, ...], classes: t
     if not card.classes or set(classes) == set(card.classes):
         return
     lacking, more = ([c for c in these if c not in those] for these, those in ((card.classes, classes), (classes, card.classes)))
-    words = f"lacks {_some(lacking)}" if lacking else ""
-    words += " and " * bool(lacking and more) + (f"has {_some(more)} besides" if more else "")
+    words = f"lacks {some(lacking, 20)}" if lacking else ""
+    words += " and " * bool(lacking and more) + (f"has {some(more, 20)} besides" if more else "")
     raise DataError(
         f"{card.model} {card.version} generates the class that it is asked for, and {what} {words if classes else 'has no labels'}; "
-        f"data with labels of all its classes and no others are expected: {_some(list(card.classes))}"
+        f"data with labels of all its classes and no others are expected: {some(list(card.classes), 20)}"
     )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

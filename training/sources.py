@@ -108,7 +108,7 @@ def find(name: str, option: str = "--dataset", *, skip_bad_files: bool = False) 
         raise DataError(f"{option} is {name}, where no file ends in {', '.join(READERS)}")
     if _classes(root, files) and (empty := _empty(root, inside)) and not skip_bad_files:
         one = len(empty) == 1
-        words = f"{_some(empty)} hold{'s' * one} no file; put images into {'it' if one else 'them'}, or remove {'it' if one else 'them'}, or go on with --skip-bad-files"
+        words = f"{some(empty)} hold{'s' * one} no file; put images into {'it' if one else 'them'}, or remove {'it' if one else 'them'}, or go on with --skip-bad-files"
         raise DataError(f"{option} is {name}, whose folders are classes, of which {words}")
     return system, root, files, sorted(set(paths) - set(files))
 
@@ -373,9 +373,9 @@ def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], 
         say(f"left out {file}: {why}")
     for what, of in left_out.items():
         if kept := [file for file in of if file not in bad]:
-            say(f"left out {what} of {_some(kept)}")
+            say(f"left out {what} of {some(kept)}")
     if beside:
-        say(f"left out files that are no data: {_some(beside)}")
+        say(f"left out files that are no data: {some(beside)}")
     if count < FEWEST:
         raise DataError(f"{option} is {name}, which holds {count} sample{'s' * (count != 1)}; at least {FEWEST} are needed")
 
@@ -429,13 +429,14 @@ def _in_classes(root: str, files: list[str]) -> tuple[list[dict[str, str]], dict
     """Each file with the class that its folder is, "" where there are none, and the files that lie beside such folders, with the reason."""
     folders = {file: [*_inside(root, file)[:-1], ""][0] for file in files}
     classes = _classes(root, files)
-    why = f"it lies beside the class folders {_some(classes)}; move it into one of them, or all images into one folder"
+    why = f"it lies beside the class folders {some(classes)}; move it into one of them, or all images into one folder"
     items = [{"file": file, "folder": folder if classes else ""} for file, folder in folders.items() if folder or not classes]
     return items, {file: why for file, folder in folders.items() if classes and not folder}
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+def some(names: list[str], most: int = 3) -> str:
+    """The first of these names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def _shuffle(found: Shaped[ndarray, "n ..."], order: Int64[ndarray, "n"], path: Path) -> bool:
