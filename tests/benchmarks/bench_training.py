@@ -164,7 +164,7 @@ def figures(dataset: Dataset, samples: np.ndarray) -> dict[str, Any]:
         fits = {"": mixture_fit(dataset.mixture, samples), "_2500": mixture_fit(dataset.mixture, samples[:FEW])}
         return {f"{name}{suffix}": value for suffix, fit in fits.items() for name, value in fit.items()}
     sight = fit_eye(dataset, seed=0)
-    share = np.bincount(dataset.labels, minlength=len(dataset.classes)) / len(dataset.labels)
+    share = class_shares(dataset, slice(dataset.trained))
     probability = np.concatenate([sight.eye(torch.from_numpy(samples[i : i + 2000]))[3].numpy() for i in range(0, len(samples), 2000)])
     parts = dataset.shape[-1] if dataset.stacked else 1
     train, held_out, fake = (
@@ -175,6 +175,12 @@ def figures(dataset: Dataset, samples: np.ndarray) -> dict[str, Any]:
     return class_fit(probability, share, parts) | prdc(train, fake) | {"nearest_ratio": nearest_ratio(train, held_out, fake)}
 
 
+def class_shares(dataset: Dataset, rows: slice) -> np.ndarray:
+    """Of each class, [k]. Few digits are held out, and a generator cannot know by what chance their classes differ from those it saw."""
+    labels = dataset.labels[rows]
+    return np.bincount(labels, minlength=len(dataset.classes)) / len(labels)
+
+
 def compared(sight: Sight, samples: np.ndarray) -> np.ndarray:
     """Rows among which neighbours are sought: pixels of small images, each part of a stacked one by itself; features of larger
     ones, whose pixels are near each other where they are blurred alike."""
@@ -183,11 +189,17 @@ def compared(sight: Sight, samples: np.ndarray) -> np.ndarray:
 
 
 def perfect(dataset: Dataset) -> dict[str, Any]:
-    """The same figures of real samples: of fresh ones of continuous data, else of held-out ones drawn with replacement."""
+    """The same figures of real samples: of fresh ones of continuous data, else of held-out ones drawn with replacement, the classes as
+    often as in training data."""
     if dataset.name in CONTINUOUS:
         return figures(dataset, np.concatenate([DATASETS[dataset.name](seed=99 + k).samples[:MANY] for k in range(FRESH)]))
-    rng = np.random.default_rng(99)
-    return figures(dataset, dataset.samples[rng.integers(dataset.trained, len(dataset.samples), size=MANY)])
+    held_out, chance = slice(dataset.trained, None), None
+    if dataset.labels is not None:
+        known, there = class_shares(dataset, slice(dataset.trained)), class_shares(dataset, held_out)
+        chance = (known / np.maximum(there, 1e-300))[dataset.labels[held_out]]
+        chance /= chance.sum()
+    rows = np.random.default_rng(99).choice(len(dataset.samples) - dataset.trained, size=MANY, p=chance)
+    return figures(dataset, dataset.samples[held_out][rows])
 
 
 def current(row: dict[str, Any]) -> bool:
