@@ -4,7 +4,7 @@ allowed for every alias (`--act` of the monitor) or for one, by the change that 
 Never twice within the cool-down, never to a version that is alarmed itself, or was when it was last served and nobody has
 acknowledged it, or that people rolled back from, or that the gate refused, be it when it was published or when it was promoted, or that
 carries a deliberate fault. Nor is anything done where another version would serve no better (`Verdict.stays`). Whatever is done is an ordinary change of an alias, its reason says why; so the
-cool-down outlives the process, too. It does not judge: it reads verdicts and incidents.
+cool-down outlives the process, too. It is made only where nobody has changed the alias since it was looked at. It does not judge: it reads verdicts and incidents.
 """
 
 from __future__ import annotations
@@ -32,28 +32,33 @@ class Policy:
         """Whether an alarm of the version that `alias` names may change it."""
         return self.always or next((change.act for change in reversed(history) if change.alias == alias), False)
 
-    def act(self, model: str, alias: str, *, why: str, alarmed: Collection[str], at: float | None = None) -> AliasChange:
-        """Change `alias`, whose version is alarmed; `alarmed`: versions not to go to; `at`: Unix seconds, now by default.
+    def act(self, model: str, alias: str, version: str, *, why: str, alarmed: Collection[str], at: float | None = None) -> AliasChange:
+        """Change `alias`, whose `version` is alarmed; `alarmed`: versions not to go to; `at`: Unix seconds, now by default.
 
-        Raises RegistryError in words where nothing can or may be done.
+        Raises RegistryError in words where nothing can or may be done, be it that people or another monitor have changed the alias.
         """
         history = [change for change in self.registry.history(model) if change.alias == alias]
+        if not history or history[-1].version != version:
+            raise RegistryError(f"{alias} of {model} stays as it is: it no longer names {version}, which is alarmed")
         at = time.time() if at is None else at
         for change in history:
             passed = at - datetime.fromisoformat(change.at).timestamp()
             if change.reason.startswith(ACTED) and passed < self.cool_down:
                 raise RegistryError(f"{alias} of {model} is alarmed and stays as it is: it was changed for an alarm {passed:.0f} s ago, and {self.cool_down:g} s must pass")
         if alias != "production":
-            return self.registry.set_alias(model, alias, None, reason=ACTED + why)
+            return self.registry.set_alias(model, alias, None, reason=ACTED + why, after=history[-1])
         forced = {change.version for change in history if change.forced is not None}
-        unsound = {self.registry.resolve(model, alias), *alarmed, *forced, *self.registry.withdrawn(model)}
-        for version in dict.fromkeys(change.version for change in reversed(history)):
-            if version is None or version in unsound:
-                continue
-            try:
-                card = self.registry.card(model, version)
-                if card.forced is None and card.fault is None:
-                    return self.registry.set_alias(model, alias, version, reason=ACTED + why)
-            except (RegistryError, BundleError):
-                continue  # deleted or damaged since; there may be an older one
+        unsound = {None, version, *alarmed, *forced, *self.registry.withdrawn(model)}
+        earlier = dict.fromkeys(change.version for change in reversed(history) if change.version not in unsound)
+        sound = next((each for each in earlier if self._is_sound(model, each)), None)
+        if sound is not None:
+            return self.registry.set_alias(model, alias, sound, reason=ACTED + why, after=history[-1])
         raise RegistryError(f"{alias} of {model} is alarmed and stays as it is: none of its earlier versions is sound; promote or train one")
+
+    def _is_sound(self, model: str, version: str) -> bool:
+        """Whether it is there, whole, and neither forced nor faulty."""
+        try:
+            card = self.registry.open(model, version).card
+        except (RegistryError, BundleError):
+            return False  # deleted or damaged since; there may be an older one
+        return card.forced is None and card.fault is None

@@ -688,8 +688,8 @@ class Watch:
                     continue
                 why = f"{version} is {' '.join([verdict.id, *verdict.modes])}"
                 try:
-                    change = self.policy.act(name, alias, why=why, alarmed=alarmed | self.incidents.unsettled(name), at=at)
-                except RegistryError as error:
+                    change = self.policy.act(name, alias, version, why=why, alarmed=alarmed | self.incidents.unsettled(name), at=at)
+                except (RegistryError, BundleError) as error:
                     self._held[name, alias] = str(error)
                 else:
                     self.incidents.act(name, version, f"{alias} -> {change.version or 'none'}")

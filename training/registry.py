@@ -153,12 +153,22 @@ class Registry:
         return open_bundle(target)
 
     def set_alias(
-        self, model: str, alias: str, reference: str | None, *, reason: str, share: float = 0.0, act: bool = False, forced: str | None = None
+        self,
+        model: str,
+        alias: str,
+        reference: str | None,
+        *,
+        reason: str,
+        share: float = 0.0,
+        act: bool = False,
+        forced: str | None = None,
+        after: AliasChange | None = None,
     ) -> AliasChange:
         """Point `alias` at a version (None removes it), in one step, with the reason kept for ever.
 
         `share`: of a canary, the part of the requests that name neither seed nor version which it answers. `act`: the monitor may
         take the change back by itself when the version is alarmed. `forced`: what the quality gate said against it, which is kept, too.
+        `after`: the alias' newest change, of whoever decided by it; raises RegistryError where there has been another since.
         """
         if alias not in ALIASES:
             raise RegistryError(f"alias is {alias!r}; it must be one of {', '.join(ALIASES)}")
@@ -168,8 +178,11 @@ class Registry:
         if version is not None:
             self.open(model, version)
         with self._locked(model):
+            history = self.history(model)
+            if after is not None and next((c for c in reversed(history) if c.alias == alias), None) != after:
+                raise RegistryError(f"{alias} of {model} stays as it is: it was changed meanwhile and names {self.aliases(model).get(alias, 'none')} now")
             change = AliasChange(alias, version, datetime.now(UTC).isoformat(timespec="milliseconds"), reason, share, act, forced)
-            history = [*self.history(model), change]
+            history.append(change)
             target = self.root / model / "aliases.json"
             partial = target.with_suffix(".json.partial")
             with open(partial, "w") as file:

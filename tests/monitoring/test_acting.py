@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ from monitoring.reruns import Rerun
 from monitoring.watch import View, Watch
 from serving.records import Record
 from training.bundle import Bundle, load_card, write_arrays, write_card
-from training.registry import Registry
+from training.registry import Registry, RegistryError
 
 FAULTS = {"v1": {}, "v2": {}, "v3": {"lost": (3, 8)}, "v4": {"fakes": 0.1}}
 
@@ -189,3 +190,34 @@ def test_one_alias_may_be_allowed_and_the_others_not(scene):
     scene.watch.follow(scene.now)
     assert scene.serve("v3").actions["grid", "production"] == 1 and scene.registry.aliases("grid") == {"production": "v1"}
     assert not scene.registry.history("grid")[-1].act  # what was done is not undone by itself
+
+
+@pytest.mark.parametrize(
+    ("alias", "meanwhile", "stands"),
+    [("production", "another monitor", "v2"), ("production", "people", "v1"), ("canary", "another monitor", None), ("canary", "people", "v1")],
+)
+def test_what_changes_between_the_look_and_the_change_stays(scene, monkeypatch, alias, meanwhile, stands):
+    """Two monitors over one registry go back once, and what people promote is not overwritten: the last moment is just before the lock."""
+    scene = scene()
+    for version in ("v1", "v2", "v3"):
+        scene.promote(version, alias)
+    others, locked = Registry(scene.registry.root), scene.registry._locked
+
+    def interrupted(model: str) -> AbstractContextManager[None]:
+        monkeypatch.undo()
+        if meanwhile == "people":
+            others.set_alias("grid", alias, "v1", reason="promote")
+        else:
+            Policy(others, 0.0).act("grid", alias, "v3", why="v3 is drift", alarmed={"v3"})
+        return locked(model)
+
+    monkeypatch.setattr(scene.registry, "_locked", interrupted)
+    scene.now += 1
+    scene.watch.eat([Record("grid", "v3", "server_seed", 1, 0, scene.draw(scene.bundles["v3"], 3000, seed=1), scene.now)], scene.now)
+    scene.watch.act(scene.now)
+    assert scene.registry.aliases("grid").get(alias) == stands and len(scene.registry.history("grid")) == 4
+    view = scene.watch.publish(scene.now)
+    assert view.errors == (f"{alias} of grid stays as it is: it was changed meanwhile and names {stands or 'none'} now",)
+    assert view.actions["grid", alias] == 0 and "action" not in scene.watch.incidents.newest()[0]["evidence"]
+    with pytest.raises(RegistryError, match="no longer names v3"):
+        Policy(scene.registry, 0.0).act("grid", alias, "v3", why="v3 is drift", alarmed={"v3"})
