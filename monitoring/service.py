@@ -95,7 +95,7 @@ class Options:
     probe_rate: int = 50
     """Fresh samples a second and model below which probes make up for the rest; 0 sends none, and no replay audit either."""
     home: Path | None = None
-    """Where the record of alarms and the Monitors' states lie; None: GANWATCH_HOME, or .ganwatch under the working directory."""
+    """Where the record of alarms and the states of this one monitor lie; None: GANWATCH_HOME, or .ganwatch under the working directory."""
     act: bool = False
     """Change any alias for an alarm: one of the canary removes it, one of production rolls back to the last sound version. Without
     it only what was promoted with --act is changed."""
@@ -202,10 +202,11 @@ class Service:
     def __init__(self, options: Options) -> None:
         home = options.home or ganwatch_home()
         self.options = options
+        budget, states = options.budget, States(home / "monitor")
+        self._lock = states.hold()
         self.incidents = Incidents(home / "incidents.db")
         registry = Registry(options.registry or home / "registry")
         policy = Policy(registry, options.cool_down, always=options.act)
-        budget, states = options.budget, States(home / "monitor")
         self.watch = Watch(registry, self.incidents, arl=budget.samples, test_rate=budget.rate, states=states, policy=policy, calibrated=options.calibrated)
         self.inbox = Inbox(options.inbox)
         self.prober = Prober(options.serving_url, options.probe_rate, self._targets, self._bundles, self._audited)
@@ -245,7 +246,12 @@ class Service:
             self.prober.stop()
         if self.shipper is not None:
             self.shipper.stop()
+        self.close()
+
+    def close(self) -> None:
+        """Leave the home to the next monitor."""
         self.incidents.close()
+        self._lock.close()
 
     def state(self, view: View, since: float = -math.inf) -> dict[str, Any]:
         """The JSON of /api/state: the view, with what troubles the process itself."""

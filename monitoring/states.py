@@ -8,12 +8,13 @@ kill loses nothing, a power cut the newest rows. It does not know what a state m
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from jaxtyping import Float64
@@ -53,6 +54,19 @@ class States:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+
+    def hold(self) -> TextIO:
+        """Keep other monitors away until what is returned is closed, or the process ends in whatever way. Raises OSError where there is one."""
+        path = self.directory / ".lock"  # no model has such a name
+        self.directory.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            why = "another monitor runs on this home, and each would overwrite what the other saves" if isinstance(error, BlockingIOError) else error.strerror
+            raise OSError(f"cannot lock {path}: {why}; stop it or choose another --home") from None
+        return lock
 
     def save(self, model: str, version: str, state: Mapping[str, Any]) -> None:
         """Values are arrays or what JSON can say. Raises OSError where the disk does not take them."""

@@ -43,7 +43,7 @@ def client(tmp_path: Path, make_bundle: Callable[..., Bundle]) -> Iterator[Clien
     Registry(tmp_path / "registry").set_alias("grid", "production", "v1", reason="test")
     client = Client(Options(registry=tmp_path / "registry", home=tmp_path, probe_rate=0, inbox=5000))
     yield client
-    client.service.incidents.close()
+    client.service.close()
 
 
 def npy(array: ndarray) -> bytes:

@@ -165,7 +165,7 @@ def test_no_trouble_is_told_of_a_version_that_nobody_watches(registry: Registry,
     service = Service(Options(registry=registry.root, home=tmp_path, probe_rate=0))
     service.reruns.trouble |= {("grid", "v0"): "of a version that went", ("grid", "v1"): "of production"}
     assert service.state(service.view)["errors"] == ["of production"]
-    service.incidents.close()
+    service.close()
 
 
 def watch(bundle: Bundle, draw: Callable[..., ndarray], count: int = 1000) -> Monitor:

@@ -356,6 +356,14 @@ def test_a_port_in_use_names_the_process(tmp_path: Path) -> None:
     assert done.returncode == 2 and "held by process" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_home_in_use_is_named_and_free_again_when_its_monitor_stops(tmp_path: Path, run: Callable[..., Running]) -> None:
+    service = run()
+    done = subprocess.run([*COMMAND, "--home", str(tmp_path), "--port", "0"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and f"{tmp_path}/monitor/.lock" in done.stderr and "choose another --home" in done.stderr and len(done.stderr.splitlines()) == 1
+    service.stop()
+    assert run().http.get("/healthz").json()["ok"]
+
+
 def test_a_senseless_flag_is_named(tmp_path: Path) -> None:
     done = subprocess.run([*COMMAND, "--home", str(tmp_path), "--arl", "0.5"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "arl is 0.5" in done.stderr and "Traceback" not in done.stderr

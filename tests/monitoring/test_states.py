@@ -279,6 +279,12 @@ def test_what_is_saved_is_what_is_loaded(tmp_path, values):
     assert np.array_equal(loaded.pop("AN.array"), array) and loaded == values
 
 
+def test_a_home_is_held_by_one_monitor_at_a_time(tmp_path):
+    with States(tmp_path / "monitor").hold(), pytest.raises(OSError, match=r"cannot lock .*monitor/.lock: another monitor runs on this home.* choose another --home"):
+        States(tmp_path / "monitor").hold()
+    States(tmp_path / "monitor").hold().close()
+
+
 def test_a_broken_file_is_named_and_a_missing_one_is_none(tmp_path):
     states = States(tmp_path)
     assert states.load("m", "v1") is None
