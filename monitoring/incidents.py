@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,25 @@ CREATE UNIQUE INDEX IF NOT EXISTS one_open ON incident (model, version) WHERE cl
 
 
 class Incidents:
-    """The incidents in the SQLite file at `path`. May be used from several threads."""
+    """The incidents in the SQLite file at `path`. May be used from several threads.
+
+    refused: words on a file that is damaged, which was put aside so that a new record begins; None where there was none. Raises
+    OSError where the file cannot be had.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self._database.row_factory = sqlite3.Row
-        self._database.execute("PRAGMA journal_mode = WAL")
-        self._database.execute("PRAGMA synchronous = FULL")  # an alarm is on the disk before anybody is told of it
-        self._database.executescript(_TABLE)
+        self.refused: str | None = None
+        try:
+            self._database = _open(path)
+        except sqlite3.DatabaseError as error:
+            aside = path.with_name(f"{path.name}.{time.time_ns()}.damaged")
+            for part in ("", "-wal", "-shm"):  # what was written last may lie in the second, which must not be taken for the new file's
+                if (old := Path(f"{path}{part}")).exists():
+                    old.rename(f"{aside}{part}")
+            self.refused = f"the record of alarms begins anew, the one before is damaged ({error}) and lies at {aside}"
+            self._database = _open(path)
 
     def record(
         self,
@@ -125,6 +135,26 @@ class Incidents:
 
     def close(self) -> None:
         self._database.close()
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    """Raises sqlite3.DatabaseError where the file is damaged, OSError where it cannot be had."""
+    try:
+        database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        try:
+            database.row_factory = sqlite3.Row
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = FULL")  # an alarm is on the disk before anybody is told of it
+            (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
+            if found != "ok":
+                raise sqlite3.DatabaseError(" ".join(found.split()))
+            database.executescript(_TABLE)
+        except sqlite3.Error:
+            database.close()
+            raise
+    except sqlite3.OperationalError as error:  # a directory, not to be written, held by another process
+        raise OSError(f"cannot open the record of alarms {path}: {error}; make it accessible or choose another --home") from error
+    return database
 
 
 def _plain(row: sqlite3.Row) -> dict[str, Any]:

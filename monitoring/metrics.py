@@ -241,6 +241,8 @@ def _versions(view: View) -> Iterator[Metric]:
     yield _counter("ganwatch_actions_total", "Aliases that the monitor changed for an alarm", actions)
     restores = [({"model": model, "outcome": outcome}, count) for (model, outcome), count in view.restores.items()]
     yield _counter("ganwatch_state_restores_total", "Versions that came under watch, by what became of their saved state", restores)
+    words = "Whether the record of alarms was damaged when the monitor started, and a new one begun"
+    yield _counter("ganwatch_incident_records_refused_total", words, [({}, view.incidents_refused)])
 
 
 def _run_again(view: View, samples: Outcomes, latents: Outcomes) -> Iterator[Metric]:

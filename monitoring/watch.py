@@ -267,6 +267,7 @@ class View:
     alarms: Mapping[tuple[str, str], int]  # (model, verdict) -> alarms raised
     load_failures: Mapping[str, int]  # model -> bundles that could not be loaded
     restores: Mapping[tuple[str, str], int]  # (model, one of RESTORES) -> versions that came under watch
+    incidents_refused: bool  # the record of alarms was damaged and begun anew
     replays: Mapping[tuple[str, str], int]  # (model, "checked" or "mismatched") -> golden samples
     actions: Mapping[tuple[str, str], int]  # (model, alias) -> changes made for an alarm
     clock_jumps: Mapping[str, int]  # "back" or "forward" -> how often the clock was set so
@@ -898,7 +899,7 @@ class Watch:
                 self._calibrate(name, version, at)
                 self._sum(name, version, at)
                 self._raise_alarm(name, version, at)
-        errors = [*self._unreadable.values(), *(words for _, words in self._failed.values())]
+        errors = [*filter(None, [self.incidents.refused]), *self._unreadable.values(), *(words for _, words in self._failed.values())]
         errors += self._held.values()
         errors += [words for noticed, words in self._notices if at - noticed < NOTICE]
         return View(
@@ -911,6 +912,7 @@ class Watch:
             alarms=dict(self._alarms),
             load_failures={name: self._load_failures[name] for name in self._models},
             restores={(name, outcome): self._restores[name, outcome] for name in self._models for outcome in RESTORES},
+            incidents_refused=self.incidents.refused is not None,
             replays={(name, what): self._replays[name, what] for name in self._models for what in ("checked", "mismatched")},
             actions={(name, alias): self._actions[name, alias] for name in self._models for alias in acting.ALIASES},
             clock_jumps=dict(self._clock_jumps),

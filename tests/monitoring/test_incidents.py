@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from monitoring.incidents import Incidents
 
 ALARM = {"verdict": "drift", "words": "Something changed.", "modes": (), "evidence": {"tails": 9.9}, "first_alarm": 41}
@@ -69,6 +71,12 @@ def test_what_was_recorded_is_on_the_disk_at_once(tmp_path: Path) -> None:
     writer = Incidents(tmp_path / "incidents.db")
     writer.record("digits", "v1", at=10.0, **ALARM)
     assert Incidents(tmp_path / "incidents.db").newest() == writer.newest()  # a second process, the first one still running
+
+
+def test_a_file_that_cannot_be_had_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "incidents.db").mkdir()
+    with pytest.raises(OSError, match=r"incidents.db: unable to open database file; make it accessible"):
+        Incidents(tmp_path / "incidents.db")
 
 
 def test_newest_is_bounded(tmp_path: Path) -> None:

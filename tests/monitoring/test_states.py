@@ -25,7 +25,7 @@ from monitoring.incidents import Incidents
 from monitoring.monitor import GAUGE_DELTA, Monitor
 from monitoring.points import POINT_GAUGES
 from monitoring.states import StateError, States
-from monitoring.watch import COLUMNS, HISTORY, SHARDS, Watch
+from monitoring.watch import COLUMNS, HISTORY, NOTICE, SHARDS, STALE_AFTER, Watch
 from serving.records import Heartbeat, Record
 from training.bundle import Bundle, Certificate
 from training.moments import frechet
@@ -556,6 +556,25 @@ def test_a_state_that_does_not_fit_is_said_and_counted(scene: Scene) -> None:
     (scene.root / "monitor" / "grid" / "v1.npz").write_bytes(b"torn")
     view = scene.watch().publish(scene.now)
     assert view.restores["grid", "refused"] == 1 and "v1.npz" in view.errors[0] and view.models["grid"].snapshot["monitored"] == 0
+
+
+@pytest.mark.parametrize("damage", [lambda body: b"no database", lambda body: body[: len(body) // 2], lambda body: body[:4096] + bytes(len(body) - 4096)])
+def test_a_damaged_record_of_alarms_is_put_aside_said_and_counted(scene: Scene, damage: Callable[[bytes], bytes]) -> None:
+    """And what it alone knew, the alarm of a version that is still latched, is on record again."""
+    scene.registry.set_alias("grid", "production", "v2", reason="test")
+    watch, path = scene.watch(), scene.root / "incidents.db"
+    assert not watch.publish(scene.now).incidents_refused
+    scene.serve(watch, "v2", 3000, seed=1)
+    watch.incidents.close()
+    damaged = damage(path.read_bytes())
+    path.write_bytes(damaged)
+    again = scene.watch()
+    view = again.publish(scene.now + 2 * NOTICE)
+    (words,), (aside,) = view.errors, scene.root.glob("incidents.db.*.damaged")
+    assert view.incidents_refused and str(aside) in words and "begins anew" in words and aside.read_bytes() == damaged
+    assert [incident["version"] for incident in again.incidents.newest()] == ["v2"]
+    again.incidents.close()
+    assert scene.watch().incidents.refused is None
 
 
 def test_a_version_that_was_long_gone_comes_back_with_its_counts(scene: Scene) -> None:
