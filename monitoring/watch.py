@@ -533,7 +533,10 @@ class Watch:
                     watched.monitor.calibrate(None)
                 if sum_alarm := {name.removeprefix(_SUM): value for name, value in state.items() if name.startswith(_SUM)}:
                     self._latch_sum(watched, sum_alarm)
-                watched.last_sample_at, watched.last_fresh_at = state["last_sample_at"], state["last_fresh_at"]
+                for key in _TIMES:
+                    setattr(watched, key, state[key])
+                # Had the clock been set back while no monitor ran, the next look at it finds that out, and nothing is left in the future.
+                self._latest = max([self._latest, *(state[key] for key in _TIMES if state[key] is not None)])
                 watched.acknowledged_at = state["acknowledged_at"]
                 watched.saved = watched.eaten
         except (StateError, ValueError, KeyError) as error:

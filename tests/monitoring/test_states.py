@@ -459,6 +459,17 @@ def test_a_restart_takes_up_where_it_was(scene: Scene) -> None:
     assert watch.publish(scene.now).restores["grid", "absent"] == 1
 
 
+def test_a_clock_that_was_set_back_while_no_monitor_ran_hides_no_silence(scene: Scene) -> None:
+    watch = scene.watch()
+    scene.serve(watch, "v1", 1000, seed=1)
+    watch.save()
+    scene.now -= 3600.0
+    again = scene.watch()
+    view = again.publish(scene.now)
+    assert view.clock_jumps == {"back": 1, "forward": 0} and view.models["grid"].last_sample_at == view.models["grid"].last_fresh_at == scene.now
+    assert again.publish(scene.now + STALE_AFTER + 1).models["grid"].stale
+
+
 def test_a_suspicion_is_written_down_though_no_sample_comes(scene: Scene) -> None:
     watch = scene.watch()
     scene.serve(watch, "v1", 100, seed=1)
