@@ -102,7 +102,8 @@ class Options:
     cool_down: float = 600.0
     """Seconds after such a change in which no other is made to the same alias."""
     merge_into: str | None = None
-    """URL of another monitor that sums up what this one and others like it see, once a second; none: nobody does."""
+    """URL of another monitor that sums up what this one and others like it see, once a second; none: nobody does. It takes states of no
+    others itself, as its own are all that it sends."""
     inbox: int = 65_536
     """Samples that may wait for the Monitors; what comes beyond is dropped and counted."""
 
@@ -448,6 +449,9 @@ def build(options: Options) -> Starlette:
         if not 0 < len(shard) <= 256:
             return _error(422, "bad_field", "the shard has no name, or one too long", "shard", shard, "?shard=NAME, the same one whenever the same monitor sends")
         body = await _body(request, BODY_LIMIT)
+        if (onward := options.merge_into) is not None:
+            words = f"this monitor sends its own states to {onward}, and would leave out what it is sent; send it there"
+            return _error(409, "other_monitor", words, None, None, "a monitor without --merge-into")
         try:
             state = await asyncio.to_thread(decode, body)
             at = await asyncio.wrap_future(service.ask(lambda now: service.watch.merge(model, version, shard, state, now)))

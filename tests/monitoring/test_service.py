@@ -440,6 +440,8 @@ def test_states_that_do_not_fit_are_refused_in_words(tmp_path: Path, world: Worl
     shard = run(home=tmp_path / "shard", registry=tmp_path / "registry", merge_into=head.url, arl=1e6)
     words = shard.until(lambda s: any("states are refused" in e for e in s["errors"]))["errors"][0]
     assert ": 409 " in words and "arl is 1000000.0, here it is 2600000000.0" in words
+    answer = shard.http.post("/v1/merge/grid/v1?shard=a", content=b"x")
+    assert answer.status_code == 409 and f"sends its own states to {head.url}" in answer.json()["error"]["message"]
     head.server.should_exit = True
     head.thread.join(20)
     shard.until(lambda s: any("states do not reach" in e for e in s["errors"]))
