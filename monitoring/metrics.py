@@ -202,6 +202,8 @@ def _samples(view: View, dropped: Mapping[str, int], probes: Mapping[tuple[str, 
     yield _counter("ganwatch_samples_rejected_total", "Samples that could not be looked at", rejected)
     untested = [({"model": model}, view.untested[model]) for model in view.models]
     yield _counter("ganwatch_samples_untested_total", "Fresh samples beyond as many a second as may be tested", untested)
+    unaliased = [({"model": model}, view.unaliased[model]) for model in view.models]
+    yield _counter("ganwatch_samples_unaliased_total", "Served samples of versions that no alias names, which are not judged", unaliased)
     rates = _by_version(view, lambda live: live.tested_rate)
     yield _gauge("ganwatch_samples_tested_per_second", "Samples that were tested over the last hour, NaN before there is a rate", rates)
     dropped = {**dropped, "unknown_model": view.unknown_model, "failed": view.failed}

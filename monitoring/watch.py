@@ -264,6 +264,7 @@ class View:
     observed: Mapping[tuple[str, str], int]  # (model, origin) -> samples
     rejected: Mapping[tuple[str, str], int]  # (model, reason) -> samples
     untested: Mapping[str, int]  # model -> fresh samples beyond what is tested a second
+    unaliased: Mapping[str, int]  # model -> samples of versions that no alias names, which nobody judges
     alarms: Mapping[tuple[str, str], int]  # (model, verdict) -> alarms raised
     load_failures: Mapping[str, int]  # model -> bundles that could not be loaded
     restores: Mapping[tuple[str, str], int]  # (model, one of RESTORES) -> versions that came under watch
@@ -321,6 +322,7 @@ class View:
             "tested_rate": shown.tested_rate,
             "false_alarm_seconds": self.seconds(shown),
             "untested": self.untested[name],
+            "unaliased": self.unaliased[name],
             "shards": shown.live[0].shards,
             "sample_shape": list(card.sample_shape),
             "card": {"created": card.created, "injected_from": card.injected_from, "fault": card.fault, "forced": card.forced},
@@ -366,6 +368,7 @@ class Watch:
         self._observed: Counter[tuple[str, str]] = Counter()
         self._rejected: Counter[tuple[str, str]] = Counter()
         self._untested: Counter[str] = Counter()
+        self._unaliased: Counter[str] = Counter()
         self._alarms: Counter[tuple[str, str]] = Counter()
         self._load_failures: Counter[str] = Counter()
         self._restores: Counter[tuple[str, str]] = Counter()
@@ -741,7 +744,8 @@ class Watch:
                 continue
             self._observed[record.model, record.origin] += len(record.samples)
             if record.version not in model.aliases.values():
-                continue  # asked for by its number, or served before a rollback reached every replica: counted, not judged
+                self._unaliased[record.model] += len(record.samples)
+                continue  # asked for by its number, or served before a rollback reached every replica
             if record.origin != "probe" and record.is_fresh:
                 self._watched[record.model, record.version].drawn.append((at, len(record.samples)))
             if model.comparisons:
@@ -912,6 +916,7 @@ class Watch:
             observed=dict(self._observed),
             rejected=dict(self._rejected),
             untested={name: self._untested[name] for name in self._models},
+            unaliased={name: self._unaliased[name] for name in self._models},
             alarms=dict(self._alarms),
             load_failures={name: self._load_failures[name] for name in self._models},
             restores={(name, outcome): self._restores[name, outcome] for name in self._models for outcome in RESTORES},

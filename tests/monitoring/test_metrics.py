@@ -58,6 +58,7 @@ CONTRACT = {  # name -> label names
     "ganwatch_arl_target_seconds": set(),
     "ganwatch_arl_seconds": {"model"},
     "ganwatch_samples_untested_total": {"model"},
+    "ganwatch_samples_unaliased_total": {"model"},
     "ganwatch_samples_tested_per_second": {"model", "role", "version"},
     "ganwatch_window_samples": {"model", "role", "version", "population", "estimator"},
     "ganwatch_interval_info": {"model", "role", "version", "population", "estimator", "ci"},
@@ -185,6 +186,7 @@ def test_the_values_are_those_of_the_monitor(watch: Watch) -> None:
     assert kinds == {(population, name): gauge.ci for population, found in shown.gauges.items() for name, gauge in found.items()}
     assert scraped("ganwatch_mode_share_low", mode="3") == 0 < scraped("ganwatch_mode_share_high", mode="3") < scraped("ganwatch_mode_share_reference", mode="3")
     assert math.isnan(scraped("ganwatch_arl_target_seconds")) and scraped("ganwatch_samples_untested_total") == 0
+    assert scraped("ganwatch_samples_unaliased_total") == scraped("ganwatch_incident_records_refused_total") == 0
     assert (
         js.value
         > scraped("ganwatch_divergence_threshold", estimator="js")

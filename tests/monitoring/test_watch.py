@@ -137,6 +137,7 @@ def test_only_fresh_samples_of_aliased_versions_are_judged(scene: Scene) -> None
     view = scene.watch.publish(scene.now)
     assert view.models["grid"].snapshot["monitored"] == 0 and view.models["grid"].snapshot["served"] == 2000
     assert view.observed == {("grid", "server_seed"): 4000, ("grid", "client_seed"): 1000}
+    assert view.unaliased == {"grid": 3000} and view.state()["models"]["grid"]["unaliased"] == 3000
     assert view.models["grid"].live[0].fresh_rate == 0
     scene.serve("v1", 100)
     scene.serve("v1", 1000, origin="probe")
