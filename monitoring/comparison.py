@@ -34,12 +34,14 @@ LEVELS = (1 / 2, 1 / 16, 1 / 256)  # of the scores, both tails
 REACH = 3.0  # standard deviations along the witness at which h is clipped
 CHUNK = 64  # pairs between two looks for a better witness
 NAMED = 5  # modes named in the words
+DROPPED = ("rejected", "unpaired")  # why latents of a candidate were not compared: some row could not be looked at, production's side did not come
 
 
 class Comparison:
     """Pairs of one production version with one candidate, in the eyes of production's features.onnx and certificate.
 
-    evidence: log of the mixture; differs: whether it ever reached 1 / ALPHA, which stays; pairs: how many were looked at.
+    evidence: log of the mixture; differs: whether it ever reached 1 / ALPHA, which stays; pairs: how many were looked at;
+    dropped: by DROPPED, how many were not.
     """
 
     def __init__(self, certificate: Certificate, modes: tuple[str, ...]) -> None:
@@ -54,6 +56,7 @@ class Comparison:
         self._counts = np.zeros((2, len(modes) + 1), np.int64)  # production, candidate
         self._least = np.zeros(len(modes) + 1)  # most that each mode's own evidence has been
         self.pairs, self.agreed = 0, 0
+        self.dropped = dict.fromkeys(DROPPED, 0)
         self.differs = False
 
     @property
@@ -125,6 +128,7 @@ class Comparison:
         return {
             "against": production,
             "pairs": self.pairs,
+            "dropped": dict(self.dropped),
             "agreement": self.agreed / self.pairs if self.pairs else None,
             "log10_evidence": self.evidence / math.log(10),
             "log10_threshold": -math.log10(ALPHA),

@@ -192,6 +192,8 @@ def _comparisons(view: View) -> Iterator[Metric]:
         ("pairs", "Latents of which both versions' samples were looked at", "pairs"),
     ):
         yield _gauge(f"ganwatch_comparison_{name}", words, [(labels, comparison[key]) for labels, comparison in found])
+    dropped = [(labels | {"reason": reason}, count) for labels, comparison in found for reason, count in comparison["dropped"].items()]
+    yield _gauge("ganwatch_comparison_dropped", "Latents of a candidate that were not compared: a row could not be looked at, or production's side did not come", dropped)
 
 
 def _samples(view: View, dropped: Mapping[str, int], probes: Mapping[tuple[str, str], int]) -> Iterator[Metric]:
@@ -213,7 +215,8 @@ def _samples(view: View, dropped: Mapping[str, int], probes: Mapping[tuple[str, 
         [({"reason": r}, dropped.get(r, 0)) for r in DROPPED],
     )
     asked = [({"model": model, "outcome": outcome}, count) for (model, outcome), count in probes.items() if model in view.models]
-    yield _counter("ganwatch_probe_requests_total", "The monitor's own requests for samples", asked)
+    words = "The monitor's own requests for samples; unpaired: production did not answer what a candidate was probed with"
+    yield _counter("ganwatch_probe_requests_total", words, asked)
 
 
 def _versions(view: View) -> Iterator[Metric]:

@@ -12,7 +12,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import httpx
@@ -21,7 +20,7 @@ from monitoring.audit import Compared, replay
 from training.bundle import Bundle
 
 HEADER = {"X-Ganwatch-Probe": "1", "Accept": "application/x-npy"}  # the mark of a probe; whoever sends a seed is a client all the same
-OUTCOMES = ("ok", "refused", "timeout", "unreachable")
+OUTCOMES = ("ok", "refused", "timeout", "unreachable", "unpaired")  # the last: production was asked for a candidate's rows, in vain
 PERIOD = 1.0  # seconds between rounds
 TIMEOUT = 2.0  # seconds a request may take
 PAIRS = 16  # samples a second of each candidate that are drawn for the comparison's sake alone
@@ -119,10 +118,13 @@ class Prober:
         except Exception as error:  # as above
             outcome, words = "unreachable", str(error)
         if words is None and target.against is not None:
-            # Where production fails, its own probes and audit say so: the candidate has answered.
-            with suppress(httpx.HTTPError, KeyError, ValueError):
+            # Where production fails, its own probes and audit say why: the candidate has answered.
+            try:
                 again = {"n": count, "seed": int(answer.headers["X-Ganwatch-Seed"]), "offset": int(answer.headers["X-Ganwatch-Offset"])}
-                client.post(f"{self.url}/v1/models/{model}/versions/{target.against}/sample", json=again)
+                paired = client.post(f"{self.url}/v1/models/{model}/versions/{target.against}/sample", json=again).status_code == 200
+            except (httpx.HTTPError, KeyError, ValueError):
+                paired = False
+            self.outcomes[model, "unpaired"] += not paired
         for known in OUTCOMES:
             self.outcomes[model, known] += known == outcome
         if words is None:

@@ -18,7 +18,7 @@ import time
 from bisect import bisect_right
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from monitoring.incidents import Incidents
 from monitoring.monitor import POPULATIONS, Fed, Gauge, Monitor
 from monitoring.reruns import Rerun
 from monitoring.states import StateError, States
-from serving.records import Heartbeat, Record
+from serving.records import SHADOW_ROWS, Heartbeat, Record
 from training.bundle import Bundle, BundleError, Card, open_bundle
 from training.registry import AliasChange, Registry, RegistryError
 
@@ -52,7 +52,7 @@ RETIRED = 8  # versions no alias names any more whose Monitor is kept, for a rol
 REPLICAS = 256  # silent replicas whose counters are kept apart, in case they speak again
 RESTORES = ("restored", "absent", "refused")  # what became of the saved state of a version that comes under watch
 NOTICE = 60.0  # seconds for which a state that could not be restored is said
-UNPAIRED = 256  # records of a model that wait for what another version makes of the same latents
+UNPAIRED, UNPAIRED_BYTES = 256, 64 * 2**20  # records of a model that wait for what another version makes of the same latents, and their samples
 NO_SEED = -1  # of samples that somebody else's server drew
 SHARDS = 256  # monitors that are summed up at most
 _SUM = "sum."  # how the names begin, in a saved state, of what the sum of the shards has latched
@@ -454,9 +454,9 @@ class Watch:
         model.unpaired = OrderedDict((key, record) for key, record in model.unpaired.items() if key[:2] in sides)
 
     def _compare(self, name: str, model: Model, record: Record) -> None:
-        """Join the record with what other versions made of the same latents. A candidate's side must be fresh: drawn by the server,
-        and where production was asked for the same rows by seed, it is the prober who asked, as nobody else knows a probe's."""
-        production = model.aliases.get("production")
+        """Join the record with what other versions made of the same latents: a shadow is given production's own, and what any candidate was
+        probed with, the prober asks production for by seed; nobody else knows a probe's. A candidate's side must be fresh."""
+        production, shadow = model.aliases.get("production"), model.aliases.get("shadow")
         if record.version not in {production, *model.comparisons} or record.truncation != 1.0 or record.label is not None or record.origin == "client_z":
             return
         if record.seed == NO_SEED:  # nobody knows of which latents these are
@@ -468,17 +468,24 @@ class Watch:
             # Neither side is ever paired again: what is known of it already would be no bet on the future.
             other = model.unpaired.pop((candidate, partner, record.seed, record.offset), None)
             if other is None:
-                model.unpaired[candidate, record.version, record.seed, record.offset] = record
+                asked = "client_seed" if record.version == production else "probe"
+                if record.origin == asked or (candidate == shadow and record.is_fresh):  # else no partner ever comes
+                    rows = record.samples[:SHADOW_ROWS].copy()  # a view would keep them all
+                    model.unpaired[candidate, record.version, record.seed, record.offset] = replace(record, samples=rows, fed=(), z=None)
                 continue
             ours, theirs = (record, other) if record.version == production else (other, record)
             if theirs.is_fresh and (ours.is_fresh or theirs.origin == "probe"):
                 n = min(len(ours.samples), len(theirs.samples))
                 look = self._watched[name, production].monitor.look
                 x, y = look(ours.samples[:n]), look(theirs.samples[:n])
-                if len(x.cells) == len(y.cells) == n:  # else some row could not be looked at, and rows lost their partners
+                if len(x.cells) == len(y.cells) == n:
                     comparison.update(x, y)
-        while len(model.unpaired) > UNPAIRED:
-            model.unpaired.popitem(last=False)
+                else:  # some row could not be looked at, and rows lost their partners
+                    comparison.dropped["rejected"] += n
+        while len(model.unpaired) > UNPAIRED or sum(waiting.samples.nbytes for waiting in model.unpaired.values()) > UNPAIRED_BYTES:
+            (candidate, version, *_), gone = model.unpaired.popitem(last=False)
+            if version == candidate:  # most of production's were never asked of anybody else
+                model.comparisons[candidate][1].dropped["unpaired"] += len(gone.samples)
 
     def _load(self, name: str, version: str, share: float, at: float) -> bool:
         """Whether the version is under watch with this share; loads it if need be. A failure is retried when the files change."""

@@ -17,6 +17,7 @@ import numpy as np
 from numpy import ndarray
 
 SCHEMA = 3
+SHADOW_ROWS = 64  # of an answer that the monitor is shown, those that a shadow draws, too, and the monitor compares
 Origin = Literal["server_seed", "client_seed", "client_z", "probe", "observed_iid", "observed"]  # the last two: of somebody else's server
 ORIGINS: tuple[Origin, ...] = get_args(Origin)
 

@@ -22,14 +22,13 @@ from serving.errors import NotFound, Overloaded, RolledBack, Unavailable
 from serving.logs import AccessLog, Entry
 from serving.models import ModelTable
 from serving.pool import Pool
-from serving.records import Origin, Record, is_fresh
+from serving.records import SHADOW_ROWS, Origin, Record, is_fresh
 from serving.request import SampleRequest, one_of
 from serving.sampler import Sampler, Window
 from serving.tap import Tap
 from serving.tracing import Tracer
 from training.registry import RegistryError
 
-_SHADOW_ROWS = 64  # of an answer that the monitor is shown, for the shadow to draw too
 _SHADOW_QUEUE = 64  # answers that wait for the shadow; what does not fit is dropped and counted
 RERUN = 0.01  # of the rows that the monitor is shown come with their latents
 _BUSY_S = 0.05  # between two attempts of a stream to be admitted
@@ -206,7 +205,7 @@ class Service:
             return
         if window.z is not None and shadow.card.latent != card.latent:
             return
-        part = _alone(window.part(0, min(shown, _SHADOW_ROWS)))  # the monitor compares what it is shown of both
+        part = _alone(window.part(0, min(shown, SHADOW_ROWS)))  # the monitor compares what it is shown of both
 
         def compare(rows: ndarray | None) -> None:
             if rows is not None:

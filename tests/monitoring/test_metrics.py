@@ -54,6 +54,7 @@ CONTRACT = {  # name -> label names
     "ganwatch_comparison_agreement_ratio": {"model", "role", "version", "against"},
     "ganwatch_comparison_differs": {"model", "role", "version", "against"},
     "ganwatch_comparison_pairs": {"model", "role", "version", "against"},
+    "ganwatch_comparison_dropped": {"model", "role", "version", "against", "reason"},
     "ganwatch_arl_target_samples": set(),
     "ganwatch_arl_target_seconds": set(),
     "ganwatch_arl_seconds": {"model"},
@@ -126,7 +127,8 @@ def candidate(watch: Watch, make_bundle: Callable[..., Bundle], draw: Callable[.
     watch.registry.set_alias("grid", "canary", "v2", reason="test")
     watch.follow(START)
     rows = {v: draw(b, 600, seed=9) for v, b in (("v2", healthy), ("v1", watch.registry.open("grid", "v1")))}
-    watch.eat([Record("grid", v, origin, 9, 0, rows[v], START) for v, origin in (("v2", "probe"), ("v1", "client_seed"))], START)
+    asked = [(v, origin, i) for i in range(0, 600, 50) for v, origin in (("v2", "probe"), ("v1", "client_seed"))]
+    watch.eat([Record("grid", v, origin, 9, i, rows[v][i : i + 50], START) for v, origin, i in asked], START)
     return watch
 
 
@@ -138,6 +140,7 @@ def test_a_canary_has_series_of_its_own_and_is_compared_with_production(candidat
     assert scraped("ganwatch_evidence_threshold_log10", role="canary") > scraped("ganwatch_evidence_threshold_log10", role="production")
     assert scraped("ganwatch_window_samples", role="canary", population="fresh", estimator="js") == 600
     assert scraped("ganwatch_comparison_pairs", version="v2", against="v1") == 600 and scraped("ganwatch_comparison_differs") == 1
+    assert scraped("ganwatch_comparison_dropped", reason="rejected") == scraped("ganwatch_comparison_dropped", reason="unpaired") == 0
     assert scraped("ganwatch_modes", role="production", state="covered") == 8 == scraped("ganwatch_modes", role="production", state="certainly_covered")
     assert scraped("ganwatch_modes", role="production", state="certainly_dropped") == 2 and scraped("ganwatch_modes", role="canary", state="unwatched") == 0
     candidate.registry.set_alias("grid", "canary", None, reason="test")

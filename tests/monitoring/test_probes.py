@@ -50,7 +50,7 @@ def serving() -> Iterator[Callable[[Callable[[str, bytes], Answer]], str]]:
 
 
 def test_where_production_fails_the_candidate_is_not_blamed(serving: Callable[..., str], make_bundle: Callable[..., Bundle]) -> None:
-    """What the candidate was probed with, production does not answer: the probe was answered, and the candidate is audited."""
+    """What the candidate was probed with, production does not answer: the probe was answered, the pair is counted as lost, and the candidate is audited."""
     bundle = make_bundle(version="v2")
     golden = bundle.certificate.golden_sample
 
@@ -67,6 +67,7 @@ def test_where_production_fails_the_candidate_is_not_blamed(serving: Callable[..
     try:
         assert told.get(timeout=20) == Compared(16)
         assert prober.trouble == {} and prober.outcomes["grid", "unreachable"] == 0 < prober.outcomes["grid", "ok"]
+        assert prober.outcomes["grid", "unpaired"] > 0
     finally:
         prober.stop()
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from numpy import ndarray
 
 from monitoring.incidents import Incidents
-from monitoring.watch import LEAP, NO_SEED, REPLICAS, STALE_AFTER, UNPAIRED, Replicas, Watch, parse_counter, total_log10
-from serving.records import Heartbeat, Record
+from monitoring.watch import LEAP, NO_SEED, REPLICAS, STALE_AFTER, UNPAIRED, UNPAIRED_BYTES, Replicas, Watch, parse_counter, total_log10
+from serving.records import SHADOW_ROWS, Heartbeat, Record
 from tests.monitoring.conftest import CENTRES, SD
 from training.bundle import Bundle, BundleError
 from training.gate import QualityRefused, promote, publish
@@ -149,7 +149,7 @@ def test_only_fresh_samples_of_aliased_versions_are_judged(scene: Scene) -> None
 def test_a_record_that_fails_costs_no_other_version_anything(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the error is: it is counted, told once the others have been taken, and what failed is not tried again."""
     scene.alias("production", "v1")
-    scene.alias("canary", "v2")
+    scene.alias("shadow", "v2")
     rows = {version: scene.draw(bundle, 100, seed=9) for version, bundle in scene.bundles.items()}
     records = [Record("grid", version, "server_seed", seed, 0, rows[version], scene.now) for seed in (1, 2) for version in ("v1", "v2")]
     failing, fed = scene.watch._watched["grid", "v1"].monitor, []
@@ -403,9 +403,11 @@ def test_a_copied_version_is_not_watched_as_the_one_it_was(scene: Scene) -> None
 
 
 def pair(scene: Scene, seed: int, count: int = 600, origins: tuple[str, str] = ("server_seed", "server_seed")) -> None:
-    """What v1 and v2 make of the same latents, as the tap tells it."""
+    """What v1 and v2 make of the same latents, as the tap tells it, 50 rows an answer."""
     rows = {v: scene.draw(scene.bundles[v], count, seed=abs(seed)) for v in ("v1", "v2")}
-    scene.watch.eat([Record("grid", v, origin, seed, 0, rows[v], scene.now) for v, origin in zip(rows, origins, strict=True)], scene.now)
+    for offset in range(0, count, 50):
+        records = [Record("grid", v, origin, seed, offset, rows[v][offset : offset + 50], scene.now) for v, origin in zip(rows, origins, strict=True)]
+        scene.watch.eat(records, scene.now)
 
 
 def compared(scene: Scene) -> dict:
@@ -435,16 +437,41 @@ def test_only_latents_that_nobody_chose_make_pairs(scene: Scene) -> None:
     pair(scene, seed=13, origins=("client_z", "probe"))
     assert compared(scene)["pairs"] == 0
     pair(scene, seed=14, origins=("client_seed", "probe"))  # the prober asked production for the rows of its own probe
-    assert compared(scene)["pairs"] == 600
-    for seed in range(1000):
-        scene.watch.eat([Record("grid", "v1", "server_seed", 10**6 + seed, 0, np.zeros((1, 2), np.float32), scene.now)], scene.now)
-    assert len(scene.watch._models["grid"].unpaired) == UNPAIRED
+    assert compared(scene)["pairs"] == 600 and compared(scene)["dropped"] == {"rejected": 0, "unpaired": 0}
+    waiting, zeros = scene.watch._models["grid"].unpaired, np.zeros((1, 2), np.float32)
+    before = len(waiting)
+    for origin, kept in (("server_seed", before), ("client_seed", UNPAIRED)):  # a canary is given no latents of production's
+        for seed in range(1000):
+            scene.watch.eat([Record("grid", "v1", origin, 10**6 + seed, 0, zeros, scene.now)], scene.now)
+        assert len(waiting) == kept
+    assert compared(scene)["dropped"] == {"rejected": 0, "unpaired": 600}  # probes of seed 13
+
+
+def test_what_waits_for_its_partner_is_bounded_in_bytes_and_holds_what_can_be_paired(scene: Scene) -> None:
+    scene.alias("production", "v1")
+    scene.alias("shadow", "v2")
+    large = np.zeros((100, 64, 64, 3), np.uint8)
+    for seed in range(100):
+        scene.watch.eat([Record("grid", "v1", "server_seed", seed, 0, large, scene.now)], scene.now)
+        waiting = [record.samples for record in scene.watch._models["grid"].unpaired.values()]
+        assert sum(samples.nbytes for samples in waiting) <= UNPAIRED_BYTES
+        assert all(samples.base is None and len(samples) == SHADOW_ROWS for samples in waiting)  # no view of what is larger
+    assert len(waiting) == UNPAIRED_BYTES // large[:SHADOW_ROWS].nbytes
+
+
+def test_latents_that_could_not_be_compared_are_counted(scene: Scene) -> None:
+    scene.alias("production", "v1")
+    scene.alias("shadow", "v2")
+    rows = {v: scene.draw(scene.bundles[v], 50, seed=11) for v in ("v1", "v2")}
+    rows["v2"][7] = np.nan
+    scene.watch.eat([Record("grid", v, "server_seed", 11, 0, rows[v], scene.now) for v in rows], scene.now)
+    assert compared(scene)["pairs"] == 0 and compared(scene)["dropped"] == {"rejected": 50, "unpaired": 0}
 
 
 def test_no_record_is_paired_twice_and_none_of_unknown_latents(scene: Scene) -> None:
     """What is known of one side already would be no bet on the future: healthy versions would be said to differ."""
     scene.alias("production", "v1")
-    scene.alias("canary", "v2")
+    scene.alias("shadow", "v2")
     pair(scene, seed=11, count=50)
     assert compared(scene)["pairs"] == 50 and not scene.watch._models["grid"].unpaired
     for seed in range(3):
