@@ -3,7 +3,9 @@
     python tests/benchmarks/bench_diagnosis.py [--quick] [--registry DIR --model mnist] [--runs 100] [--only "1 % copies,int8 weights"]
 
 A certified generator serves 500 healthy samples; then a fault of `ganwatch inject` takes its place, or clients change their
-ways. Each run has seeds of its own and the service's own Monitor at A = 1e6, fed 64 samples at a time. Of what is served one sample
+ways. Each run has seeds of its own and the service's own Watch at A = 1e6, which reads records as replicas send them, 64 samples at a
+time: what of it is evidence is told from these alone. Clients ask for eight times as many samples besides, for one class, with seeds of
+theirs that they picked for one mode where there are no classes, or for the same eight seeds again and again. Of what is served one sample
 in 100 is run again on the certified generator; the golden rows, of which it is the turn once a minute, are asked for again half a
 second, 500 samples, after that has raised a suspicion, as the service does it. Where a mode is dropped, it must be named, and nothing that has not lost a fifth of its share or more. A run ends 1,000 samples after the alarm, when its verdict is read, or at the budget: 5,000 samples
 after the change, 20,000 for copies and for a tenth of the spread. A run without an alarm counts as wrong, unless none should be.
@@ -26,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
+from itertools import count, cycle, islice
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -39,7 +41,11 @@ sys.path[:0] = [str(ROOT)]
 
 from deploy.inject import InjectError, inject  # noqa: E402
 from monitoring.audit import Compared, Comparer, Golden, drawn_classes  # noqa: E402
-from monitoring.monitor import Fed, Monitor  # noqa: E402
+from monitoring.features import Eye  # noqa: E402
+from monitoring.incidents import Incidents  # noqa: E402
+from monitoring.reruns import Rerun  # noqa: E402
+from monitoring.watch import SHARES, Watch  # noqa: E402
+from serving.records import Record  # noqa: E402
 from serving.sampler import Sampler, Window  # noqa: E402
 from serving.service import RERUN  # noqa: E402
 from training.bundle import Bundle  # noqa: E402
@@ -47,6 +53,7 @@ from training.registry import Registry  # noqa: E402
 
 ARL, WARM, SETTLED, BATCH, ROUND = 1e6, 500, 1000, 64, 500
 EVERY = round(1 / RERUN)
+FED = "records"  # what the monitor was fed, a mark of each row: those that were kept before it was records are made anew
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ class Stage:
 
     def __init__(self, registry: Registry, model: str, version: str, scenario: Scenario) -> None:
         self.scenario, self.healthy = scenario, registry.open(model, version)
-        self.names = self.healthy.card.modes
+        self.names, self.eye = self.healthy.card.modes, Eye(self.healthy)
         self.registry, self.model, self.version = registry, model, version
         self.golden = Golden(self.healthy, self.healthy.model_path.read_bytes())
         self.broken: dict[str, tuple[Bundle, Compared, set[str]]] = {}  # what was dropped -> the bundle, what becomes of the golden rows, what was lost
@@ -102,12 +109,12 @@ class Stage:
     def means(self) -> ndarray:
         """Of each mode, [K, d], which 5,000 healthy samples tell."""
         healthy = np.concatenate(list(draw(self.healthy, 10**6, 5_000)))
-        cells, flat = Monitor(self.healthy).look(healthy).cells, healthy.reshape(len(healthy), -1)
+        cells, flat = self.eye.look(healthy).cells, healthy.reshape(len(healthy), -1)
         return np.stack([flat[cells == k].mean(axis=0, dtype=np.float64) if (cells == k).any() else flat.mean(axis=0) for k in range(len(self.names))])
 
     def shares(self, bundle: Bundle) -> ndarray:
         """Of each mode, [K], among 10,000 samples."""
-        cells = Monitor(self.healthy).look(np.concatenate(list(draw(bundle, 10**6, 10_000)))).cells
+        cells = self.eye.look(np.concatenate(list(draw(bundle, 10**6, 10_000)))).cells
         return np.bincount(cells, minlength=len(self.names) + 1)[:-1] / len(cells)
 
     @cached_property
@@ -119,63 +126,75 @@ class Stage:
         gone = self.shares(bundle) < 0.8 * self.healthy_shares
         return {name for name, less in zip(self.names, gone, strict=True) if less}
 
-    def squeezed(self, samples: ndarray, monitor: Monitor) -> ndarray:
+    def squeezed(self, samples: ndarray) -> ndarray:
         """Samples moved towards the mean of their mode; those off the manifold have none and stay."""
         if self.scenario.squeeze == 1.0:
             return samples
-        cells, flat = monitor.look(samples).cells, samples.reshape(len(samples), -1).astype(np.float64)
+        cells, flat = self.eye.look(samples).cells, samples.reshape(len(samples), -1).astype(np.float64)
         means = np.where(cells[:, None] < len(self.names), self.means[np.minimum(cells, len(self.names) - 1)], flat)
         moved = means + self.scenario.squeeze * (flat - means)
         moved = np.clip(np.rint(moved), 0, 255) if samples.dtype == np.uint8 else moved
         return moved.reshape(samples.shape).astype(samples.dtype)
 
+    def record(self, seed: int, offset: int, samples: ndarray, **more: object) -> Record:
+        """Rows of a seed that the server drew, unless `more` says whose it is."""
+        return Record(**{"model": self.model, "version": self.version, "origin": "server_seed", "seed": seed, "offset": offset, "samples": samples, "at": 0.0} | more)
+
     def play(self, run: int) -> dict:
-        monitor, (bundle, golden, lost) = Monitor(self.healthy, arl=ARL), self.faulty(run)
-        monitor.audit(checked=golden.checked, mismatched=0)
-        for part in batches(draw(self.healthy, 2 * run, WARM)):
-            monitor.update(part, fresh=True, at=0.0)
-        asked, at, due = self.asked(monitor, run), 0, np.inf
+        (bundle, golden, lost), incidents = self.faulty(run), Incidents(Path(":memory:"))
+        watch = Watch(self.registry, incidents, arl=ARL * SHARES["production"])  # so that the threshold is A
+        watch.follow(0.0)
+        watch.audited(self.healthy, Compared(golden.checked))
+        for at, part in zip(count(0, BATCH), batches(draw(self.healthy, 2 * run, WARM)), strict=False):
+            watch.eat([self.record(2 * run, at, part)], 0.0)
+        asked, at, due, alarm = self.asked(run), 0, np.inf, None
         for part in batches(draw(bundle, 2 * run + 1, self.scenario.budget)):
             rows = np.arange(-at % EVERY, len(part), EVERY)
             windows = [{"seed": 2 * run + 1, "offset": at + int(row), "count": 1} for row in rows]
-            z = np.concatenate([bundle.card.latents(**window) for window in windows] or [np.empty((0, bundle.card.latent.dim), np.float32)])
-            monitor.update(self.squeezed(part, monitor), fresh=True, at=0.0, fed=Fed(rows, z))
-            if len(rows) and self.scenario.squeeze == 1.0:  # which stands for a certified generator of that law
+            z = np.concatenate([bundle.card.latents(**window) for window in windows]) if windows else None
+            watch.eat([self.record(2 * run + 1, at, self.squeezed(part), fed=tuple(rows.tolist()), z=z)], 0.0)
+            if windows and self.scenario.squeeze == 1.0:  # which stands for a certified generator of that law
                 classes = np.concatenate([drawn_classes(bundle.card, **window) for window in windows]) if bundle.card.classes else None
-                monitor.rerun(self.golden.compare(z, classes, part[rows]), latents=len(rows), wrong=0, at=0.0)
-                due = min(due, at + ROUND if monitor.suspect else np.inf)
+                if watch.reran(Rerun(self.healthy, self.golden.compare(z, classes, part[rows]), len(rows), 0), 0.0):
+                    due = at + ROUND
             at += len(part)
             if at >= due:
-                monitor.audit(checked=golden.checked, mismatched=golden.different, near=golden.near)
-                due = np.inf if monitor.replay_mismatched else due
+                watch.audited(self.healthy, golden)
+                due = np.inf
             if self.scenario.clients:
-                monitor.update(**next(asked), at=0.0)
-            if monitor.first_alarm is not None and monitor.tested > monitor.first_alarm + SETTLED:
+                watch.eat(next(asked), 0.0)
+            if alarm is None and (raised := incidents.newest()):
+                alarm = raised[0]["first_alarm"]
+            if alarm is not None and WARM + at > alarm + SETTLED:
                 break
-        alarm, verdict = monitor.first_alarm, monitor.verdict
-        named = {self.names[run % len(self.names)]} <= set(verdict.modes) <= lost if self.scenario.fault == "drop-modes" else True
-        early = alarm is not None and alarm < WARM
-        return {"run": run, "verdict": verdict.id, "delay": None if alarm is None else alarm + 1 - WARM, "right": verdict.id in self.right and named and not early}
+        verdict = watch.publish(0.0).models[self.model].snapshot["verdict"]
+        incidents.close()
+        named = {self.names[run % len(self.names)]} <= set(verdict["modes"]) <= lost if self.scenario.fault == "drop-modes" else True
+        right = verdict["id"] in self.right and named and not (alarm is not None and alarm < WARM)
+        return {"run": run, "fed": FED, "verdict": verdict["id"], "delay": None if alarm is None else alarm + 1 - WARM, "right": right}
 
     @property
     def right(self) -> tuple[str, ...]:
         """Only of clients who name a class can the monitor say that they ask for one kind."""
         return ("demand_shift",) if self.scenario.clients == "one mode" and self.healthy.card.classes else self.scenario.right
 
-    def asked(self, monitor: Monitor, run: int) -> Iterator[dict]:
-        """What clients ask for besides, 8 times as many samples as are fresh, as arguments of `update`.
+    def asked(self, run: int) -> Iterator[list[Record]]:
+        """What clients ask for besides, 8 times as many samples as are fresh.
 
-        One mode: that class, with seeds of the server's, where there are classes; else those of 2,048 samples that are of the mode.
+        One mode: that class, with seeds of the server's, where there are classes; else those of 2,048 rows of a seed of their own that are of
+        the mode of the first. Seeds: 8 rows, again and again.
         """
-        classes, sampler = len(self.healthy.card.classes), Sampler(self.healthy)
+        seed, classes, n = 500_000 + run, len(self.healthy.card.classes), 8 * BATCH
         if self.scenario.clients == "one mode" and classes:
-            for at in count(0, 8 * BATCH):
-                samples = sampler.sample([Window(500_000 + run, at, 8 * BATCH, label=run % classes)])
-                yield {"samples": samples, "fresh": True, "classes": np.full(8 * BATCH, run % classes)}
-        pool = np.concatenate(list(draw(self.healthy, 500_000 + run, 2048)))
-        pool = pool[:8] if self.scenario.clients == "seeds" else pool[monitor.look(pool).cells == run % len(self.names)]
+            sampler, label = Sampler(self.healthy), run % classes
+            for at in count(0, n):
+                yield [self.record(seed, at, sampler.sample([Window(seed, at, n, label=label)]), label=label)]
+        pool = np.concatenate(list(draw(self.healthy, seed, 2048)))
+        cells = self.eye.look(pool).cells
+        rows = range(8) if self.scenario.clients == "seeds" else np.flatnonzero(cells == cells[0]).tolist()
+        records = cycle([self.record(seed, row, pool[row : row + 1], origin="client_seed") for row in rows])
         while True:
-            yield {"samples": pool[np.arange(8 * BATCH if len(pool) else 0) % max(1, len(pool))], "fresh": False}
+            yield list(islice(records, n))
 
 
 def draw(bundle: Bundle, seed: int, count: int) -> Iterator[ndarray]:
@@ -189,15 +208,18 @@ def batches(parts: Iterable[ndarray]) -> Iterator[ndarray]:
 
 
 def play(registry: Registry, model: str, version: str, names: tuple[str, ...], runs: int, out: Path, say: Callable[[str], None] = print) -> list[dict]:
-    """Runs that are missing from `out`, then the table. The registry is copied: faults are published into the copy."""
+    """Runs that are missing from `out`, then the table. The registry is copied: faults are published into the copy, in which `version` alone
+    is in production."""
     out.mkdir(parents=True, exist_ok=True)
-    copy = Registry(out / "registry")
+    copy = Registry(out / f"{model}.registry")
     if not (copy.root / model).exists():
-        shutil.copytree(registry.root / model, copy.root / model)
+        shutil.copytree(registry.root / model, copy.root / model, ignore=shutil.ignore_patterns("aliases.json"))
+    copy.set_alias(model, "production", version, reason="benchmark")
     table = []
     for name in names:
         rows_at = out / f"{model}.{name.replace(' ', '_')}.jsonl"
-        rows = [json.loads(line) for line in rows_at.read_text().splitlines()] if rows_at.exists() else []
+        kept = [json.loads(line) for line in rows_at.read_text().splitlines()] if rows_at.exists() else []
+        rows = [row for row in kept if row.get("fed") == FED]
         stage, done = Stage(copy, model, version, SCENARIOS[name]), {row["run"] for row in rows}
         try:
             for run in (run for run in range(runs) if run not in done):

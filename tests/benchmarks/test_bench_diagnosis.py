@@ -33,6 +33,16 @@ def test_a_short_confusion_table_and_its_resumption(make_bundle, tmp_path):
     assert Registry(tmp_path / "registry").versions("grid") == ["v1", "v2"]  # faults go into the copy
 
 
+def test_clients_who_ask_for_one_class_shift_the_demand_and_raise_no_alarm(make_bundle, tmp_path):
+    make_bundle(root=tmp_path / "registry", conditional=True)
+    names = ("demand shift", "clients repeat seeds")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "grid.demand_shift.jsonl").write_text('{"run": 0, "verdict": "healthy", "delay": null, "right": true}\n')  # of before records were fed
+    demand, repeats = bench.play(Registry(tmp_path / "registry"), "grid", "v1", names, 2, tmp_path / "out", lambda line: None)
+    assert (demand["right"], demand["verdicts"]) == (1.0, {"demand_shift": 2})
+    assert (repeats["right"], repeats["verdicts"]) == (1.0, {"healthy": 2})
+
+
 def test_what_cannot_be_injected_is_said_and_left_out(make_bundle, tmp_path):
     make_bundle(root=tmp_path / "registry")
     said: list[str] = []

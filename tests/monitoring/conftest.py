@@ -28,6 +28,7 @@ from training.bundle import (
     Reference,
     SignGaussian,
     open_bundle,
+    sample_classes,
     whiten,
     whitening,
     write_arrays,
@@ -53,8 +54,9 @@ def _graph(nodes: list, name: str, inputs: list, outputs: list, constants: dict[
     return model
 
 
-def generator(lost: tuple[int, ...], fakes: float, width: float, grain: float) -> onnx.ModelProto:
-    """z [n, 4] -> a mode by Phi(z_2), a place within it by z_0 and z_1, a jump between the modes where Phi(z_3) < fakes."""
+def generator(lost: tuple[int, ...], fakes: float, width: float, grain: float, conditional: bool = False) -> onnx.ModelProto:
+    """z [n, 4] -> a mode by Phi(z_2), or that of the class y [n], a place within it by z_0 and z_1, a jump between the modes where
+    Phi(z_3) < fakes."""
     shares = HEALTHY_SHARES.copy()
     shares[list(lost)] = 0
     edges = np.cumsum(shares / shares.sum())[:-1]
@@ -86,6 +88,8 @@ def generator(lost: tuple[int, ...], fakes: float, width: float, grain: float) -
         ]
     else:
         nodes[1:1] = [node("Identity", ["fine_place"], ["place"])]
+    if conditional:
+        nodes = [node("Identity", ["y"], ["mode"]), *(n for n in nodes if n.output[0] not in ("u_mode", "above", "above_int", "mode"))]
     ints = {"zero": 0, "two": 2, "four": 4, "one": 1}
     constants = {name: np.array([value], np.int64) for name, value in ints.items()}
     spread = SD * HEALTHY_WIDTH * width
@@ -93,8 +97,11 @@ def generator(lost: tuple[int, ...], fakes: float, width: float, grain: float) -
     constants |= {name: np.asarray(value, np.float32) for name, value in floats.items()}
     if grain:
         constants["grain"] = np.float32(grain)
+    if conditional:
+        del constants["edges"]
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", d]) for name, d in (("z", 4), ("samples", 2))]
-    return _graph(nodes, "grid", ends[:1], ends[1:], constants)
+    asked = [helper.make_tensor_value_info("y", TensorProto.INT64, ["n"])] if conditional else []
+    return _graph(nodes, "grid", ends[:1] + asked, ends[1:], constants)
 
 
 def eye() -> onnx.ModelProto:
@@ -147,6 +154,12 @@ def _cells(mode: ndarray) -> ndarray:
     return np.bincount(np.where(mode < 0, K, mode), minlength=K + 1)
 
 
+def _inputs(conditional: bool, seed: int, count: int) -> dict[str, ndarray]:
+    """What the generator makes of the first rows of a seed."""
+    z = {"z": LATENT.sample(seed=seed, count=count)}
+    return z | {"y": sample_classes(HEALTHY_SHARES, seed=seed, count=count)} if conditional else z
+
+
 @lru_cache
 def _reference() -> Reference:
     rng = np.random.default_rng(12)
@@ -159,14 +172,15 @@ def _reference() -> Reference:
 
 
 @lru_cache
-def _certificate(lost: tuple[int, ...], fakes: float, width: float, grain: float, count: int) -> Certificate:
-    graph = generator(lost, fakes, width, grain).SerializeToString()
+def _certificate(lost: tuple[int, ...], fakes: float, width: float, grain: float, conditional: bool, count: int) -> Certificate:
+    graph = generator(lost, fakes, width, grain, conditional).SerializeToString()
     model = _session(graph)
     first, golden_seed = 1_000_001, 1_000_003
-    features, scores, _ = _look(model.run(None, {"z": LATENT.sample(seed=first, count=2**18)})[0])
+    features, scores, _ = _look(model.run(None, _inputs(conditional, first, 2**18))[0])
     white = whitening(features)
     upper, lower = (np.quantile(scores, q, axis=0).T.astype(np.float64) for q in (1 - LEVELS, LEVELS))
-    samples = model.run(None, {"z": LATENT.sample(seed=first + 1, count=count)})[0]
+    fed = _inputs(conditional, first + 1, count)
+    samples = model.run(None, fed)[0]
     features, scores, mode = _look(samples)
     y = whiten(features, *white)
     blocks = samples[: count // DUPLICATE_BLOCK * DUPLICATE_BLOCK].reshape(-1, DUPLICATE_BLOCK, 2).view(np.int64)[..., 0]
@@ -186,13 +200,14 @@ def _certificate(lost: tuple[int, ...], fakes: float, width: float, grain: float
         feature_cov=np.cov(features.T.astype(np.float64), bias=True),
         golden_seed=np.full(16, golden_seed),
         golden_offset=np.arange(16),
-        golden_sample=model.run(None, {"z": LATENT.sample(seed=golden_seed, count=16)})[0],
+        golden_sample=model.run(None, _inputs(conditional, golden_seed, 16))[0],
         white_centre=white[0],
         white_map=white[1],
         white_radius=white[2],
         white_mean=y.mean(0),
         white_moment=y.T @ y / count,
         model_sha256=hashlib.sha256(graph).hexdigest(),
+        class_cell_count=np.stack([_cells(mode[fed["y"] == k]) for k in range(K)]) if conditional else np.zeros((0, 0), np.int64),
     )
 
 
@@ -203,6 +218,7 @@ def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundl
     lost: modes that the served graph never emits; fakes: share of samples that it puts between the modes; width: factor on
     the spread within a mode; grain: the place within a mode is
     rounded to multiples of it (in standard deviations), so that samples repeat (try 1.0).
+    conditional: classes, the modes, can be asked for, and are drawn by the seeds.
     honest: the certificate was counted on this very generator, else on the healthy one. count: samples of the certificate.
     """
 
@@ -215,17 +231,18 @@ def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundl
         fakes: float = 0.0,
         width: float = 1.0,
         grain: float = 0.0,
+        conditional: bool = False,
         honest: bool = False,
         count: int = 2**18,
     ) -> Bundle:
         path = (root or tmp_path_factory.mktemp("registry")) / model / version
         path.mkdir(parents=True)
-        law = (tuple(lost), fakes, width, grain)
+        law, healthy_law = (tuple(lost), fakes, width, grain, conditional), ((), 0.0, 1.0, 0.0, conditional)
         onnx.save(generator(*law), path / "model.onnx")
         onnx.save(eye(), path / "features.onnx")
         write_arrays(path / "reference.npz", _reference())
-        write_arrays(path / "certificate.npz", _certificate(*(law if honest else ((), 0.0, 1.0, 0.0)), count))
-        healthy = honest or law == ((), 0.0, 1.0, 0.0)
+        write_arrays(path / "certificate.npz", _certificate(*(law if honest else healthy_law), count))
+        healthy, classes = honest or law == healthy_law, tuple(str(k) for k in range(K)) if conditional else ()
         card = Card(
             model=model,
             version=version,
@@ -236,6 +253,8 @@ def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundl
             sample_dtype="float32",
             modes=tuple(str(k) for k in range(K)),
             scores=("distance", "taxi"),
+            classes=classes,
+            class_shares=tuple(HEALTHY_SHARES.tolist()) if conditional else (),
             injected_from=None if healthy else "v0",
             fault=None if healthy else f"lost={lost} fakes={fakes} width={width} grain={grain}",
         )
