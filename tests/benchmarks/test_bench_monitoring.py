@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import bench_monitoring as bench  # noqa: E402
+import foreign  # noqa: E402
 import rivals  # noqa: E402
 from scenarios import SPACES, streams  # noqa: E402
 
@@ -47,6 +48,15 @@ def test_scan_b_is_the_mean_over_blocks_of_unbiased_mmd(few):
     ratio = found["Scan-B 50"][[49, 50, 129], 0] / values
     assert ratio == pytest.approx([ratio[0]] * 3, rel=1e-3) and ratio[0] > 0  # one constant: the standard deviation
     assert (found["OKCUSUM"][49:] >= found["Scan-B 50"][49:]).all()
+
+
+def test_packages_that_watch_one_variable_watch_each_feature_and_the_radius(few):
+    reference, x = few
+    y = foreign.columns(reference, x)
+    found = foreign.follow_each(y, lambda column, stream: np.abs(column))
+    np.testing.assert_allclose(y[..., :3], (x - reference.mean(axis=0)) / reference.std(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(found["on the radius"], np.abs(y[..., 3]), rtol=1e-6)
+    np.testing.assert_allclose(found["on features + radius"], np.abs(y).max(axis=2), rtol=1e-6)
 
 
 def test_mmdew_looks_at_the_borders_of_its_buckets(few):
