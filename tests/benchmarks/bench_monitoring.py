@@ -100,13 +100,14 @@ def ours(space: Space, seed: int, count: int, parts: list[ndarray]) -> list[ndar
     return found
 
 
-def foreign(method: str, reference: ndarray, x: ndarray) -> dict[str, ndarray]:
-    """A detector of river, frouros or alibi-detect over the streams, in their own venv and process."""
+def foreign(method: str, reference: ndarray, parts: list[ndarray]) -> dict[str, list[ndarray]]:
+    """A detector of river, frouros or alibi-detect over the streams of each part, in their own venv and process."""
     with tempfile.TemporaryDirectory() as folder:
-        np.savez(f"{folder}/in.npz", reference=reference, x=x)
+        np.savez(f"{folder}/in.npz", reference=reference, **{f"x{i}": x for i, x in enumerate(parts)})
         subprocess.run([FOREIGN, Path(__file__).with_name("foreign.py"), method, f"{folder}/in.npz", f"{folder}/out.npz"], check=True)
-        with np.load(f"{folder}/out.npz") as found:
-            return dict(found)
+        with np.load(f"{folder}/out.npz") as data:
+            labels = dict.fromkeys(key.rpartition("|")[0] for key in data)
+            return {label: [data[f"{label}|{i}"] for i in range(len(parts))] for label in labels}
 
 
 def oracle(space: Space, parts: list[ndarray]) -> dict[str, list[ndarray]]:
@@ -143,10 +144,11 @@ def measure(name: str, space: Space, chunk: int, size: int, count: int, arl: int
             found["ours"] = ours(space, chunk, count, parts)
         elif method == "oracle":
             found = oracle(space, parts)
+        elif method in PACKAGES:
+            found = foreign(method, reference, [x[:, : PACKAGES[method][1]] for x in parts])
         else:
             for x in parts:
-                known = foreign(method, reference, x[:, : PACKAGES[method][1]]) if method in PACKAGES else (RIVALS | CERTIFIED)[method](large if method == "certified" else reference, x)
-                for label, path in known.items():
+                for label, path in (RIVALS | CERTIFIED)[method](large if method == "certified" else reference, x).items():
                     found.setdefault(label, []).append(path)
         flat = {f"{label}|{i}": path.astype(np.float32) for label, paths in found.items() for i, path in enumerate(paths)}
         staged = out / f"{name}.{chunk}.{method}.partial.npz"
@@ -262,7 +264,7 @@ def foreign_lengths(references: int, size: int) -> dict:
     space, exposure, alarms = SPACES["gauss"](), 0, 0
     for seed in range(references):
         reference = space.draw(np.random.default_rng((seed, 5)), 1000, 0)
-        for path in foreign("own", reference, streams(space, 9000 + seed, size, 0, 2500)).values():
+        for (path,) in foreign("own", reference, [streams(space, 9000 + seed, size, 0, 2500)]).values():
             first = np.where(path.any(axis=0), path.argmax(axis=0) + 1, len(path))
             exposure, alarms = exposure + first.sum(), alarms + path.any(axis=0).sum()
     return {"method": "alibi-detect MMD 25, own threshold", "asked": 1000.0, "measured": float(exposure / max(1, alarms)), "runs": references * size}

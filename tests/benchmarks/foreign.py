@@ -2,8 +2,8 @@
 
     python foreign.py METHOD in.npz out.npz
 
-in.npz: reference [N, d] and x [time, stream, d]; out.npz: by label, [time, stream], larger = more suspicious, where time t has
-seen samples 0 .. t only. Thresholds are fitted by the caller, so the packages' own are set out of the way; `own` is the exception:
+in.npz: reference [N, d] and parts x0, x1 ... [time, stream, d]; out.npz: by "label|part", [time, stream], larger = more suspicious,
+where time t has seen samples 0 .. t only. Thresholds are fitted by the caller, so the packages' own are set out of the way; `own` is the exception:
 alarms (1 or 0) at the threshold that alibi-detect calibrates for the run length it is asked for.
 alibi-detect's licence (BSL 1.1) allows benchmarks: it is run here, and nothing of it is in ganwatch.
 """
@@ -181,4 +181,6 @@ if __name__ == "__main__":
     except ImportError:
         pass
     with np.load(source) as data:
-        np.savez(target, **METHODS[method](data["reference"], data["x"]))
+        parts = [data[f"x{i}"] for i in range(len(data.files) - 1)]
+        found = [METHODS[method](data["reference"], x) for x in parts]
+    np.savez(target, **{f"{label}|{i}": path for i, paths in enumerate(found) for label, path in paths.items()})
