@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Float, Float64, Int64
@@ -324,10 +325,13 @@ def _finite(figures: dict[str, Any]) -> dict[str, Any]:
 
 def _features(path: Path) -> Float64[ndarray, "n d"]:
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        with open(path, "rb") as file:
+            array = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path} cannot be read ({error})") from None
-    if array.ndim < 2 or len(array) < FEWEST or not np.isfinite(array).all():
+    if not isinstance(array, ndarray):
+        raise ValueError(f"{path} is an npz of {', '.join(array.files) or 'nothing'}; save the array of features alone, as .npy")
+    if array.dtype.kind not in "biuf" or array.ndim < 2 or len(array) < FEWEST or not array.size or not np.isfinite(array).all():
         raise ValueError(f"{path} holds {array.dtype} {array.shape}; at least {FEWEST} rows of finite numbers are expected")
     return array.reshape(len(array), -1).astype(np.float64)
 

@@ -213,6 +213,27 @@ def test_a_bundle_is_judged_beside_a_perfect_sampler(ring):
     assert rows["coverage"][1] == pytest.approx(prdc(reference.held_out_points[:5000], reference.train_points[:2000])["coverage"], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("save", "words"),
+    [
+        (lambda file: np.save(file, np.full((200, 2), "a")), "holds <U1 (200, 2); at least 100 rows of finite numbers are expected"),
+        (lambda file: np.save(file, np.full((200, 2), 1j)), "holds complex128 (200, 2); at least"),
+        (lambda file: np.save(file, np.full((200, 2), np.nan)), "holds float64 (200, 2); at least"),
+        (lambda file: np.save(file, np.zeros((200, 0))), "holds float64 (200, 0); at least"),
+        (lambda file: np.savez(file, x=np.full((200, 2), "a"), y=np.zeros(200)), "is an npz of x, y; save the array of features alone, as .npy"),
+        (lambda file: file.write(b"PK\x03\x04 but no more"), "cannot be read (File is not a zip file)"),
+        (lambda file: None, "cannot be read (No data left in file)"),
+    ],
+)
+def test_files_that_hold_no_features_are_refused(save, words, tmp_path, monkeypatch, capsys):
+    with open(tmp_path / "a.npy", "wb") as file:
+        save(file)
+    monkeypatch.setattr("sys.argv", ["evaluation", "--real", str(tmp_path / "a.npy"), "--fake", str(tmp_path / "a.npy")])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'a.npy'} {words}")
+
+
 def test_json_has_both_columns_and_no_number_that_json_lacks(monkeypatch, capsys):
     monkeypatch.setattr("training.evaluation.judge", lambda *how: ({"fid": 0.5, "mixture_reverse_kl": math.nan}, {"fid": 0.25}))
     monkeypatch.setattr("sys.argv", ["evaluation", "--bundle", "v1", "--json"])
