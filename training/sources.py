@@ -281,7 +281,7 @@ def image(file: Stream) -> Iterator[Chunk]:
             raise ValueError(f"its pixels are {opened.mode}; 8 bits a channel are expected")
         left_out = "all frames but the first" if getattr(opened, "n_frames", 1) > 1 else ""
         pixels = np.asarray(opened.convert("L" if opened.mode in ("1", "L", "LA") else "RGB"))
-    yield Chunk(pixels.reshape(1, *pixels.shape[:2], -1), left_out=left_out)
+    yield Chunk(np.atleast_3d(pixels)[None], left_out=left_out)
 
 
 def _check_finite(found: Shaped[ndarray, "n ..."], first: int) -> None:
@@ -305,7 +305,7 @@ def as_served(found: Shaped[ndarray, "n ..."], first: int = 0) -> Shaped[ndarray
     `first`: which row of its file is the first one here, for the words.
     """
     form = f"{found.dtype} [{', '.join(map(str, found.shape))}]"
-    if found.dtype.kind not in "iuf" or not 1 <= found.ndim <= 4:
+    if found.dtype.kind not in "iuf" or not 1 <= found.ndim <= 4 or 0 in found.shape[1:]:
         raise ValueError(f"samples are {form}; images are uint8 [n, h, w, c] and vectors float32 [n, d]")
     if found.ndim <= 2:
         with np.errstate(over="ignore"):
@@ -518,6 +518,8 @@ def _decoded(files: dict[str, Any], system: FileSystem) -> Iterator[dict[str, li
                     chunk = {"samples": _packed(as_served(samples, done)), "labels": packed, "left_out": left_out}
                     yield {k: [v] for k, v in (row | chunk).items()}
                     done += len(samples)
+            if not done:
+                raise ValueError("it holds no samples")
         except Exception as error:  # whatever a decoder raises on a damaged file
             yield {k: [v] for k, v in (row | {"problem": str(error) or type(error).__name__}).items()}
 
@@ -529,13 +531,13 @@ def _beside(system: FileSystem, file: str) -> ndarray | None:
     found = [o for o in (other, f"{other}.gz", other.removesuffix(".gz")) if _IDX_IMAGES.search(name) and system.get_file_info(o).type == FileType.File]
     if not found:
         return None
-    with system.open_input_file(found[0]) as opened:
-        labels = np.concatenate([part for part, *_ in idx(opened)])
     with system.open_input_file(file) as opened:
         count = _idx(opened)[1][0]
-    if labels.shape != (count,):
-        raise ValueError(f"it holds {count:,} images, and {found[0]} labels of shape {labels.shape}")
-    return labels
+    with system.open_input_file(found[0]) as opened:
+        values, shape = _idx(opened)
+        if shape != (count,):
+            raise ValueError(f"it holds {count:,} images, and {found[0]} labels of shape {shape}")
+        return np.concatenate([np.empty(0, np.uint8), *_pieces(values, shape, np.dtype(np.uint8))])
 
 
 def _packed(array: ndarray) -> bytes:

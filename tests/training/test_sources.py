@@ -67,6 +67,8 @@ def test_parquet_of_numbers_and_of_images(tmp_path):
         (np.zeros((2, 3, 28, 28), np.uint8), r"uint8 \[2, 3, 28, 28\]; channels come last"),
         (np.zeros((2, 2, 2, 2, 2)), "images are uint8"),
         (np.array([["a"]]), "images are uint8"),
+        (np.zeros((300, 0)), r"samples are float64 \[300, 0\]; images are uint8 \[n, h, w, c\] and vectors float32 \[n, d\]"),
+        (np.zeros((300, 0, 28), np.uint8), r"samples are uint8 \[300, 0, 28\]"),
     ],
 )
 def test_what_is_neither_images_nor_vectors_is_refused(found, words):
@@ -264,6 +266,23 @@ def test_labels_without_their_images_are_named(tmp_path, opened):
     (tmp_path / "idx" / "b-labels-idx1-ubyte").unlink()
     dataset, said = opened("idx")
     assert np.bincount(dataset.labels).tolist() == [40, 40, 40] and not said
+
+
+def test_files_without_samples_are_named(tmp_path, opened):
+    (tmp_path / "some").mkdir()
+    for name, rows in (("a", X), ("b", X[:0])):
+        np.save(tmp_path / "some" / f"{name}.npy", rows)
+        np.savez(tmp_path / "some" / f"{name}.npz", x=rows)
+        pq.write_table(pa.table({"a": rows[:, 0], "b": rows[:, 1]}), tmp_path / "some" / f"{name}.parquet")
+    with pytest.raises(DataError, match=r"3 of 6 files cannot be used(.|\n)*/b\.npy: it holds no samples(.|\n)*/b\.npz: it holds(.|\n)*/b\.parquet: it holds"):
+        opened("some")
+    dataset, said = opened("some", skip_bad_files=True)
+    assert len(dataset.samples) == 360 and said == [f"left out {tmp_path}/some/b.{kind}: it holds no samples" for kind in ("npy", "npz", "parquet")]
+    (tmp_path / "idx").mkdir()
+    for name, head in (("images-idx3", b"\0\0\x08\3" + b"\0" * 8 + b"\0\0\0\6"), ("labels-idx1", b"\0\0\x08\1" + b"\0" * 4)):
+        (tmp_path / "idx" / f"{name}-ubyte").write_bytes(head)
+    with pytest.raises(DataError, match="images-idx3-ubyte: it holds no samples"):
+        opened("idx")
 
 
 @pytest.mark.slow
