@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import math
 import platform
 import secrets
 import shutil
@@ -317,22 +318,33 @@ def _repeats(samples: ndarray) -> tuple[int, int]:
 
 
 def describe_reals(dataset: Dataset, features: onnxruntime.InferenceSession, *, keep_points: bool) -> Reference:
-    """The real data through the exported eye. Mode shares come from all data, the off-manifold share from the held-out part."""
-    parts = [dataset.samples[i : i + CERTIFY_CHUNK] for i in range(0, len(dataset.samples), CERTIFY_CHUNK)]
-    seen = [features.run(["features", "mode", "probability"], {"x": part}) for part in parts]
-    points, mode, nearest = (np.concatenate(column) for column in zip(*((f, m, p.argmax(axis=1)) for f, m, p in seen), strict=True))
-    off = float(np.mean(mode[dataset.trained :] < 0))
-    share = np.bincount(nearest, minlength=dataset.cells) / len(mode)
-    rng = np.random.default_rng(0)
-    kept = REFERENCE_POINTS if keep_points else 0
-    train, held_out = (rng.permutation(part)[:kept] for part in np.split(points, [dataset.trained]))
+    """The real data through the exported eye, in one pass. Mode shares come from all data, the off-manifold share from the held-out part."""
+    n, trained, p = len(dataset.samples), dataset.trained, features.get_outputs()[0].shape[1]
+    rng, most = np.random.default_rng(0), REFERENCE_POINTS if keep_points else 0
+    kept = rng.permutation(trained)[:most], trained + rng.permutation(n - trained)[:most]
+    points = [np.empty((len(rows), p), np.float32) for rows in kept]
+    count, off, mean, square = np.zeros(dataset.cells, np.int64), 0, np.zeros(p), np.zeros((p, p))
+    for part in dataset.pieces(np.arange(n), fewest=math.ceil(n / CERTIFY_CHUNK)):
+        seen, mode, probability = features.run(["features", "mode", "probability"], {"x": dataset.samples[part]})
+        begin, end = int(part[0]), int(part[-1]) + 1
+        for rows, of in zip(kept, points, strict=True):
+            here = np.flatnonzero((begin <= rows) & (rows < end))
+            of[here] = seen[rows[here] - begin]
+        count += np.bincount(probability.argmax(axis=1), minlength=dataset.cells)
+        off += int(np.count_nonzero(mode[part >= trained] < 0))
+        x = seen.astype(np.float64)  # moments are merged as by Chan, Golub and LeVeque (1983): sums of squares would lose digits far from 0
+        centre = x.mean(axis=0)
+        step = centre - mean
+        mean = mean + step * len(x) / end
+        square += (x - centre).T @ (x - centre) + np.outer(step, step) * begin * len(x) / end
+    off_share = off / (n - trained)
     return Reference(
-        count=len(mode),
-        cell_share=np.append((1 - off) * share, off),
-        feature_mean=points.mean(axis=0, dtype=np.float64),
-        feature_cov=np.cov(points.astype(np.float64), rowvar=False).reshape(points.shape[1], -1),  # of one feature it is a number
-        train_points=train,
-        held_out_points=held_out,
+        count=n,
+        cell_share=np.append((1 - off_share) * (count / n), off_share),
+        feature_mean=mean,
+        feature_cov=square / (n - 1),
+        train_points=points[0],
+        held_out_points=points[1],
     )
 
 

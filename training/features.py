@@ -226,22 +226,26 @@ def fit_eye(dataset: Dataset, *, seed: int, remember: bool = True) -> Sight:
     eye.eval().requires_grad_(False)
     scores = SCORES if dataset.labels is not None else SCORES[:2]
     parts = dataset.pieces(np.arange(dataset.trained, len(dataset.samples)), fewest=len(dataset.samples) // 10_000 + 1)
-    held_out = [eye(torch.from_numpy(dataset.samples[part])) for part in parts]  # copies: a file in memory is not torch's to write
+    some = np.random.default_rng(seed).permutation(rows)[:REMEMBERED]
+    held_out, distance, seen = [], [], []
+    for part in parts:
+        features, scored, _, probability = eye(torch.from_numpy(dataset.samples[part]))  # a copy: a file in memory is not torch's to write
+        if sum(map(len, held_out)) < len(some):
+            held_out.append(features)
+        distance.append(scored[:, 0].numpy().copy())  # a view would keep the others
+        seen.append(probability.argmax(dim=1).numpy())
     if remember:
-        some = np.random.default_rng(seed).permutation(rows)[:REMEMBERED]
         eye.remembered = torch.cat([eye(torch.from_numpy(dataset.samples[part]))[0] for part in dataset.pieces(some, fewest=8)])
-        eye.held_out = torch.cat([features for features, *_ in held_out])[: len(some)]
+        eye.held_out = torch.cat(held_out)[: len(some)]
         scores = (*scores, NEAREST_TRAIN, NEARER_TRAIN)
         if dataset.samples.dtype == np.uint8 and dataset.trained > len(some):
             known = np.sort(np.random.default_rng(seed).permutation(dataset.trained)[:COPIED])
             eye.copies = Copies(dataset.samples, known, seed)
-    distance = np.concatenate([scores[:, 0].numpy() for _, scores, _, _ in held_out])
-    eye.threshold.fill_(float(np.quantile(distance, MANIFOLD_QUANTILE)))
+    eye.threshold.fill_(float(np.quantile(np.concatenate(distance), MANIFOLD_QUANTILE)))
     if dataset.labels is None:
         names = named(places, decimals) if dataset.dim <= 3 else tuple(f"cell-{k}" for k in range(count))
         return Sight(eye, names, scores, None)
-    seen = np.concatenate([probability.argmax(dim=1).numpy() for *_, probability in held_out])
-    return Sight(eye, dataset.classes, scores, float(np.mean(seen == dataset.labels[dataset.trained :])))
+    return Sight(eye, dataset.classes, scores, float(np.mean(np.concatenate(seen) == dataset.labels[dataset.trained :])))
 
 
 def named(places: Float[ndarray, "k d"], decimals: int) -> tuple[str, ...]:

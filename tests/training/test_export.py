@@ -6,7 +6,7 @@ from scipy.stats import binom
 
 from training.bundle import DUPLICATE_BLOCK, open_bundle, sample_classes
 from training.data import DATASETS
-from training.export import ExportError, certify_more, check_law, detours, export_onnx, figures, open_source
+from training.export import ExportError, certify_more, check_law, describe_reals, detours, export_onnx, figures, open_source, session
 from training.features import fit_eye
 
 pytestmark = pytest.mark.slow
@@ -72,6 +72,25 @@ def test_reference_describes_held_out_reals(ring):
     reference = open_bundle(ring).reference
     assert reference.cell_share.sum() == pytest.approx(1) and reference.cell_share[-1] == pytest.approx(0.01, abs=0.003)
     assert reference.train_points.shape == reference.held_out_points.shape == (10_000, 2)
+
+
+@pytest.mark.parametrize("chunk", [300, 10**6])
+def test_a_reference_of_one_pass_is_that_of_all_data_together(bundle, chunk, monkeypatch):
+    monkeypatch.setattr("training.export.CERTIFY_CHUNK", chunk)
+    dataset, eye = DATASETS[bundle.card.dataset](), session(bundle.features_path)
+    found = describe_reals(dataset, eye, keep_points=True)
+    n, kept = len(dataset.samples), min(dataset.trained, 10_000)
+    seen = [eye.run(["features", "mode", "probability"], {"x": dataset.samples[part]}) for part in dataset.pieces(np.arange(n), fewest=-(-n // chunk))]
+    points, mode, probability = (np.concatenate(column) for column in zip(*seen, strict=True))
+    off = np.mean(mode[dataset.trained :] < 0)
+    share = np.bincount(probability.argmax(axis=1), minlength=dataset.cells) / n
+    assert found.count == n
+    np.testing.assert_allclose(found.cell_share, [*((1 - off) * share), off], rtol=1e-12)
+    np.testing.assert_allclose(found.feature_mean, points.mean(axis=0, dtype=np.float64), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(found.feature_cov, np.cov(points.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-12)
+    rng = np.random.default_rng(0)
+    np.testing.assert_array_equal(found.train_points, rng.permutation(points[: dataset.trained])[:kept])
+    np.testing.assert_array_equal(found.held_out_points, rng.permutation(points[dataset.trained :])[:kept])
 
 
 def test_a_card_warns_where_the_classifier_that_names_modes_is_often_wrong(conditional, monkeypatch):
