@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int64, Shaped
+from jaxtyping import Float64, Int64, Shaped
 from numpy import ndarray
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem
 
@@ -39,6 +39,7 @@ from training.data import CELLS, DATASETS, DataError, Dataset
 FEWEST = 100  # samples: a fifth is held out, and the outermost hundredth of that is looked at
 CHUNK = 8 << 20  # bytes of samples that travel together
 NAMED = 20  # bad files named in an error
+COARSE = 1e-4  # of the range of a coordinate: float32 may not round it by more
 MANY = 10_000  # files: to read so many one after another takes longer than a Ray takes to start
 ROOT = Path(__file__).resolve().parent.parent
 SIDE_FILES = {"", ".txt", ".md", ".rst", ".html", ".csv", ".tsv", ".json", ".yaml", ".yml", ".xml", ".ini", ".log", ".db"}  # lie beside data
@@ -322,6 +323,17 @@ def as_served(found: Shaped[ndarray, "n ..."], first: int = 0) -> Shaped[ndarray
     return images
 
 
+def extent(found: Shaped[ndarray, "n ..."], served: Shaped[ndarray, "n ..."]) -> Float64[ndarray, "3 d"]:
+    """By how much serving rounds at most, the least value negated, and the greatest: of each coordinate of vectors, of all pixels together.
+
+    So the larger of two extents is that of both.
+    """
+    width = served.shape[1] if served.ndim == 2 else 1
+    values, kept = (np.ascontiguousarray(x.reshape(-1, width).T) for x in (found, served))  # few long rows are faster than many short ones
+    off = np.abs(values - kept).max(axis=1)
+    return np.stack([off.astype(np.float64), -values.min(axis=1).astype(np.float64), values.max(axis=1).astype(np.float64)])
+
+
 # Through Ray Data to disk ----------------------------------------------------------------------------------------------------
 
 
@@ -337,13 +349,13 @@ def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], 
     left_out: dict[str, dict[str, None]] = {}  # what, and the files of which it is
     labels: list[ndarray] = []
     first: tuple[ndarray, str] | None = None
-    count = 0
-    current, before = "", (0, 0, 0)  # the file being read, and what had been kept when it began
+    count, reach = 0, np.float64(-np.inf)  # reach: the extent of all
+    current, before = "", (0, 0, 0, reach)  # the file being read, and what had been kept when it began
     with open(cache / "samples.raw", "wb") as raw, closing(_rows_of(items, system)) as rows:
         for row in rows:
             file, samples = row["file"], _unpacked(row["samples"])
             if file != current:
-                current, before = file, (raw.tell(), count, len(labels))
+                current, before = file, (raw.tell(), count, len(labels), reach)
             if file in bad:
                 continue
             if not row["problem"] and first is not None:
@@ -353,7 +365,7 @@ def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], 
                     row["problem"] = f"{'has' if row['labels'] else 'lacks'} labels, unlike {first[1]}"
             if row["problem"]:
                 bad[file] = row["problem"]
-                position, count, kept = before  # a file counts as a whole or not at all
+                position, count, kept, reach = before  # a file counts as a whole or not at all
                 raw.seek(position)
                 raw.truncate()
                 del labels[kept:]
@@ -361,7 +373,7 @@ def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], 
                 continue
             first = first or (samples[:1], file)
             raw.write(samples.tobytes())
-            count += len(samples)
+            count, reach = count + len(samples), np.maximum(reach, _unpacked(row["extent"]))
             labels += [_unpacked(row["labels"])] if row["labels"] else []
             if row["left_out"]:
                 left_out.setdefault(row["left_out"], {})[file] = None
@@ -378,6 +390,14 @@ def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], 
         say(f"left out files that are no data: {some(beside)}")
     if count < FEWEST:
         raise DataError(f"{option} is {name}, which holds {count} sample{'s' * (count != 1)}; at least {FEWEST} are needed")
+    rounded, low, high = reach * [[1], [-1], [1]]
+    if (coarse := (low < high) & (rounded > COARSE * (high - low))).any():  # one that never varies has nothing to lose
+        j = int(coarse.argmax())
+        words = f"{option} is {name}, whose coordinate {j} (the first is 0) goes from {low[j]:.10g} to {high[j]:.10g}"
+        remedy = f"subtract an offset such as {low[j]:.10g} from it, or scale what is below 1e-38"
+        raise DataError(f"{words}, and float32, in which vectors are served, would round it by up to {rounded[j]:.3g}; {remedy}")
+    if first[0].ndim == 4 and high[0] == 1:
+        raise DataError(f"{option} is {name}, whose pixels are 0 and 1; 0 to 255 is expected: multiply them by 255")
 
     order = np.random.default_rng(0).permutation(count)
     found = np.memmap(cache / "samples.raw", first[0].dtype, "r", shape=(count, *first[0].shape[1:]))
@@ -503,7 +523,7 @@ def _here(items: list[dict[str, str]], system: FileSystem) -> Iterator[dict[str,
 def _decoded(files: dict[str, Any], system: FileSystem) -> Iterator[dict[str, list[Any]]]:
     """In a Ray worker: one row for each chunk, or for the problem that a file has."""
     for file, folder in zip(files["file"].tolist(), files["folder"].tolist(), strict=True):
-        row: dict[str, Any] = {"file": file, "samples": b"", "labels": b"", "left_out": "", "problem": ""}
+        row: dict[str, Any] = {"file": file, "samples": b"", "labels": b"", "extent": b"", "left_out": "", "problem": ""}
         try:
             beside, done = _beside(system, file), 0  # done: rows of the file
             with system.open_input_file(file) as opened:
@@ -515,7 +535,8 @@ def _decoded(files: dict[str, Any], system: FileSystem) -> Iterator[dict[str, li
                         form = f"{labels.dtype} [n, {', '.join(map(str, labels.shape[1:]))}]"
                         raise ValueError(f"labels are {form}; one whole number or word a sample is expected")
                     packed = b"" if labels is None else _packed(labels.reshape(-1))
-                    chunk = {"samples": _packed(as_served(samples, done)), "labels": packed, "left_out": left_out}
+                    served = as_served(samples, done)
+                    chunk = {"samples": _packed(served), "labels": packed, "extent": _packed(extent(samples, served)), "left_out": left_out}
                     yield {k: [v] for k, v in (row | chunk).items()}
                     done += len(samples)
             if not done:

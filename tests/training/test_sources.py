@@ -179,6 +179,43 @@ def test_data_that_never_vary_are_refused(same, tmp_path, opened):
     assert len(opened("a.npy")[0].samples) == 200
 
 
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        (5e6 + rng.standard_normal(300), r"from 49999\d\d\.\d+ to 50000\d\d\.\d+, and .* round it by up to 0\.\d+; subtract an offset such as 49999"),
+        (2**25 + np.arange(300), "from 33554432 to 33554731, and .* round it by up to 2; subtract an offset such as 33554432 from it"),
+        (5e8 + np.arange(300) / 100, "from 500000000 to 500000003, and"),  # of which float32 keeps one value
+        (1e-50 * np.arange(300), "from 0 to 2.99e-48, and .* round it by up to 2.99e-48; .* or scale what is below 1e-38"),
+        (np.linspace(0, 1e9, 300), ""),  # each value by 32 at most
+        (2**25 + 2 * np.arange(300), ""),
+        (np.full(300, 0.1), ""),
+    ],
+)
+def test_vectors_that_float32_would_coarsen_are_refused(column, words, tmp_path, opened, monkeypatch):
+    monkeypatch.setattr("training.sources.CHUNK", 1)  # a row: how far the values reach only all of them show
+    (tmp_path / "tables").mkdir()
+    bad = np.stack([np.arange(300.0), 1e12 * np.arange(300)], axis=1)  # reaches far, and is not counted
+    bad[299] = np.nan
+    np.save(tmp_path / "tables" / "a.npy", bad)
+    np.save(tmp_path / "tables" / "b.npy", np.stack([np.arange(300) % 7, column], axis=1))
+    if words:
+        with pytest.raises(DataError, match=f"/tables, whose coordinate 1 \\(the first is 0\\) goes {words}"):
+            opened("tables", skip_bad_files=True)
+    else:
+        assert len(opened("tables", skip_bad_files=True)[0].samples) == 300
+
+
+def test_images_of_0_and_1_are_refused(tmp_path, opened):
+    pixels = rng.integers(2, size=(200, 4, 4))
+    np.save(tmp_path / "a.npy", pixels)
+    with pytest.raises(DataError, match=r"/a\.npy, whose pixels are 0 and 1; 0 to 255 is expected: multiply them by 255"):
+        opened("a.npy")
+    np.save(tmp_path / "a.npy", 255 * pixels)
+    assert opened("a.npy")[0].samples.max() == 255
+    np.save(tmp_path / "a.npy", pixels.reshape(200, -1))
+    assert opened("a.npy")[0].samples.dtype == np.float32  # vectors have no range that they should have
+
+
 def picture(path, suffix="png", frames=1):
     """Random pixels, grey, 6 x 5, written to a file, whose path is returned."""
     path.parent.mkdir(parents=True, exist_ok=True)
