@@ -55,11 +55,15 @@ class Stream(Protocol):
 
 
 class Chunk(NamedTuple):
-    """Samples as found, [n, ...], and their labels, if any, [n]. `left_out`: what of the file is not read, for the words."""
+    """Samples as found, [n, ...], and their labels, if any, [n].
+
+    For the words: `left_out`, what of the file is not read, and `taken`, what of it the labels are.
+    """
 
     samples: ndarray
     labels: ndarray | None = None
     left_out: str = ""
+    taken: str = ""
 
 
 def open_dataset(
@@ -162,7 +166,7 @@ def npz(file: Stream) -> Iterator[Chunk]:
             labels = np.lib.format.read_array(archive.open(f"{y}.npy"), allow_pickle=False) if y else None
             done = 0
             for part in _rows(archive.open(f"{x}.npy")):
-                yield Chunk(part, None if labels is None else labels[done : done + len(part)], left_out)
+                yield Chunk(part, None if labels is None else labels[done : done + len(part)], left_out, f"array {y}" if y else "")
                 done += len(part)
             if labels is not None and len(labels) != done:
                 raise ValueError(f"{y} holds {len(labels):,} labels and {x} {done:,} samples")
@@ -216,12 +220,18 @@ def _pieces(file: Stream, shape: tuple[int, ...], dtype: np.dtype) -> Iterator[S
 
 
 def parquet(file: Stream) -> Iterator[Chunk]:
-    """A column `image` of encoded images, or else all numeric columns as coordinates; a column `label` or `y`, if any."""
+    """A column `image` of encoded images, or else all numeric columns as coordinates; a column of labels, if any.
+
+    It is called `label`, `labels` or `y`; but `y` beside numbers `x` is a coordinate.
+    """
     import pyarrow.parquet
+    from pyarrow.types import is_nested
 
     for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
         names = batch.schema.names
-        named = next((n for n in ("label", "labels", "y") if n in names), None)
+        of_plane = "x" in names and not is_nested(batch["x"].type)
+        named = next((n for n in ("label", "labels", "y") if n in names and not (n == "y" and of_plane)), None)
+        taken = f"column {named}" if named is not None else ""
         others = [n for n in names if n not in ("image", named)]
         labels = None
         if named is not None:
@@ -233,13 +243,13 @@ def parquet(file: Stream) -> Iterator[Chunk]:
             left_out = f"columns {', '.join(others)}" if others else ""
             for i, raw in enumerate(encoded):
                 for found in image(io.BytesIO(raw)):
-                    yield Chunk(found.samples, None if labels is None else labels[i : i + 1], left_out)
+                    yield Chunk(found.samples, None if labels is None else labels[i : i + 1], left_out, taken)
             continue
         columns = {n: _numbers(batch[n]) for n in others}
         wrong = [n for n, c in columns.items() if c.dtype.kind not in "iuf"]
         if wrong or not columns:
             raise ValueError(f"columns {', '.join(wrong) or 'with samples'} are no numbers; give coordinates, or encoded images in `image`")
-        yield Chunk(np.concatenate([c[:, None] if c.ndim == 1 else c for c in columns.values()], axis=1), labels)
+        yield Chunk(np.concatenate([c[:, None] if c.ndim == 1 else c for c in columns.values()], axis=1), labels, taken=taken)
 
 
 def _numbers(column: Any) -> Shaped[ndarray, "n ..."]:
@@ -347,7 +357,7 @@ def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], 
 
     cache.mkdir(parents=True, exist_ok=True)
     left_out: dict[str, dict[str, None]] = {}  # what, and the files of which it is
-    labels: list[ndarray] = []
+    labels: list[tuple[ndarray, str]] = []  # and what of the file they are
     first: tuple[ndarray, str] | None = None
     count, reach = 0, np.float64(-np.inf)  # reach: the extent of all
     current, before = "", (0, 0, 0, reach)  # the file being read, and what had been kept when it began
@@ -374,7 +384,7 @@ def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], 
             first = first or (samples[:1], file)
             raw.write(samples.tobytes())
             count, reach = count + len(samples), np.maximum(reach, _unpacked(row["extent"]))
-            labels += [_unpacked(row["labels"])] if row["labels"] else []
+            labels += [(_unpacked(row["labels"]), row["taken"])] if row["labels"] else []
             if row["left_out"]:
                 left_out.setdefault(row["left_out"], {})[file] = None
     if bad and not (skip_bad_files and count):
@@ -405,15 +415,17 @@ def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], 
         raise DataError(f"{option} is {name}, in which all {count:,} samples are equal (as {found.dtype}); data that vary are expected")
     (cache / "samples.raw").unlink()
     classes: list[str] = []
+    taken = ", ".join(dict.fromkeys(what for _, what in labels if what))
     if labels:
-        values, index = np.unique(np.concatenate(labels), return_inverse=True)
+        values, index = np.unique(np.concatenate([part for part, _ in labels]), return_inverse=True)
         if values.dtype.kind not in "iuU" or not 2 <= len(values) <= 1000:
-            raise DataError(f"{name} has {len(values):,} labels of {values.dtype}; 2 to 1,000 classes, as whole numbers or text, are expected")
+            where, remedy = (f" in {taken}", "; give what are no labels another name") if taken else ("", "")
+            raise DataError(f"{name} has {len(values):,} labels of {values.dtype}{where}; 2 to 1,000 classes, as whole numbers or text, are expected{remedy}")
         classes = [str(v) for v in values]
         np.save(cache / "labels.npy", index[order].astype(np.int64))
     cells = len(classes) or min(CELLS, count // 20)
     (cache / "dataset.json").write_text(json.dumps({"name": label(name), "cells": cells, "classes": classes, "source": name}))
-    say(f"read     {count:,} samples of {_form(first[0])} from {total - len(bad):,} files")
+    say(f"read     {count:,} samples of {_form(first[0])} from {total - len(bad):,} files" + (f", labels from {taken}" if taken else ""))
 
 
 def _unread(root: str, files: list[str], others: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -523,12 +535,13 @@ def _here(items: list[dict[str, str]], system: FileSystem) -> Iterator[dict[str,
 def _decoded(files: dict[str, Any], system: FileSystem) -> Iterator[dict[str, list[Any]]]:
     """In a Ray worker: one row for each chunk, or for the problem that a file has."""
     for file, folder in zip(files["file"].tolist(), files["folder"].tolist(), strict=True):
-        row: dict[str, Any] = {"file": file, "samples": b"", "labels": b"", "extent": b"", "left_out": "", "problem": ""}
+        row: dict[str, Any] = {"file": file, "samples": b"", "labels": b"", "extent": b"", "left_out": "", "taken": "", "problem": ""}
         try:
             beside, done = _beside(system, file), 0  # done: rows of the file
             with system.open_input_file(file) as opened:
-                for samples, labels, left_out in READERS[_kind(file)](opened):
-                    labels = np.full(len(samples), folder) if folder else labels
+                for samples, labels, left_out, taken in READERS[_kind(file)](opened):
+                    if folder:
+                        labels, taken = np.full(len(samples), folder), ""
                     if beside is not None:
                         labels = beside[done : done + len(samples)]
                     if labels is not None and labels.shape[1:] not in ((), (1,)):
@@ -536,8 +549,8 @@ def _decoded(files: dict[str, Any], system: FileSystem) -> Iterator[dict[str, li
                         raise ValueError(f"labels are {form}; one whole number or word a sample is expected")
                     packed = b"" if labels is None else _packed(labels.reshape(-1))
                     served = as_served(samples, done)
-                    chunk = {"samples": _packed(served), "labels": packed, "extent": _packed(extent(samples, served)), "left_out": left_out}
-                    yield {k: [v] for k, v in (row | chunk).items()}
+                    chunk = {"samples": _packed(served), "labels": packed, "extent": _packed(extent(samples, served))}
+                    yield {k: [v] for k, v in (row | chunk | {"left_out": left_out, "taken": taken}).items()}
                     done += len(samples)
             if not done:
                 raise ValueError("it holds no samples")

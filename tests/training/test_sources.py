@@ -20,7 +20,7 @@ rng = np.random.default_rng(0)
 def read(path):
     with open(path, "rb") as file:
         chunks = list(READERS[path.suffix](file))
-    labels = [y for _, y, _ in chunks if y is not None]
+    labels = [y for _, y, *_ in chunks if y is not None]
     return np.concatenate([x for x, *_ in chunks]), np.concatenate(labels) if labels else None
 
 
@@ -151,6 +151,32 @@ def test_what_is_left_out_of_a_file_is_said(tmp_path, opened):
     assert opened("a.parquet")[1] == [f"left out columns id of {tmp_path / 'a.parquet'}"]
 
 
+@pytest.mark.parametrize(
+    ("columns", "taken", "dim"),
+    [
+        ({"x": X[:, 0], "y": X[:, 1]}, "", 2),
+        ({"x": X[:, 0], "y": Y}, "", 2),  # a point of the plane, though whole numbers could be classes
+        ({"x": X[:, 0], "y": Y, "label": Y}, ", labels from column label", 2),
+        ({"x": X.tolist(), "y": Y}, ", labels from column y", 2),
+        ({"a": X[:, 0], "y": Y}, ", labels from column y", 1),
+    ],
+)
+def test_a_column_y_is_a_coordinate_beside_x_and_else_the_labels(columns, taken, dim, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    dataset = open_dataset(str(tmp_path / "t.parquet"), cache=tmp_path / "cache")
+    assert dataset.shape == (dim,) and len(dataset.classes) == (3 if taken else 0)
+    assert capsys.readouterr().out == f"read     120 samples of vectors of {dim} from 1 files{taken}" + "\n"
+
+
+def test_labels_that_are_no_classes_are_named(tmp_path, opened):
+    pq.write_table(pa.table({"a": X[:, 0], "y": X[:, 1]}), tmp_path / "t.parquet")
+    np.savez(tmp_path / "a.npz", x=X, y=X[:, 1])
+    for name, where in (("t.parquet", "column y"), ("a.npz", "array y")):
+        with pytest.raises(DataError, match=f"has 120 labels of float\\d+ in {where}; 2 to 1,000 classes, .* are expected; give what are no labels another name"):
+            opened(name)
+
+
 def test_labels_are_one_a_sample(tmp_path, opened):
     np.savez(tmp_path / "a.npz", x=X, y=np.eye(3, dtype=int)[Y])
     with pytest.raises(DataError, match=r"a\.npz: labels are int64 \[n, 3\]; one whole number or word a sample is expected"):
@@ -248,7 +274,7 @@ def test_tiff_and_gif_are_images_of_which_the_first_frame_counts(faces, opened):
     assert np.bincount(dataset.labels).tolist() == [60, 60, 5] and dataset.shape == (6, 5, 1)
     assert said == [f"left out all frames but the first of {', '.join(f'{faces}/c/{k}.tif' for k in range(3))} and 2 more"]
     with open(picture(faces / "moving", "gif", frames=2), "rb") as file:
-        ((pixels, _, left_out),) = READERS[".gif"](file)
+        ((pixels, _, left_out, _),) = READERS[".gif"](file)
     assert pixels.shape == (1, 6, 5, 3) and left_out == "all frames but the first"
 
 
