@@ -25,7 +25,7 @@ import secrets
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -361,7 +361,7 @@ def _read(name: str, cache: Path, *, skip_bad_files: bool, say: Callable[[str], 
     first: tuple[ndarray, str] | None = None
     count, reach = 0, np.float64(-np.inf)  # reach: the extent of all
     current, before = "", (0, 0, 0, reach)  # the file being read, and what had been kept when it began
-    with open(cache / "samples.raw", "wb") as raw, closing(_rows_of(items, system)) as rows:
+    with open(cache / "samples.raw", "wb") as raw, closing(_rows_of(items, system, say)) as rows:
         for row in rows:
             file, samples = row["file"], _unpacked(row["samples"])
             if file != current:
@@ -487,7 +487,7 @@ def _shuffle(found: Shaped[ndarray, "n ..."], order: Int64[ndarray, "n"], path: 
     return vary
 
 
-def _rows_of(items: list[dict[str, str]], system: FileSystem) -> Iterator[dict[str, Any]]:
+def _rows_of(items: list[dict[str, str]], system: FileSystem, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """Through the Ray that runs; where none does, as when a reference is built, files are read one after another, or, where there are
     many, through one of this machine alone, which is stopped again."""
     imported = sys.modules.get("ray")
@@ -502,9 +502,11 @@ def _rows_of(items: list[dict[str, str]], system: FileSystem) -> Iterator[dict[s
 
         how = {"include_dashboard": False, "logging_level": "error", "log_to_driver": False, "_node_ip_address": "127.0.0.1"}
         try:
-            with suppress(Exception):  # Ray raises bare ones where it does not come up; it is not needed
+            try:
                 ray.init("local", runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}, **how)
-            if ray.is_initialized():
+            except Exception as error:  # Ray raises bare ones where it does not come up; it is not needed
+                say(f"{len(items):,} files are read one after another, which takes longer: Ray does not start ({error})")
+            else:
                 yield from _through_ray(items, system)
                 return
         finally:

@@ -1,4 +1,5 @@
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -413,7 +414,7 @@ from training import sources
 sources.MANY = int(sys.argv[2])
 assert "ray" not in sys.modules
 before = dict(os.environ)
-dataset = sources.open_dataset(sys.argv[1], cache=Path(sys.argv[3]), say=lambda words: None)
+dataset = sources.open_dataset(sys.argv[1], cache=Path(sys.argv[3]))
 assert dict(os.environ) == before
 print("ray.data" in sys.modules, "ray" in sys.modules and sys.modules["ray"].is_initialized(), dataset.samples.tobytes().hex())
 """
@@ -421,15 +422,20 @@ print("ray.data" in sys.modules, "ray" in sys.modules and sys.modules["ray"].is_
 
 @pytest.mark.slow
 def test_many_files_are_read_through_a_ray_that_is_started_for_them(tmp_path, faces):
-    def read(many):
-        command = [sys.executable, "-W", "ignore", "-c", MANY_FILES, faces, many, tmp_path / f"cache-{many}"]
-        done = subprocess.run([*map(str, command)], cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True, timeout=300)
+    def read(many, cache, **environment):
+        command = [sys.executable, "-W", "ignore", "-c", MANY_FILES, faces, many, tmp_path / cache]
+        directory, variables = Path(__file__).resolve().parents[2], {**os.environ, **environment}
+        done = subprocess.run([*map(str, command)], cwd=directory, env=variables, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0 and done.stderr == "", done.stderr[-2000:]
-        return done.stdout.split()
+        *said, _, last = done.stdout.splitlines()  # the one before is "read ..."
+        return said, *last.split()
 
-    through, running, samples = read(120)
-    assert (through, running) == ("True", "False")  # it is gone
-    assert read(121) == ["False", "False", samples]
+    said, through, running, samples = read(120, "through")
+    assert (said, through, running) == ([], "True", "False")  # it is gone
+    assert read(121, "here") == ([], "False", "False", samples)
+    (said,), through, running, found = read(120, "without", RAY_TMPDIR=str(tmp_path / ("x" * 100)))  # too long for a socket's name
+    assert said.startswith("120 files are read one after another, which takes longer: Ray does not start (") and "107 bytes" in said
+    assert (through, running, found) == ("False", "False", samples)
 
 
 LIMITED = """
