@@ -81,7 +81,10 @@ def augment(x: Float[Tensor, "n d"], shape: tuple[int, ...], rng: torch.Generato
     each = torch.arange(n, device=x.device)[:, None, None]
     image = image[each, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]] * inside[..., None]
 
-    top, left = whole(-(height // 4), height - height // 4 - 1), whole(-(width // 4), width - width // 4 - 1)
-    y, z = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
-    hole = ((y >= top) & (y < top + height // 2))[:, :, None] & ((z >= left) & (z < left + width // 2))[:, None, :]
+    def hidden(side: int) -> Tensor:  # a stretch of half a side, [n, side]; an odd one is centred on a pixel, an even one on an edge, the last too
+        hole = side // 2
+        first, at = whole(-(hole // 2), side - hole // 2 - hole % 2), torch.arange(side, device=x.device)
+        return (at >= first) & (at < first + hole)
+
+    hole = hidden(height)[:, :, None] & hidden(width)[:, None, :]
     return (image * ~hole[..., None]).flatten(1)

@@ -54,3 +54,11 @@ def test_augmentation_is_differentiable_and_drawn_for_each_image(shape):
     # What is cut out or moved in is zero: a quarter at least of some image, never all of any.
     blank = (shown.detach().unflatten(1, shape) == 0).all(dim=3).float().mean(dim=(1, 2))
     assert blank.max() >= 0.25 and blank.max() < 1
+
+
+@pytest.mark.parametrize("shape", [(8, 12, 1), (6, 9, 1)])
+def test_augmentation_hides_what_is_above_as_often_as_what_is_below(shape):
+    shown = augment(torch.rand(20_000, math.prod(shape)), shape, torch.Generator().manual_seed(0)).unflatten(1, shape)
+    often = (shown == 0).float().mean(dim=(0, 3))
+    for turned in (often.flip(0), often.flip(1)):
+        torch.testing.assert_close(often, turned, rtol=0, atol=0.015)
