@@ -111,7 +111,7 @@ class Config:
     packing: int = 1
     """Samples that the critic judges together (PacGAN); 1 = off."""
     unroll: int = 0
-    """Critic steps that the generator looks ahead, plain ones without the penalty; 0 = off."""
+    """Critic steps that the generator looks ahead, plain ones without the penalty, which wasserstein cannot be without; 0 = off."""
     augment: bool = False
     """Augment what the critic sees, real and fake (DiffAugment; images only)."""
     network: str | None = None
@@ -227,8 +227,10 @@ def conflicts(config: Config) -> list[str]:
     objective, held = OBJECTIVES[config.objective], config.clip or config.spectral_norm or config.penalty != "none"
     schedule = f"--noise-schedule {config.noise_schedule}"
     found = {
+        f"--unroll with --objective {config.objective}: the steps that the generator looks ahead leave the penalty out, and without it "
+        "this critic has no best answer to look at; choose another objective, or leave --unroll out": config.unroll and objective.optimal is None,
         "--unroll with --clip: a clipped weight has no derivative, so the generator would look ahead at a critic that stands "
-        "still; use --penalty gradient in place of clipping": config.unroll and config.clip,
+        "still; use --penalty r1r2 in place of clipping": config.unroll and config.clip,
         "--unroll with --spectral-norm: the singular vectors are estimated anew at each look, so there is no fixed critic to "
         "differentiate; use --penalty r1r2": config.unroll and config.spectral_norm,
         "--clip with --spectral-norm: the layers are divided by their norm after clipping, so the bound has no effect; choose "

@@ -37,7 +37,7 @@ def refused(done, status):
         ("--network dcgen", "there are no networks dcgen; did you mean dcgan"),
         ("--unrol 5", "--unroll"),
         ("--latent signs:16+norml:4", "--latent is 'signs:16+norml:4'; normal:128, normal:64x0.5 (a standard deviation above 0), signs:16 or"),
-        ("--objective wasserstein --penalty none --clip 0.01 --unroll 5", "--unroll with --clip: a clipped weight has no derivative"),
+        ("--objective wasserstein --penalty none --clip 0.01 --unroll 5", "--unroll with --objective wasserstein: the steps that the generator looks ahead"),
         ("--workers 3", "--batch is 128, which --workers 3 do not divide; the nearest that will do: 126 and 129"),
         ("--precision fp16", "did you mean bf16?"),
     ],
