@@ -53,7 +53,7 @@ TRAINING = {  # figure of a training run -> end of its series' name, what it is
     "real_precision": ("real_precision_ratio", "What real samples, those of training, reach of that"),
     "dimension": ("sample_dimensions", "Intrinsic dimension of the generator's samples"),
     "data_dimension": ("data_dimensions", "Intrinsic dimension of the data"),
-    "latent_dimension": ("latent_dimensions", "Dimensions of the latent law"),
+    "latent_dimension": ("latent_dimensions", "Normal coordinates of the latent law; its signs are a finite set and fill no dimension"),
 }
 
 Outcomes = Mapping[tuple[str, str], int]

@@ -13,6 +13,7 @@ from training.data import DATASETS, Dataset
 from training.diagnostics import (
     ALARMS,
     PATIENCE,
+    ROWS,
     Cells,
     Diagnosis,
     Look,
@@ -26,8 +27,9 @@ from training.evaluation import prdc
 from training.gate import QualityRefused, publish
 from training.networks import FAMILIES
 from training.objectives import OBJECTIVES
+from training.recipes import RECIPES, latent_law
 from training.registry import Registry
-from training.train import TrainingStopped, adversarial_training
+from training.train import TrainingStopped, adversarial_training, build
 
 HEALTHY = {
     "divergence": 0.05, "saturation": 0.07, "accuracy": 0.7, "overfitting": 0.02, "weight": 0.5, "gradient_norm": 0.2, "pull": 0.1, "tail_index": 6.0,
@@ -192,6 +194,22 @@ def test_a_look_reads_the_divergence_of_two_gaussians_from_their_optimal_critic(
 def test_a_look_reads_the_distance_of_shifted_laws_from_a_wasserstein_critic_of_any_slope(line):
     look = Look(line, SignGaussian(0, 1, 1.0), OBJECTIVES["wasserstein"], conditional=False, packing=1, seed=0)
     assert look(Shift(3.0), Linear(7.0))["divergence"] == pytest.approx(3.0, abs=0.15)
+
+
+@pytest.mark.parametrize(("law", "small"), [("signs:3", True), ("signs:11+normal:1", True), ("signs:11+normal:2", False)])
+def test_signs_are_no_dimensions_of_the_latent(law, small):
+    ring = DATASETS["ring"]()
+    latent, *networks = build(Config(dataset="ring", latent=law), ring)
+    figures = Look(ring, latent, OBJECTIVES["relativistic"], conditional=False, packing=1, seed=0)(*networks)
+    assert figures["latent_dimension"] == latent.normals and ALARMS["latent_too_small"].fires(figures) == small
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ring", "grid", "grid100", "s-curve", "moons", "flower", "digits", "stacked-digits"])  # mixture1200 has 700, of which 16 are learned
+def test_the_recipes_have_as_many_normals_as_their_data_have_dimensions(name):
+    dataset = DATASETS[name]()
+    figures = {"latent_dimension": latent_law(RECIPES[name], dataset.clusters, dataset.dim).normals, "data_dimension": two_nn(dataset.normalised()[-ROWS:])}
+    assert not ALARMS["latent_too_small"].fires(figures)
 
 
 class Optimal(nn.Module):
