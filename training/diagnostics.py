@@ -169,6 +169,7 @@ class Look:
 
     def __call__(self, generator: nn.Module, critic: nn.Module) -> dict[str, float]:
         device = next(generator.parameters()).device
+        generator.eval()  # what is served; and in training statistics of batches would move
         critic.eval()
         y, train_y = (None if labels is None else labels.to(device) for labels in (self.labels, self.train_labels))
         with torch.no_grad():
@@ -176,11 +177,11 @@ class Look:
         fakes = generator(self._latents(0, device), y)
         shown = pack(fakes.detach(), self.packing).requires_grad_()
         on_fake = critic(shown, y)
-        critic.train()
         critic_loss = float(self.objective.critic_loss(on_real, on_fake).detach().mean())
         by_logit = torch.autograd.grad(self.objective.generator_loss(on_real, on_fake).sum(), on_fake, retain_graph=True)[0]
         by_sample = torch.autograd.grad(on_fake, shown, by_logit)[0]
-        by_weight = torch.autograd.grad(fakes, list(generator.parameters()), by_sample.view_as(fakes) / len(on_fake))
+        weights = [p for p in generator.parameters() if p.requires_grad]
+        by_weight = torch.autograd.grad(fakes, weights, by_sample.view_as(fakes) / len(on_fake), allow_unused=True, materialize_grads=True)
         pull = by_sample.cpu().numpy().astype(np.float64)
         real, fake, train = (logit.detach().cpu().numpy().astype(np.float64) for logit in (on_real, on_fake, on_train))
         divergence = self.objective.estimate(critic_loss)
@@ -190,6 +191,8 @@ class Look:
         with torch.no_grad():
             drawn = [(self._latents(i, device), None if y is None else y.to(device)) for i, y in enumerate(self.more_labels, 1)]
             more = [generator(z, y).cpu().numpy() for z, y in drawn]
+        generator.train()
+        critic.train()
         return {
             "divergence": divergence,
             "accuracy": accuracy,

@@ -289,10 +289,11 @@ def unrolled_pull(
     the critic may pay in training: at this rate steps against R1 + R2 blow up. The critic itself is left as it is.
     """
     fake = fake.detach().requires_grad_()
-    weights = {name: parameter.detach().requires_grad_() for name, parameter in critic.named_parameters()}
+    weights = {name: parameter.detach().requires_grad_() for name, parameter in critic.named_parameters() if parameter.requires_grad}
     for _ in range(steps):
         logits = (functional_call(critic, weights, (x, y)) for x in (real, fake))
-        slopes = torch.autograd.grad(objective.critic_loss(*logits).mean(), list(weights.values()), create_graph=True)
+        loss = objective.critic_loss(*logits).mean()
+        slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True, materialize_grads=True)
         weights = {name: w - rate * slope for (name, w), slope in zip(weights.items(), slopes, strict=True)}
     logits = (functional_call(critic, weights, (x, y)) for x in (real, fake))
     return torch.autograd.grad(objective.generator_loss(*logits).mean(), fake)[0]

@@ -116,7 +116,11 @@ def mean_over_parts(networks: Sequence[nn.Module], losses: Float[Tensor, "k"], *
     """
     if world == parts == 1:
         return losses
-    sums = [p.grad for network in networks for p in network.parameters()] + [losses]
+    weights = [p for network in networks for p in network.parameters() if p.requires_grad]
+    for p in weights:
+        if p.grad is None:  # it was not used
+            p.grad = torch.zeros_like(p)
+    sums = [p.grad for p in weights] + [losses]
     flat = torch.cat([s.flatten() for s in sums])
     if world > 1:
         torch.distributed.all_reduce(flat)
@@ -163,7 +167,7 @@ def adversarial_training(
     generator, critic = generator.to(device), critic.to(device)
     average = copy.deepcopy(generator)
     labels = torch.from_numpy(dataset.labels).to(device) if config.conditional else None
-    optimisers = [torch.optim.Adam(n.parameters(), fused=True) for n in (generator, critic)]
+    optimisers = [torch.optim.Adam([p for p in n.parameters() if p.requires_grad], fused=True) for n in (generator, critic)]
     objective, penalty = OBJECTIVES[config.objective], PENALTIES[config.penalty]
     generate, judge = generator, critic
     if takes_bf16(config.precision, torch.device(device), images=dataset.is_image):
@@ -223,13 +227,20 @@ def adversarial_training(
         if config.noise_schedule != "constant":
             noise.update(progress, objective.share(float(losses[0]), float(losses[3])))
 
-        # The served weights are a running mean whose half-life is a share of the run so far (Karras et al. 2024).
+        due = (step + 1) % every == 0 or step + 1 == recipe.steps
+        if due and world > 1:  # statistics are of each worker's part of the batches, and all shall see and keep the same
+            for buffer in (*generator.buffers(), *critic.buffers()):
+                torch.distributed.broadcast(buffer, 0)
+
+        # The served weights are a running mean whose half-life is a share of the run so far (Karras et al. 2024); buffers are the last.
         keep = 0.5 ** (1 / max(1.0, HALF_LIFE * step))
         with torch.no_grad():
             for mean, now in zip(average.parameters(), generator.parameters(), strict=True):
                 mean.lerp_(now, 1 - keep)
+            for last_one, now in zip(average.buffers(), generator.buffers(), strict=True):
+                last_one.copy_(now)
 
-        if (step + 1) % every == 0 or step + 1 == recipe.steps:
+        if due:
             # Gradients are averaged, so a number that is not finite reaches every worker in the same step.
             if not all(bool(p.isfinite().all()) for n in (generator, critic) for p in n.parameters()):
                 rate = f"lower --learning-rate (now {recipe.learning_rate[0]:g})"

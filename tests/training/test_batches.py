@@ -64,6 +64,9 @@ def one_of_two(rank, meeting, directory):
     torch.save(first_step(config, DATASETS["ring"](), rank=rank, world=2), f"{directory}/{rank}.pt")
     plain = Config(dataset="ring", steps=1, batch=32, accumulate=4)
     torch.save(first_step(plain, DATASETS["ring"](), rank=rank, world=2), f"{directory}/plain-{rank}.pt")
+    normed = Config(dataset="ring", steps=2, batch=32, network="tests.training.normed:FAMILY")
+    generator, figures = adversarial_training(normed, DATASETS["ring"](), rank=rank, world=2)
+    torch.save((generator.state_dict(), figures), f"{directory}/normed-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -76,3 +79,5 @@ def test_two_workers_accumulate_what_one_computes_at_once(tmp_path, monkeypatch)
     for name in ("", "plain-"):
         first, second = (torch.load(tmp_path / f"{name}{rank}.pt") for rank in range(2))
         assert all(torch.equal(first[part], second[part]) for part in first)  # so schedules that follow the losses agree, too
+    (weights, figures), (others, same) = (torch.load(tmp_path / f"normed-{rank}.pt") for rank in range(2))
+    assert figures == same and all(torch.equal(value, others[name]) for name, value in weights.items())  # statistics of batches, too

@@ -294,8 +294,9 @@ def test_a_gradient_that_dies_while_logits_weigh_what_they_did_is_seen():
     assert "by its weights 1.0e-03, 0.5% of what is usual in this run" in diagnosis.words["vanishing_gradient"]
 
 
-def test_looking_changes_nothing(monkeypatch):
-    config = Config(dataset="ring", steps=100, width=16, noise=0.1, spectral_norm=True)
+@pytest.mark.parametrize("network", [None, "tests.training.normed:FAMILY"])
+def test_looking_changes_nothing(monkeypatch, network):
+    config = Config(dataset="ring", steps=100, width=16, noise=0.1, spectral_norm=True, network=network)
     dataset = DATASETS["ring"]()
     heard = []
     seen, _ = adversarial_training(config, dataset, say=lambda **figures: heard.append(figures))
@@ -304,7 +305,7 @@ def test_looking_changes_nothing(monkeypatch):
     assert json.dumps([h["alarms"] for h in heard])
     monkeypatch.setattr(Look, "__call__", lambda *_: HEALTHY)
     blind, _ = adversarial_training(config, dataset)
-    assert all(torch.equal(a, b) for a, b in zip(seen.parameters(), blind.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(seen.state_dict().values(), blind.state_dict().values(), strict=True))
 
 
 def test_every_alarm_has_a_failing_example():

@@ -61,6 +61,17 @@ def test_what_is_served_is_the_running_mean_of_the_generators_weights():
         assert (served - after_two).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_network_may_have_statistics_of_batches_and_weights_that_do_not_learn(accumulate):
+    states = []
+    config = Config(dataset="ring", steps=60, width=16, accumulate=accumulate, network="tests.training.normed:FAMILY")
+    served, _ = adversarial_training(config, DATASETS["ring"](), save=lambda state, *_: states.append(state))
+    learned = states[-1].generator
+    assert served.norm.num_batches_tracked == 60 * accumulate and (served.norm.running_mean - 3).abs().max() < 2
+    assert all(torch.equal(kept, now) for kept, now in zip(served.buffers(), learned.buffers(), strict=True))
+    assert torch.equal(served.frozen, torch.full((2,), 0.5)) and torch.equal(served.unused, torch.ones(2))
+
+
 @pytest.mark.parametrize(("wish", "turns"), [({"objective": "wasserstein", "clip": 0.05, "penalty": "none"}, 5), ({"critic_steps": 3}, 3)])
 def test_the_critic_may_move_several_times_for_each_step_of_the_generator(wish, turns):
     dataset = DATASETS["ring"]()
