@@ -15,6 +15,7 @@ import pytest
 from numpy import ndarray
 from PIL import Image
 
+from monitoring.metrics import TRAINING
 from serving.records import Heartbeat, Record
 from training.bundle import Bundle
 from training.journal import Journal
@@ -155,7 +156,8 @@ def test_a_person_sees_where_training_stands_and_why_it_failed(page: playwright.
 
     journal = Journal(monitored.root / "runs" / "20261125T000000-digits-0a1b2c")
     journal.write("begin", model="digits", dataset="digits", steps=8000)
-    figures = {"steps": 8000, "seconds_left": 40.0, "divergence": 0.21, "accuracy": 0.81, "mode_coverage": 0.9}
+    figures = {"steps": 8000, "seconds_left": 40.0, "divergence": 0.21, "accuracy": 0.81, "mode_coverage": 0.9, "forward_kl": 0.1234}
+    figures |= {"tail_index": 3.21, "signal_to_noise": 12.5, "overfitting": -0.02, "data_dimension": 7.88, "latent_dimension": 16.0}
     for step in (800, 1600, 2400):
         journal.write("train", step=step, alarms={}, failing=[], **figures)
     run = page.locator("#training li.running")
@@ -166,10 +168,18 @@ def test_a_person_sees_where_training_stands_and_why_it_failed(page: playwright.
         ["Divergence", "0.21"], ["Held-out", "accuracy", "81", "%"], ["Modes", "covered", "90", "%"]
     ]  # fmt: skip
     assert run.locator("polyline").first.get_attribute("points").count(",") == 3
+    assert page.evaluate("Object.keys(FIGURES)") == list(TRAINING)
+    assert run.locator("dl").is_hidden()
+    run.locator("summary").click()
+    assert [row.split("\n") for row in run.locator("dl div").all_inner_texts()] == [
+        ["Divergence", "0.21"], ["Held-out accuracy", "81 %"], ["Critic's overfitting", "-2.0 %"], ["Modes covered", "90 %"], ["Forward KL", "0.123 nats"],
+        ["Tail index", "3.21"], ["Signal to noise", "12.5"], ["Data fill", "7.88 dimensions"], ["Latent's normals", "16"],
+    ]  # fmt: skip
 
     alarm = {"mode_dropping": "the generator covers 50% of the data's modes; --packing 4 or --unroll 5"}
     journal.write("train", step=3200, alarms=alarm, failing=[*alarm], **figures)
     page.locator("#training li.running .found", has_text="the generator covers 50% of the data's modes; --packing 4").wait_for()
+    assert run.locator("dl").is_visible() and page.evaluate("document.activeElement.localName") == "summary"  # though the list was drawn anew
     journal.write("failed", reason="mode 3 is dropped: <b>0.00%</b>\nmode 8 is dropped")
     failed = page.locator("#training li.failed")
     failed.wait_for()
