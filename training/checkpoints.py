@@ -5,7 +5,7 @@ Batches, latents and schedules are functions of (seed, step), so the step is the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from training.diagnostics import Diagnosis
+from training.recipes import Recipe
 from training.views import InstanceNoise
 
 
@@ -22,8 +23,9 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class State:
-    """What a training loop changes. Saved as `state.pt`, with a file of random state for each worker beside it."""
+    """What a training loop changes, and the recipe by which. Saved as `state.pt`, with a file of random state for each worker beside it."""
 
+    recipe: Recipe
     generator: nn.Module
     critic: nn.Module
     average: nn.Module
@@ -39,18 +41,24 @@ class State:
             networks = {name: getattr(self, name).state_dict() for name in ("generator", "critic", "average")}
             optimisers = [optimiser.state_dict() for optimiser in self.optimisers]
             state = {**networks, "optimisers": optimisers, "noise": self.noise.sigma, "diagnosis": vars(self.diagnosis)}
-            torch.save(state | {"step": step, "metrics": metrics}, directory / "state.pt")
+            torch.save(state | {"recipe": asdict(self.recipe), "step": step, "metrics": metrics}, directory / "state.pt")
 
     def load(self, directory: Path, *, rank: int, world: int) -> tuple[int, dict[str, Any]]:
-        """Go back to what was saved; returns the steps that were done, and what was last measured. Raises CheckpointError.
+        """Go back to what was saved; returns the steps that were done, and what was last measured.
 
-        Where the number of workers or their kind of device changed, random numbers begin anew, from the seed of each and the step.
+        Raises CheckpointError where it cannot be read, or was learned by another recipe or other networks than this version has. Where
+        the number of workers or their kind of device changed, random numbers begin anew, from the seed of each and the step.
         """
-        state = read_state(directory)
-        for name in ("generator", "critic", "average"):
-            getattr(self, name).load_state_dict(state[name])
-        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
+        state, now = read_state(directory), asdict(self.recipe)
+        instead = "go on with the version that began it, or start a run of its own"
+        refuse_other(state.get("recipe", now), now, words=f"this run was begun by another recipe; {instead}", dash="")  # earlier versions kept none
+        try:
+            for name in ("generator", "critic", "average"):
+                getattr(self, name).load_state_dict(state[name])
+            for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+                optimiser.load_state_dict(saved)
+        except (RuntimeError, ValueError) as error:  # names each weight that is missing, left over or of another shape
+            raise CheckpointError(f"this run was begun with other networks than --network {self.recipe.network} is now; {instead}:\n{error}") from None
         self.noise.sigma = state["noise"]
         vars(self.diagnosis).update(state["diagnosis"])
         own = directory / self._random(rank, world)
@@ -70,25 +78,32 @@ def read_state(directory: Path) -> dict[str, Any]:
     try:
         return torch.load(directory / "state.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # a cut-off file raises whatever the unpickler met
-        raise CheckpointError(f"{directory / 'state.pt'} cannot be read ({error}); --resume the run: it goes on from the checkpoint before") from None
+        raise CheckpointError(f"{directory / 'state.pt'} cannot be read ({(str(error).strip() or repr(error)).splitlines()[0]})") from None
 
 
-def newest_readable(directory: Path) -> Path:
-    """The checkpoint at `directory` or, where that is damaged, the newest one before it. Raises CheckpointError where none can be read."""
-    problem = None
+def newest_readable(directory: Path) -> tuple[Path, list[str]]:
+    """The checkpoint at `directory` or, where that is damaged, the newest one before it; and what is wrong with those passed over.
+
+    Raises CheckpointError where none can be read.
+    """
+    damaged: list[str] = []
     for candidate in sorted((found for found in directory.parent.glob("step-*") if found.name <= directory.name), reverse=True):
         try:
             read_state(candidate)
         except CheckpointError as error:
-            problem = problem or error
+            damaged.append(str(error))
         else:
-            return candidate
-    raise problem or CheckpointError(f"there is no checkpoint at {directory}")
+            return candidate, damaged
+    words = "; ".join(damaged) or f"there is no checkpoint at {directory}"
+    raise CheckpointError(f"{words}; nor is there one before that could be, so start a run of its own")
 
 
-def refuse_other(saved: dict[str, Any], wanted: dict[str, Any], free: tuple[str, ...]) -> None:
+OTHER_FLAGS = "this run was started with other settings; leave these out, or start a run of its own"
+
+
+def refuse_other(saved: dict[str, Any], wanted: dict[str, Any], *, free: tuple[str, ...] = (), words: str = OTHER_FLAGS, dash: str = "--") -> None:
     """Raise CheckpointError listing each setting of a run in which another differs, but for those that are `free` to change."""
     names = [name for name in saved | wanted if name not in free and saved.get(name) != wanted.get(name)]
     if names:
-        listed = "".join(f"\n  --{name.replace('_', '-')} is {wanted.get(name)}, the run has {saved.get(name)}" for name in names)
-        raise CheckpointError(f"this run was started with other settings; leave these out, or start a run of its own:{listed}")
+        listed = "".join(f"\n  {dash}{name.replace('_', '-')} is {wanted.get(name)}, the run has {saved.get(name)}" for name in names)
+        raise CheckpointError(f"{words}:{listed}")

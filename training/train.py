@@ -181,7 +181,7 @@ def adversarial_training(
     diagnosis, every = Diagnosis(), max(50, recipe.steps // 100)
     turns = config.critic_steps or objective.critic_steps
     rng = torch.Generator(device).manual_seed(config.seed * world + rank)
-    state = State(generator, critic, average, optimisers, noise, diagnosis, rng)
+    state = State(recipe, generator, critic, average, optimisers, noise, diagnosis, rng)
     done, last = state.load(resume, rank=rank, world=world) if resume else (0, {})
 
     def view(x: Tensor) -> Tensor:
@@ -339,15 +339,16 @@ def train_worker(job: dict[str, Any]) -> None:
     try:
         dataset = replace(open_data(config, Path(job["run"])), counted=job["clusters"])
         with one_group(Path(job["run"]), device), found.as_directory() if found else nullcontext() as directory:
-            resume = newest_readable(Path(directory)) if directory else None
+            resume, damaged = newest_readable(Path(directory)) if directory else (None, [])
             if resume and rank == 0:
+                for words in damaged:
+                    print(words, flush=True)
                 print(f"goes on from {resume.name} with {world} worker{'s' * (world > 1)}", flush=True)
             with wide_products(config.recipe.width):
                 adversarial_training(config, dataset, rank=rank, world=world, device=device, say=say, save=save, resume=resume)
-    except (TrainingStopped, Unsupported) as stopped:
-        if rank == 0:  # a report would not do: Ray keeps the metrics of the last one that came with a checkpoint
-            with suppress(OSError):
-                (Path(job["run"]) / STOPPED).write_text(str(stopped))
+    except (TrainingStopped, Unsupported, CheckpointError, DataError) as stopped:  # to try again would end alike
+        with suppress(OSError):  # a report would not do: Ray keeps the metrics of the last one that came with a checkpoint
+            (Path(job["run"]) / STOPPED).write_text(str(stopped))
 
 
 # The run ----------------------------------------------------------------------------------------------------------------------
@@ -697,9 +698,9 @@ def main() -> None:
     except QualityRefused as failure:
         words = f"not published, the quality gate objects:\n{failure}\nto publish it all the same: {failure.remedy}"
         end(words, status=1, reason=str(failure))
-    except (TrainingStopped, ExportError, CheckpointError, RegistryError, BundleError) as failure:
+    except (TrainingStopped, ExportError, RegistryError, BundleError) as failure:
         end(f"not published: {failure}", status=1, reason=str(failure))
-    except OSError as error:
+    except (OSError, CheckpointError) as error:  # of the last checkpoint, before which there is another
         end(f"not published: {error}; {again}", status=1, reason=str(error))
     except KeyboardInterrupt:
         end(f"interrupted; {again}", status=130, stage="interrupted")

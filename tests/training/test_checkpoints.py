@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,8 @@ from ray.cluster_utils import Cluster
 from training.checkpoints import CheckpointError, newest_readable, read_state, refuse_other
 from training.config import Config
 from training.data import DATASETS
+from training.networks import FAMILIES, family
+from training.recipes import RECIPES
 from training.train import adversarial_training
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,13 +70,14 @@ def test_the_newest_checkpoint_that_can_be_read_is_gone_on_from(tmp_path):
         (tmp_path / f"step-{step:07}").mkdir()
         torch.save({"step": step}, tmp_path / f"step-{step:07}" / "state.pt")
     newest = tmp_path / "step-0000150"
-    assert newest_readable(newest) == newest
+    assert newest_readable(newest) == (newest, [])
     (newest / "state.pt").write_bytes(b"PK\x03\x04 cut off")
-    assert newest_readable(newest) == tmp_path / "step-0000100"
-    assert newest_readable(tmp_path / "step-0000050") == tmp_path / "step-0000050"  # later ones are not its business
+    found, (words,) = newest_readable(newest)
+    assert found == tmp_path / "step-0000100" and re.fullmatch(r".*/step-0000150/state\.pt cannot be read \(.+\)", words)
+    assert newest_readable(tmp_path / "step-0000050") == (tmp_path / "step-0000050", [])  # later ones are not its business
     for step in (50, 100):
         (tmp_path / f"step-{step:07}" / "state.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"step-0000150/state\.pt cannot be read"):
+    with pytest.raises(CheckpointError, match=r"step-0000150/state\.pt cannot be read .*; nor is there one before"):
         newest_readable(newest)
 
 
@@ -82,6 +86,22 @@ def test_other_settings_are_refused_with_the_differences():
     with pytest.raises(CheckpointError) as refusal:
         refuse_other(saved, saved | {"learning_rate": 0.1, "steps": 6, "workers": 2}, free=("workers",))
     assert re.findall(r"--\S+ is .*", str(refusal.value)) == ["--steps is 6, the run has 5", "--learning-rate is 0.1, the run has None"]
+
+
+def test_another_recipe_or_other_networks_than_a_run_was_begun_with_are_refused(tmp_path, monkeypatch):
+    ring, config = DATASETS["ring"](), Config(dataset="ring", steps=50, width=16)
+    adversarial_training(config, ring, save=lambda state, *so_far: state.save(tmp_path, *so_far, rank=0, world=1))
+    kept = read_state(tmp_path)
+    with monkeypatch.context() as upgraded, pytest.raises(CheckpointError) as refusal:
+        upgraded.setitem(RECIPES, "ring", replace(RECIPES["ring"], hold=0.5, learning_rate=(1e-3, 1e-5)))
+        adversarial_training(config, ring, resume=tmp_path)
+    assert str(refusal.value).splitlines()[1:] == ["  learning-rate is (0.001, 1e-05), the run has (0.004, 1.2e-05)", "  hold is 0.5, the run has 0.0"]
+    with monkeypatch.context() as upgraded, pytest.raises(CheckpointError, match=r"other networks than --network perceptron is now;(.|\n)*norm\.weight"):
+        upgraded.setitem(FAMILIES, "perceptron", family("tests.training.normed:FAMILY"))
+        adversarial_training(config, ring, resume=tmp_path)
+    del kept["recipe"]
+    torch.save(kept, tmp_path / "state.pt")  # as earlier versions wrote it
+    adversarial_training(config, ring, resume=tmp_path)
 
 
 SCRIPT = [sys.executable, "training/train.py"]
@@ -140,8 +160,11 @@ def test_a_killed_worker_costs_seconds_and_an_interrupted_run_goes_on(started):
 
     other = subprocess.run([*SCRIPT, "--resume", directory, "--steps", "7"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert other.returncode == 2 and "--steps is 7, the run has 20000" in other.stderr
+    newest = max(Path(directory).glob("ray/step-*/state.pt"))
+    newest.write_bytes(b"PK\x03\x04 cut off")
     resumed = subprocess.Popen([*SCRIPT, "--resume", directory], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
+        assert f"{newest} cannot be read (" in next(line for line in resumed.stdout if "state.pt" in line)
         line = next(line for line in resumed.stdout if "goes on from" in line)
         assert int(line.split("step-")[1].split()[0]) >= kept > 0
     finally:
