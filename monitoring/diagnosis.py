@@ -162,9 +162,9 @@ def wrong_model(*, golden: tuple[int, int], served: Compared, levels: bool) -> V
 
 
 def diagnose(
-    groups: Collection[str], modes: tuple[str, ...], *, passed_as: str | None = None, misdrawn: tuple[int, int] | None = None
+    groups: Collection[str], modes: tuple[str, ...], *, classes: tuple[str, ...] = (), passed_as: str | None = None, misdrawn: tuple[int, int] | None = None
 ) -> Verdict:
-    """The verdict on an alarm from the groups that are named for it; `modes` in the model's order.
+    """The verdict on an alarm from the groups that are named for it; `modes` and `classes` in the model's order.
 
     passed_as: a version of this very generator that the gate let pass by another reference, if there is one: then quality out of
     tolerance is the reference's doing. misdrawn: latents that were not of their seed, and those looked at, where there are any:
@@ -179,6 +179,9 @@ def diagnose(
         return replace(moved, words=moved.words.format(version=passed_as), advice=moved.advice.format(version=passed_as))
     dropped = tuple(name for name in modes if f"drop:{name}" in groups)
     words = verdict.words.format(modes=", ".join(dropped))
+    asked = ", ".join(name for c, name in enumerate(classes) if f"upper:{c}" in groups)
+    if verdict.id == "off_manifold" and asked:
+        words = f"{words} So it is where these are asked for: {asked}."
     return Verdict(verdict.id, words, verdict.advice, dropped, verdict.null)
 
 

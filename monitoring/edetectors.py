@@ -33,7 +33,7 @@ from monitoring import kernel
 from monitoring.bulk import RATES, Moments
 from monitoring.coverage import RHO
 from training.bundle import DUPLICATE_BLOCK, NEARER_TRAIN, NEAREST_TRAIN, OFF_MANIFOLD_EXCESS, Certificate, Reference
-from training.drops import DROP_BETS, DROP_WEIGHT, drop_bounds, mode_bounds
+from training.drops import DROP_BETS, DROP_WEIGHT, RISE_WEIGHT, drop_bounds, mode_bounds
 
 FAMILIES = {"modes": 0.295, "tails": 0.135, "bulk": 0.545, "copies": 0.01, "duplicates": 0.005, "latents": 0.005, "quality": 0.005}
 """Family -> its share of the false-alarm budget. A family that has no bet leaves its share unused, which is valid too."""
@@ -56,7 +56,8 @@ KINDS = {
     "latents": ("latents", 0.005),  # the bets of `latents.py`, which look at what the model was fed
     "quality": ("quality", 0.005),
 }
-"""What a bet accuses the model of -> its family and its weight; a kind's bets share the weight, equally but for drop and moved."""
+"""What a bet accuses the model of -> its family and its weight; a kind's bets share the weight, equally but for drop and moved.
+Where classes are certified, a part of drop's weight is for what they make too often, see `drop_bounds`."""
 
 TAIL_BETS = (0.01, 0.1, 0.6)  # theta; used where above the bound
 TAIL_FROM = 1 / 256  # shallower levels are the bulk's
@@ -155,7 +156,7 @@ class Cells:
 
 
 class Modes:
-    """The bets on single cells: drop and inflate [g, b, K], and null B's quality [b, K + 1].
+    """The bets on modes: drop and inflate [g, b, K], and null B's quality [b, K + 1], which has one on the off-manifold cell.
 
     Drop and inflate look at on-manifold samples only; R stays as it is at others, which no bet of theirs concerns. Row 0 eats
     samples drawn by the whole law; row c + 1 those of class c, whose counts are tested given the class: how often clients ask
@@ -165,7 +166,6 @@ class Modes:
 
     def __init__(self, certificate: Certificate, reference: Reference) -> None:
         (_, high), (low, drop) = mode_bounds(certificate), drop_bounds(certificate)
-        high[1:] = 0.0  # no bets: what a class makes too often takes another mode's place
         bound = np.repeat(np.stack([low, high], axis=1), (len(DROP_BETS), len(INFLATE_BETS)), axis=1)
         self.shares = Cells(bound, bound * np.array((*DROP_BETS, *INFLATE_BETS))[:, None])
         real = reference.cell_share
@@ -175,9 +175,10 @@ class Modes:
         self.quality = Cells(np.repeat(m[None], len(QUALITY_BETS), axis=0), theta)
         # [g, b]: of every allowed bet
         parts = np.array([*DROP_BETS.values(), *np.full(len(INFLATE_BETS), 1 / len(INFLATE_BETS))])
-        total = np.column_stack([drop, np.append(KINDS["inflate"][1], np.zeros(len(drop) - 1))])
-        total = np.repeat(total, (len(DROP_BETS), len(INFLATE_BETS)), axis=1)
-        self.weights = total * parts / np.maximum(1, self.shares.allowed.sum(axis=2))
+        allowed = self.shares.allowed.sum(axis=2)
+        inflate = np.append(KINDS["inflate"][1], RISE_WEIGHT * allowed[1:, -1] / max(1, allowed[1:, -1].sum()))
+        total = np.repeat(np.column_stack([drop, inflate]), (len(DROP_BETS), len(INFLATE_BETS)), axis=1)
+        self.weights = total * parts / np.maximum(1, allowed)
         self.quality_weights = np.full(len(QUALITY_BETS), KINDS["quality"][1] / max(1, self.quality.allowed.sum()))
 
 
@@ -252,7 +253,7 @@ class Latching(ABC):
 
 
 class EDetector(Latching):
-    """The whole mixture, but for the latents. It eats independent samples of one model version."""
+    """The whole mixture, but for latents and the fakes among samples of a class. It eats independent samples of one model version."""
 
     def __init__(
         self, certificate: Certificate, reference: Reference, modes: tuple[str, ...], *, threshold: float, scores: tuple[str, ...] = ()
@@ -360,3 +361,38 @@ class EDetector(Latching):
         """R of every bet on duplicates now."""
         (length, repeated), (win, lose, _) = self._state["block_marks"], self._bets[-3:]
         return self._state["block_start"] * ((win if repeated else lose) if length else 1.0) + length + self._state["block_joined"]
+
+
+class Fakes(Latching):
+    """Bets that samples of a class which clients asked for lie off the manifold more often than certified; group c: class c.
+
+    Off the manifold the bets on modes abstain, in `EDetector` for every class, so a class that makes nothing but junk would be no
+    evidence. Each R grows by at most 1 in expectation with a sample of its own class and not at all with others. A part of the mixture
+    that is held against the same threshold alone: where it reaches it, the mixture does.
+    """
+
+    def __init__(self, certificate: Certificate, *, threshold: float) -> None:
+        counts = certificate.class_cell_count.reshape(-1, len(certificate.cell_count))
+        bound = np.array([[certificate.upper(int(row[-1]), int(row.sum()))] for row in counts]).reshape(-1, 1)
+        allowed = (theta := np.array(TAIL_BETS)) > bound
+        bound = np.where(allowed, bound, 0.5)
+        self._bets = theta / bound, (1 - theta) / (1 - bound), RISE_WEIGHT * allowed / max(1, allowed.sum())
+        self.threshold, self.groups = threshold, tuple(f"upper:{c}" for c in range(len(counts)))
+        self._state = {"r": np.zeros(allowed.shape), "named": np.zeros(len(counts), bool)}
+        self._blank = self.state()
+        self.update(np.empty(0, np.int64), np.empty(0, bool), index=0)  # compiles now, not while a sample waits
+
+    @property
+    def evidence(self) -> Float64[ndarray, "g"]:
+        return (self._bets[-1] * self._state["r"]).sum(axis=1)
+
+    def update(self, classes: Int64[ndarray, "n"], fake: Bool[ndarray, "n"], *, index: int) -> None:
+        """Feed n samples of these classes, the first of which has number `index`; fake: those off the manifold."""
+        crossed = -1 if self.crossed is None else self.crossed
+        crossed = kernel.fakes(classes, fake, index, float(self.threshold), *self._bets, *self._state.values(), crossed)
+        self.crossed = None if crossed < 0 else crossed
+
+    def merge(self, other: Fakes, *, index: int) -> None:
+        """As of EDetector: R adds up."""
+        self._state["r"] = np.minimum(self._state["r"] + other._state["r"], kernel.CAP)
+        self.joined(other, index=index)

@@ -121,6 +121,25 @@ def repeats(row, block, marks, start, joined, win, lose, weights):
 
 
 @compiled
+def fakes(given, fake, index, threshold, hit, miss, weights, r, named, crossed):
+    """Bets [class, b] that samples of a class are fakes, each fed with those of its own: the evidence of each class, and where its sum
+    crossed the threshold, or `crossed` if it had before."""
+    evidence = (weights * r).sum(axis=1)
+    for i in range(len(given)):
+        c = given[i]
+        evidence[c] = 0.0
+        for b in range(r.shape[1]):
+            r[c, b] = min((1 + r[c, b]) * (hit[c, b] if fake[i] else miss[c, b]), CAP)
+            evidence[c] += weights[c, b] * r[c, b]
+        if crossed < 0 and evidence.sum() >= threshold:
+            crossed = index + i
+            named[evidence.argmax()] = True
+        if crossed >= 0:
+            named |= evidence >= threshold
+    return crossed
+
+
+@compiled
 def grouped(evidence, r, weights, group, sums, r_modes, mode_weights, drops):
     """evidence [g]: sum of w R for each of the few kinds, duplicates, the loss of each mode, inflate, quality."""
     evidence[:] = 0.0

@@ -26,7 +26,7 @@ from monitoring.calibration import SAMPLES, Calibration
 from monitoring.coverage import covered, mode_coverage, mode_status
 from monitoring.diagnosis import VERDICTS, Verdict, detectable, diagnose, replaced, wrong_model
 from monitoring.divergences import DIVERGENCES, INTERVALS, ShareSet, smoothed, total_variation
-from monitoring.edetectors import FAMILIES, NULLS, EDetector
+from monitoring.edetectors import FAMILIES, NULLS, EDetector, Fakes
 from monitoring.features import Eye, Seen
 from monitoring.latents import LatentDetector
 from monitoring.points import LEAST, POINT_GAUGES, Cloud, Embedding
@@ -103,6 +103,7 @@ class Monitor:
         self._eye = Eye(bundle)
         self._detector = EDetector(certificate, reference, bundle.card.modes, threshold=arl / share, scores=bundle.card.scores)
         self._latents = LatentDetector(bundle.card.latent, threshold=arl / share)
+        self._fakes = Fakes(certificate, threshold=arl / share)
         self._bounds = drop_bounds(certificate)  # kept, since states are restored again and again where shards are summed up
         cells, features = len(bundle.card.modes) + 1, len(reference.feature_mean)
         rng = np.random.default_rng(0)  # which of the real points: the same ones in every process
@@ -146,7 +147,7 @@ class Monitor:
 
     @property
     def first_alarm(self) -> int | None:
-        return _earliest(self._detector.crossed, self._latents.crossed, self._wrong, self._misdrawn)
+        return _earliest(*(detector.crossed for detector in self._detectors.values()), self._wrong, self._misdrawn)
 
     @property
     def suspect(self) -> bool:
@@ -199,6 +200,7 @@ class Monitor:
         if fresh:
             self._eat_latents(fed, rows)
             self._detector.update(seen.scores, seen.features, seen.cells, seen.samples, index=self.tested, classes=classes)
+            self._fakes.update(classes, seen.cells == len(self.bundle.card.modes), index=self.tested)
             self.given += len(classes)
         self._judge(at)
 
@@ -290,9 +292,14 @@ class Monitor:
         flat |= {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
         return {name: value.copy() if isinstance(value, ndarray) else value for name, value in flat.items()} | {"identity": self.identity()}
 
+    @property
+    def _detectors(self) -> dict[str, Any]:
+        """All that latches an alarm, under the names in states."""
+        return {"detector": self._detector, "latents": self._latents, "fakes": self._fakes}
+
     def _parts(self) -> dict[str, Any]:
         """Whatever has a state of its own."""
-        return {"detector": self._detector, "latents": self._latents, **self._blocks, "recent": self._recent, "newest": self._newest}
+        return {**self._detectors, **self._blocks, "recent": self._recent, "newest": self._newest}
 
     def identity(self) -> dict[str, Any]:
         """What a state must have in common with this monitor to mean anything to it."""
@@ -319,7 +326,8 @@ class Monitor:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where the monitor stood whose `state` this is, without a false alarm and with any latched one. It may have had
         another arl or share, as with `reshare`; then it is judged by the guaranteed threshold. The gauges of a state that was saved
-        before sums of monitors counted their streams rest on another kernel: they begin anew.
+        before sums of monitors counted their streams rest on another kernel: they begin anew. So do bets on the fakes of a class that
+        the state does not know; all other evidence is kept.
 
         Raises ValueError where it watched another bundle or with other bets, or where the state is damaged.
         """
@@ -329,6 +337,7 @@ class Monitor:
         self.rejected, self.demand = dict(state["rejected"]), np.array(state["demand"])
         self.calibrate(self.slack if state["identity"] == self.identity() else None)
         self._gauges.clear()
+        self._fakes.restart()
         for part, owner in self._parts().items():
             if _begins_anew(part, state):
                 continue
@@ -352,11 +361,8 @@ class Monitor:
         self._since += other._since
         theirs = other._parts()
         for name, owner in self._parts().items():
-            if name not in ("detector", "latents"):
-                owner.merge(theirs[name])
+            owner.merge(theirs[name], **({"index": self.tested - 1} if name in self._detectors else {}))
         self.demand = self.demand + other.demand
-        self._detector.merge(other._detector, index=self.tested - 1)
-        self._latents.merge(other._latents, index=self.tested - 1)
         for name in ("_wrong", "_misdrawn", "alarmed_at"):
             setattr(self, name, _earliest(getattr(self, name), getattr(other, name)))
         self._golden = max(self._golden, other._golden, key=lambda golden: golden[1] / max(1, golden[0]))
@@ -370,7 +376,9 @@ class Monitor:
     def keep_alarm(self, alarm: Mapping[str, Any]) -> None:
         """Latch what an earlier sum of the same shards, or an earlier process, had latched, as `alarm` says it: the evidence may
         have gone since. Raises ValueError or KeyError where it is of other bets."""
-        for name, detector in (("detector", self._detector), ("latents", self._latents)):
+        for name, detector in self._detectors.items():
+            if _begins_anew(f"{name}.named", alarm):
+                continue
             _check_array(f"{name}.named", alarm[f"{name}.named"], detector.named)
             detector.latch(alarm[f"{name}.crossed"], alarm[f"{name}.named"])
         for name in ("_wrong", "_misdrawn", "alarmed_at"):
@@ -382,7 +390,7 @@ class Monitor:
     @property
     def alarm(self) -> dict[str, Any]:
         """What `keep_alarm` takes: what of a state is latched."""
-        latched = {f"{name}.{part}" for name in ("detector", "latents") for part in ("crossed", "named")}
+        latched = {f"{name}.{part}" for name in self._detectors for part in ("crossed", "named")}
         latched |= {"_wrong", "_misdrawn", "alarmed_at", "_again", "_golden", "_near"}
         return {name: value for name, value in self.state().items() if name in latched}
 
@@ -397,7 +405,7 @@ class Monitor:
         """Hold the evidence against arl / share / slack from now on: measured (`calibration.py`) in place of guaranteed. None: guaranteed."""
         self.slack: float | None = slack  # by which the threshold lies below the guaranteed one; None: it does not
         self._detector.threshold = self.arl / self.share / (slack or 1.0)
-        self._latents.threshold = self.arl / self.share  # no samples were simulated through it
+        self._latents.threshold = self._fakes.threshold = self.arl / self.share  # no samples were simulated through these
         self._delays = delay_of_loss(self.bundle.certificate, self._bounds, np.ones(1), threshold=self._detector.threshold)[0]  # samples until the loss of each mode is seen, about
 
     def calibration(self, samples: int = SAMPLES) -> Calibration:
@@ -408,8 +416,8 @@ class Monitor:
 
     def acknowledge(self) -> None:
         """Unlatch: the detectors forget everything and start again; counts and gauges go on."""
-        self._detector.restart()
-        self._latents.restart()
+        for detector in self._detectors.values():
+            detector.restart()
         self.alarmed_at = self._suspected = self._wrong = self._misdrawn = self._again = None
         self._golden, self._near = [0, 0], True
         self._since = self.tested
@@ -418,6 +426,7 @@ class Monitor:
     def evidence(self) -> dict[str, float]:
         """Family -> log10 of its weighted evidence, -inf before the first sample. The evidence adds up to that of the alarm."""
         found = self._detector.family_evidence() | {"latents": float(self._latents.evidence.sum())}
+        found["modes"] += float(self._fakes.evidence.sum())
         return {family: math.log10(e) if e > 0 else -math.inf for family, e in found.items()}
 
     def gauges(self, population: str) -> dict[str, Gauge]:
@@ -597,10 +606,10 @@ class Monitor:
             self._wrong = self._suspected + patience - 1 if self.tested - self._suspected >= patience else None
         if self.first_alarm is not None and self.alarmed_at is None:
             self.alarmed_at = at
-        groups = [g for d in (self._detector, self._latents) for g, named in zip(d.groups, d.named, strict=True) if named]
+        groups = [g for d in self._detectors.values() for g, named in zip(d.groups, d.named, strict=True) if named]
         if groups or self._misdrawn is not None:
             misdrawn = (self.latents_wrong, self.latents_checked) if self._misdrawn is not None else None
-            self.verdict = diagnose(groups, self.bundle.card.modes, passed_as=self.passed_as, misdrawn=misdrawn)
+            self.verdict = diagnose(groups, self.bundle.card.modes, classes=self.bundle.card.classes, passed_as=self.passed_as, misdrawn=misdrawn)
             if self._replaced:
                 self.verdict = replaced(self.verdict, self._wrong_model())
         elif self._wrong is not None:
@@ -630,8 +639,9 @@ class Monitor:
 
 
 def _begins_anew(name: str, state: Mapping[str, Any]) -> bool:
-    """Whether this is of the gauges of a state that knows no streams, see `Monitor.restore`."""
-    return name.partition(".")[0] in ("fresh", "served", "recent") and "fresh.streams" not in state
+    """Whether this is of the gauges of a state that knows no streams, or of bets that it does not know, see `Monitor.restore`."""
+    part = name.partition(".")[0]
+    return (part in ("fresh", "served", "recent") and "fresh.streams" not in state) or (part == "fakes" and "fakes.named" not in state)
 
 
 def _check_array(name: str, found: Any, own: ndarray) -> None:

@@ -13,6 +13,7 @@ from scipy.special import xlogy
 from training.bundle import Certificate
 
 DROP_WEIGHT = 0.29  # of the false-alarm budget: all bets on a loss together
+RISE_WEIGHT = 0.0025  # what of the half of it that is for classes goes to bets that one of these makes a mode too often, and as much for fakes
 DROP_BETS = {0.0: 0.8, 0.5: 0.2}  # theta / m: what is left of a mode -> the bet's part of the weight
 LEAST_GIVEN = 0.05  # of a class: a mode that it makes more rarely is not bet on given that class
 UNWATCHED = 1e5  # samples: a mode whose loss would take longer to be seen counts as unwatched, never as fine
@@ -37,13 +38,15 @@ def drop_bounds(certificate: Certificate) -> DropBounds:
     """The lower bound that each bet on a loss is against, 0 where there is none, and the weight of each row's bets together.
 
     Given a class, only those modes are bet on which it makes often; the rest is confusion. Where there are classes, samples
-    drawn by the law and samples of classes that clients asked for have half of the weight each, whichever come.
+    drawn by the law and samples of classes that clients asked for have half of the weight each, whichever come; of the latter half,
+    bets on what a class makes too often take RISE_WEIGHT twice.
     """
     low, _ = mode_bounds(certificate)
     low[1:][low[1:] < LEAST_GIVEN] = 0.0
     bets = (low > 0).sum(axis=1)
-    part = np.append(1.0, bets[1:] / max(1, bets[1:].sum())) / (2 if len(low) > 1 else 1)
-    return low, DROP_WEIGHT * part
+    if len(low) == 1:
+        return low, np.array([DROP_WEIGHT])
+    return low, np.append(DROP_WEIGHT / 2, (DROP_WEIGHT / 2 - 2 * RISE_WEIGHT) * bets[1:] / max(1, bets[1:].sum()))
 
 
 def delay_of_loss(certificate: Certificate, bounds: DropBounds, losses: Float64[ndarray, "m"], *, threshold: float) -> Float64[ndarray, "m k"]:

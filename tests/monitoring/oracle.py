@@ -7,13 +7,13 @@ from numpy import ndarray
 from scipy.special import logsumexp
 
 from monitoring.bulk import Moments
-from monitoring.edetectors import KINDS, Duplicates, Modes, Scores, Shares
+from monitoring.edetectors import KINDS, TAIL_BETS, Duplicates, Modes, Scores, Shares
 from training.bundle import DUPLICATE_BLOCK, Certificate, Reference
-from training.drops import DROP_BETS
+from training.drops import DROP_BETS, RISE_WEIGHT
 
 
 class Oracle:
-    """log evidence of each group after each sample: `feed` returns it, keys as in EDetector.groups."""
+    """log evidence of each group after each sample: `feed` returns it, keys as in EDetector.groups and Fakes.groups."""
 
     def __init__(self, certificate: Certificate, reference: Reference, modes: tuple[str, ...]) -> None:
         self.certificate, self.names = certificate, modes
@@ -23,7 +23,11 @@ class Oracle:
         parts = np.concatenate([self.scores.allowed, self.moments.parts, np.ones(len(self.shares.rates))])
         self.weights = np.array([KINDS[k][1] * part / parts[self.kinds == k].sum() for k, part in zip(self.kinds, parts, strict=True)])
         self.log_r = np.full(len(self.kinds), -np.inf)
-        self.log_modes = np.full(self.cells.shares.hit.shape[1:], -np.inf)  # of samples drawn by the whole law
+        self.log_modes = np.full(self.cells.shares.hit.shape, -np.inf)
+        given = certificate.class_cell_count.reshape(-1, len(certificate.cell_count))
+        self.fake = np.array([certificate.upper(int(n[-1]), int(n.sum())) for n in given])
+        self.log_fakes = np.full((len(given), len(TAIL_BETS)), -np.inf)
+        self.duplicated = 0.0
         self.log_quality = np.full(self.cells.quality.hit.shape, -np.inf)
         self.means = np.zeros((len(self.moments.rates), len(self.moments.mean)))
         self.past: list[int] = []
@@ -66,16 +70,25 @@ class Oracle:
             payoffs[:, cell] = hit[:, cell]
         return np.logaddexp(0, log_r) + np.log(payoffs)
 
-    def feed(self, scores: ndarray, x: ndarray, cell: int, row: bytes) -> dict[str, float]:
+    def feed(self, scores: ndarray, x: ndarray, cell: int, row: bytes, given: int = 0) -> dict[str, float]:
+        """given: 0, or one more than the class that was asked for."""
         with np.errstate(divide="ignore"):
-            self.log_r = np.logaddexp(0, self.log_r) + np.log(np.concatenate([self.tilts(scores), self.moved(x), self.recent(cell)]))
+            if given:
+                theta, m = np.array(TAIL_BETS), self.fake[given - 1]
+                payoffs = theta / m if cell == len(self.names) else (1 - theta) / (1 - m)
+                self.log_fakes[given - 1] = np.logaddexp(0, self.log_fakes[given - 1]) + np.log(payoffs)
+            else:
+                self.log_r = np.logaddexp(0, self.log_r) + np.log(np.concatenate([self.tilts(scores), self.moved(x), self.recent(cell)]))
+                self.log_quality = self._mode(self.log_quality, cell, self.cells.quality.hit, self.cells.quality.miss)
+                self.duplicated = self.repeats(row)
             if cell < len(self.names):
-                self.log_modes = self._mode(self.log_modes, cell, self.cells.shares.hit[0], self.cells.shares.miss[0])
-            self.log_quality = self._mode(self.log_quality, cell, self.cells.quality.hit, self.cells.quality.miss)
+                self.log_modes[given] = self._mode(self.log_modes[given], cell, self.cells.shares.hit[given], self.cells.shares.miss[given])
             found = {k: logsumexp((self.log_r + np.log(self.weights))[self.kinds == k]) for k in KINDS if k in self.kinds}
-            found["duplicates"] = np.log(self.repeats(row))
-            modes = self.log_modes + np.log(self.cells.weights[0])[:, None]
-            found |= {f"drop:{name}": logsumexp(modes[: len(DROP_BETS), k]) for k, name in enumerate(self.names)}
-            found["inflate"] = logsumexp(modes[len(DROP_BETS) :])
+            found["duplicates"] = np.log(self.duplicated)
+            modes = self.log_modes + np.log(self.cells.weights)[..., None]
+            found |= {f"drop:{name}": logsumexp(modes[:, : len(DROP_BETS), k]) for k, name in enumerate(self.names)}
+            found["inflate"] = logsumexp(modes[:, len(DROP_BETS) :])
+            allowed = np.array(TAIL_BETS) > self.fake[:, None]
+            found |= {f"upper:{c}": logsumexp(r[a]) + np.log(RISE_WEIGHT / allowed.sum()) for c, (r, a) in enumerate(zip(self.log_fakes, allowed, strict=True))}
             found["quality"] = logsumexp(self.log_quality + np.log(self.cells.quality_weights)[:, None])
         return found

@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.special import ndtri
 
 from monitoring import kernel
-from monitoring.edetectors import FAMILIES, KINDS, TILTS, Cells, Duplicates, EDetector, Modes, Scores, tail_levels, tilted
+from monitoring.edetectors import FAMILIES, KINDS, TILTS, Cells, Duplicates, EDetector, Fakes, Modes, Scores, tail_levels, tilted
 from monitoring.features import Eye, Seen
 from training.bundle import DUPLICATE_BLOCK, NEARER_TRAIN, NEAREST_TRAIN, Certificate, Reference
 from training.drops import mode_bounds
@@ -33,9 +33,9 @@ def detector(bundle, threshold=2.6e9) -> EDetector:
     return EDetector(bundle.certificate, bundle.reference, bundle.card.modes, threshold=threshold)
 
 
-def feed(found: EDetector, seen: Seen, start=0, stop=None) -> np.ndarray:
+def feed(found: EDetector, seen: Seen, start=0, stop=None, classes=None) -> np.ndarray:
     part = slice(start, stop)
-    return found.update(seen.scores[part], seen.features[part], seen.cells[part], seen.samples[part], index=start)
+    return found.update(seen.scores[part], seen.features[part], seen.cells[part], seen.samples[part], index=start, classes=None if classes is None else classes[part])
 
 
 def trace(found: EDetector, *arrays: np.ndarray) -> np.ndarray:
@@ -142,6 +142,24 @@ def test_bets_on_modes_are_on_the_right_side_of_their_bounds(healthy):
     assert (bets.quality.hit[:, :-1] < 1).all() and (bets.quality.hit[:, -1] > 1).all()
 
 
+def test_what_a_class_makes_too_often_is_bet_on_within_its_half_of_the_weight_of_drop(healthy):
+    """Fair at the bound, unfair to nobody below it; what unlabelled samples are bet on with stays as it was."""
+    counts = np.stack([healthy.certificate.cell_count * part for part in (1, 0, 2)])  # no sample of the second was certified
+    counts[0, -1] = 2 * counts[0].sum()  # the first is two thirds fakes: 0.6 would be no stake
+    certificate = replace(healthy.certificate, class_cell_count=counts)
+    (hit, miss, weights), modes = Fakes(certificate, threshold=1e9)._bets, Modes(certificate, healthy.reference)
+    assert (weights > 0).tolist() == [[False] * 3, [False] * 3, [True] * 3]
+    bound, real = certificate.upper(int(counts[2, -1]), int(counts[2].sum())), counts[2, -1] / counts[2].sum()
+    assert bound * hit[2] + (1 - bound) * miss[2] == pytest.approx(np.ones(3))
+    mean = real * hit[2] + (1 - real) * miss[2]
+    assert (mean < 1).all() and mean[0] > 0.999
+    _, high = mode_bounds(certificate)
+    on_manifold, bets = counts[2, :-1] / counts[2, :-1].sum(), modes.shares
+    assert (on_manifold < high[3]).all() and (on_manifold * bets.hit[3] + (1 - on_manifold) * bets.miss[3] < 1).all() and bets.allowed[3].all()
+    spent = (modes.weights * modes.shares.allowed.sum(axis=2)).sum(axis=1)
+    assert spent[0] == pytest.approx(KINDS["drop"][1] / 2 + KINDS["inflate"][1]) and spent[1:].sum() + weights.sum() == pytest.approx(KINDS["drop"][1] / 2)
+
+
 def test_a_mode_that_the_certificate_never_saw_has_no_drop_bet(make_bundle):
     bundle = make_bundle(lost=(3, 8), honest=True)
     found = detector(bundle)
@@ -168,6 +186,30 @@ def test_agrees_with_the_plain_formulas_in_logarithms(healthy, make_bundle, draw
     assert uncapped.sum() > 10
     whole = detector(healthy, 1e300)
     assert np.array_equal(feed(whole, seen), totals) and np.array_equal(whole.evidence, found.evidence)
+
+
+@pytest.mark.parametrize("fault", [{}, {"lost": (0, 1)}, {"fakes": 0.3}])
+def test_given_a_class_agrees_with_the_plain_formulas_in_logarithms(healthy, make_bundle, draw, fault):
+    """Three classes: even modes, odd ones, and one that hardly any sample is of; draws of the whole law between them."""
+    count = healthy.certificate.cell_count
+    odd = np.arange(11) % 2 * count + np.eye(11, dtype=np.int64)[10] * count[10] // 2
+    certificate = replace(healthy.certificate, class_cell_count=np.stack([count - odd, odd, odd // 1000 + 1]))
+    seen, rng = Eye(healthy).look(draw(make_bundle(**fault), 600)), np.random.default_rng(8)
+    found, fakes = (kind(certificate, *more, threshold=1e300) for kind, more in ((EDetector, (healthy.reference, healthy.card.modes)), (Fakes, ())))
+    whole, oracle = Fakes(certificate, threshold=1e300), Oracle(certificate, healthy.reference, healthy.card.modes)
+    given = np.where(seen.cells == 10, rng.integers(0, 4, 600), np.array([1, 2])[seen.cells % 2] * (rng.random(600) < 0.8))
+    for i, c in enumerate(given):
+        if c:
+            feed(found, seen, i, i + 1, classes=given - 1)
+            fakes.update(given[i : i + 1] - 1, seen.cells[i : i + 1] == 10, index=i)
+        else:
+            feed(found, seen, i, i + 1)
+        expected = oracle.feed(seen.scores[i], seen.features[i], seen.cells[i], seen.samples[i].tobytes(), c)
+        with np.errstate(divide="ignore"):
+            logs = np.log(np.concatenate([found.evidence, fakes.evidence]))
+        np.testing.assert_allclose(logs, [expected[g] for g in (*found.groups, *fakes.groups)], rtol=1e-9, atol=1e-9)
+    whole.update(given[given > 0] - 1, seen.cells[given > 0] == 10, index=0)
+    assert np.array_equal(whole.evidence, fakes.evidence) and (fault.get("fakes") is None) == (fakes.evidence.max() < 1e6)
 
 
 def test_any_split_of_a_stream_comes_to_the_same(healthy, make_bundle, draw):
