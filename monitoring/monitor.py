@@ -2,7 +2,7 @@
 
 Two hypotheses, never confused. Null A: what is served follows the certified generator's law; it is true by construction while
 nothing is broken. Null B: modes and off-manifold share stay within tolerance of the real data. Alarms eat fresh samples only,
-that is independent draws of the model's own law; whatever else clients asked for feeds the "served" gauges. "Served equals
+that is independent draws of the model's own law; whatever clients got feeds the "served" gauges. "Served equals
 real" is never a hypothesis.
 
 Pure: no clock (the caller says when), no network, no file but the bundle's. See README.md beside it for the mathematics.
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 from numpy import ndarray
 
 from monitoring.asymptotic import READINGS, Real, Spread, frechet_interval, moments_spread
@@ -162,12 +162,22 @@ class Monitor:
         """Samples in the eyes of this version's features.onnx; nothing is counted."""
         return self._eye.look(samples)
 
-    def update(self, samples: ndarray, *, fresh: bool, at: float, classes: Int64[ndarray, "n"] | None = None, fed: Fed | None = None) -> None:
+    def update(
+        self,
+        samples: ndarray,
+        *,
+        fresh: bool,
+        at: float,
+        classes: Int64[ndarray, "n"] | None = None,
+        fed: Fed | None = None,
+        received: Bool[ndarray, "n"] | None = None,
+    ) -> None:
         """Look at n samples [n, *sample_shape], n >= 0; `at`: Unix seconds. What is no sample is counted, never an error.
 
         fresh: independent draws of the model's law, or of `classes`, those that clients asked for (None: they named none).
         Samples of given classes are tested given these, and are no part of the fresh population. fed: latents that the model was
-        fed; they are tested together with their samples, where these are.
+        fed; they are tested together with their samples, where these are. received: those that clients got (None: all), which alone are
+        of the population "served": probes and what a shadow makes are not.
         """
         rows = np.arange(len(samples) if samples.ndim else 1)
         if classes is not None and self.demand.size and (known := (classes >= 0) & (classes < self.demand.size)).sum() < len(classes):
@@ -180,7 +190,9 @@ class Monitor:
             return
         self.served += len(seen.cells)
         embedded = self._embedding(seen.features)
-        self._blocks["served"].add(seen.cells, seen.features, embedded)
+        got = np.full(len(rows), True) if received is None else received[rows]
+        got = got[seen.rows]
+        self._blocks["served"].add(seen.cells[got], seen.features[got], embedded[got])
         if classes is not None:
             self._asked(seen, classes[seen.rows], fresh=fresh, at=at, fed=fed, rows=rows[seen.rows])
         elif fresh:

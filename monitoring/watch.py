@@ -119,7 +119,7 @@ class Watched:
     last_sample_at: float | None = None
     last_fresh_at: float | None = None  # of a sample that the detectors ate: without those, silence means nothing
     recorded: tuple[str, tuple[str, ...]] | None = None  # verdict and modes of the open incident, as last written down
-    newest: deque[ndarray] = field(default_factory=deque)  # newest served samples, a few arrays, newest last
+    newest: deque[ndarray] = field(default_factory=deque)  # newest samples, probes too, a few arrays, newest last
     since: float = 0.0  # when an alias first named it, Unix seconds
     drawn: deque[tuple[float, int]] = field(default_factory=deque)  # (at, samples) that clients drew with the server's seeds
     pace: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=PACE_STEPS))  # (at, samples tested until then)
@@ -250,7 +250,7 @@ class Shown:
         return {alias: bundle.card for alias, bundle in self.bundles.items()}
 
     def samples(self) -> ndarray | None:
-        """The newest served samples, newest first."""
+        """The newest samples, probes too, newest first."""
         return np.concatenate(self.picture)[::-1] if self.picture else None
 
 
@@ -781,12 +781,14 @@ class Watch:
         if fresh:
             self._untested[name] += len(samples) - tested
         fed = self._fed(name, version, group) if tested else None
+        shadow = {alias for alias, named in self._models[name].aliases.items() if named == version} == {"shadow"}
+        received = np.repeat([record.origin != "probe" and not shadow for record in group], [len(record.samples) for record in group])
         for start, stop in itertools.pairwise((*range(0, tested, CHUNK), *range(tested, len(samples), CHUNK), len(samples))):
             part, noted = slice(start, stop), None
             if fed is not None and start < tested:
                 rows = slice(*np.searchsorted(fed.rows, (start, stop)))
                 noted = Fed(fed.rows[rows] - start, fed.z[rows])
-            self._update(name, version, samples[part], start < tested, at, None if classes is None else classes[part], noted)
+            self._update(name, version, samples[part], start < tested, at, None if classes is None else classes[part], noted, received[part])
 
     def _fed(self, name: str, version: str, group: list[Record]) -> Fed | None:
         """The latents of records that are joined. Those that the model does not take are counted where they are run again."""
@@ -829,10 +831,10 @@ class Watch:
         watched = self._watched.get((bundle.card.model, bundle.card.version))
         return watched if watched is not None and watched.bundle.card == bundle.card else None
 
-    def _update(self, name: str, version: str, samples: ndarray, fresh: bool, at: float, classes: ndarray | None, fed: Fed | None) -> None:
+    def _update(self, name: str, version: str, samples: ndarray, fresh: bool, at: float, classes: ndarray | None, fed: Fed | None, received: ndarray) -> None:
         watched = self._watched[name, version]
         served, tested, rejected = watched.monitor.served, watched.monitor.tested, dict(watched.monitor.rejected)
-        watched.monitor.update(samples, fresh=fresh, at=at, classes=classes, fed=fed)
+        watched.monitor.update(samples, fresh=fresh, at=at, classes=classes, fed=fed, received=received)
         for reason, count in watched.monitor.rejected.items():
             self._rejected[name, reason] += count - rejected.get(reason, 0)
         if watched.monitor.served > served:  # samples of which none could be looked at leave the estimates as old as they are

@@ -136,6 +136,7 @@ def test_only_fresh_samples_of_aliased_versions_are_judged(scene: Scene) -> None
     scene.serve("v1", 1000, truncation=0.5)
     view = scene.watch.publish(scene.now)
     assert view.models["grid"].snapshot["monitored"] == 0 and view.models["grid"].snapshot["served"] == 2000
+    assert view.models["grid"].gauges["served"]["js"].n == 2000
     assert view.observed == {("grid", "server_seed"): 4000, ("grid", "client_seed"): 1000}
     assert view.unaliased == {"grid": 3000} and view.state()["models"]["grid"]["unaliased"] == 3000
     assert view.models["grid"].live[0].fresh_rate == 0
@@ -144,6 +145,19 @@ def test_only_fresh_samples_of_aliased_versions_are_judged(scene: Scene) -> None
     assert scene.watch.publish(scene.now).models["grid"].live[0].fresh_rate == 50  # 100 in two seconds; probes make up, they do not count
     scene.watch.eat([Record("nobody", "v1", "probe", 0, 0, np.zeros((1, 2), np.float32), scene.now)], scene.now)
     assert scene.watch.publish(scene.now).unknown_model == 1
+
+
+@pytest.mark.parametrize(("alias", "got"), [("production", 4), ("canary", 4), ("shadow", 0)])
+def test_what_nobody_received_is_not_as_served(scene: Scene, alias: str, got: int) -> None:
+    """Probes, joined with requests in one group, and all that a shadow makes; they are evidence all the same."""
+    scene.alias(alias, "v1")
+    rows = scene.draw(scene.bundles["v1"], 10, seed=3)
+    rows[2] = np.nan  # of the request: what cannot be looked at shifts nothing
+    records = [Record("grid", "v1", origin, 1, 0, part, scene.now) for origin, part in (("server_seed", rows[:5]), ("probe", rows[5:]))]
+    scene.watch.eat(records, scene.now)
+    (live,) = scene.watch.publish(scene.now).models["grid"].live
+    assert (live.gauges["served"]["js"].n, live.gauges["fresh"]["js"].n, live.snapshot["monitored"]) == (got, 9, 9)
+    assert np.isnan(live.gauges["served"]["js"].value) == (got == 0) and live.gauges["served"]["js"].ci == "none"
 
 
 def test_a_record_that_fails_costs_no_other_version_anything(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
