@@ -140,6 +140,8 @@ def _estimates(view: View) -> Iterator[Metric]:
             for estimator, limits in live.snapshot["tolerance"].items()
         ]
         yield _gauge(f"ganwatch_divergence_{bound}", f"Divergence from the real data {words}", samples)
+    clipped = _by_version(view, lambda live: live.snapshot["frechet_clipped"])
+    yield _counter("ganwatch_frechet_clipped_total", "Eigenvalues below zero, by more than rounding explains, that Frechet gauges took for zero", clipped)
     every = [(labels | {"estimator": e}, gauge) for labels, g in gauges for e, gauge in g.items()]
     yield _gauge("ganwatch_window_samples", "Samples behind the present estimate", [(labels, gauge.n) for labels, gauge in every])
     kinds = [(labels | {"ci": gauge.ci}, 1) for labels, gauge in every]
@@ -152,17 +154,21 @@ def _estimates(view: View) -> Iterator[Metric]:
 
 
 def _modes(view: View) -> Iterator[Metric]:
-    cells = [(labels | {"mode": cell["name"]}, cell) for labels, live in _versions_of(view) for cell in live.snapshot["modes"]]
+    cells = [(labels | {"population": p, "mode": cell["name"]}, cell) for labels, live in _versions_of(view) for p, modes in live.modes.items() for cell in modes]
     for name, words, pick in (
         ("share", "Share of served samples in the mode", lambda cell: cell["served"]),
         ("share_low", "Share of served samples in the mode, lower end of its interval", lambda cell: cell["low"]),
         ("share_high", "Share of served samples in the mode, upper end of its interval", lambda cell: cell["high"]),
+    ):
+        yield _gauge(f"ganwatch_mode_{name}", words, [(labels, pick(cell)) for labels, cell in cells])
+    cells = [(labels | {"mode": cell["name"]}, cell) for labels, live in _versions_of(view) for cell in live.modes["fresh"]]
+    for name, words, pick in (
         ("share_reference", "Share of the real data in the mode", lambda cell: cell["reference"]),
         ("alarmed", "1 while an alarm names the mode", lambda cell: cell["status"] == "alarmed"),
     ):
         yield _gauge(f"ganwatch_mode_{name}", words, [(labels, pick(cell)) for labels, cell in cells])
-    counts = [(labels | {"state": state}, n) for labels, live in _versions_of(view) for state, n in live.snapshot["coverage"].items()]
-    yield _gauge("ganwatch_modes", "Modes of the real data, by what fresh samples show or prove of them", counts)
+    counts = [(labels | {"population": p, "state": s}, n) for labels, live in _versions_of(view) for p, found in live.coverage.items() for s, n in found.items()]
+    yield _gauge("ganwatch_modes", "Modes of the real data, by what samples show or prove of them", counts)
 
 
 def _alarms(view: View) -> Iterator[Metric]:

@@ -446,8 +446,6 @@ class Monitor:
 
         What else is served is no independent draw (a seed may be asked for twice), so "served" has no intervals.
         """
-        if population not in POPULATIONS:
-            raise ValueError(f"population is {population!r}; it must be one of {', '.join(POPULATIONS)}")
         if self._gauges.get(population, (None,))[0] != self.served:
             self._gauges[population] = (self.served, self._estimate(population))
         return self._gauges[population][1]
@@ -457,15 +455,23 @@ class Monitor:
         """What of GAUGE_DELTA each stream has that a block of fresh samples is read as: a block of a sum is read since several starts."""
         return GAUGE_DELTA / self._blocks["fresh"].streams
 
+    def _sketch(self, population: str) -> Sketch | Decayed:
+        if population not in POPULATIONS:
+            raise ValueError(f"population is {population!r}; it must be one of {', '.join(POPULATIONS)}")
+        return self._recent if population == "recent" else self._blocks[population].view
+
+    def _shares(self, sketch: Sketch | Decayed) -> ShareSet:
+        """Exact of a block, pointwise of what is recent. Only where samples are independent draws do they bound anything."""
+        if isinstance(sketch, Decayed):
+            return ShareSet.pointwise(sketch.cells, count=sketch.effective, delta=GAUGE_DELTA)
+        return ShareSet.observed(sketch.cells, priors=self._priors, delta=self._delta)
+
     def _estimate(self, population: str) -> dict[str, Gauge]:
-        sketch: Sketch | Decayed = self._recent if population == "recent" else self._blocks[population].view
+        sketch = self._sketch(population)
         n, real = sketch.count, self._real
         if n == 0:
             return {name: Gauge(math.nan, math.nan, math.nan, 0, "none") for name in (GAUGES if population == "served" else ALL_GAUGES)}
-        if isinstance(sketch, Decayed):
-            shares = ShareSet.pointwise(sketch.cells, count=sketch.effective, delta=GAUGE_DELTA)
-        else:
-            shares = ShareSet.observed(sketch.cells, priors=self._priors, delta=self._delta)
+        shares = self._shares(sketch)
         values = self._divergences(sketch.cells)
         coverage = mode_coverage(real, shares)
         values |= {"mode_coverage": coverage.value, "off_manifold": float(shares.centre[-1])}
@@ -548,19 +554,21 @@ class Monitor:
             self._floors[n] = floors
         return self._floors[n]
 
-    def modes(self) -> list[dict[str, Any]]:
-        """The K modes, then the off-manifold cell: real, certified and freshly served shares, bounds of the latter, status.
+    def modes(self, population: str = "fresh") -> list[dict[str, Any]]:
+        """The K modes, then the off-manifold cell: real, certified and served shares, bounds of the latter, status.
 
         Status: alarmed, covered or dropped where the bounds prove it, else uncertain; unwatched where even the loss of the whole
-        mode would take more than UNWATCHED samples to be seen.
+        mode would take more than UNWATCHED samples to be seen. The bounds are those of the population's gauges: exact of "fresh",
+        pointwise of "recent"; "served" has none, so that nothing is proven by it.
         """
-        sketch = self._blocks["fresh"].view
+        sketch = self._sketch(population)
         names = (*self.bundle.card.modes, "off-manifold")
         served = low = high = np.full(len(names), np.nan)
         status = ["uncertain"] * len(names)
         if sketch.count:
-            shares = ShareSet.observed(sketch.cells, priors=self._priors, delta=self._delta)
-            served, low, high = shares.centre, shares.low, shares.high
+            served = (shares := self._shares(sketch)).centre
+        if sketch.count and population != "served":
+            low, high = shares.low, shares.high
             certain = "covered" if shares.high[-1] >= self._real[-1] else "uncertain"
             status = [*mode_status(mode_coverage(self._real, shares)), certain]
         blind = [*(self._delays > UNWATCHED), False]
@@ -571,15 +579,16 @@ class Monitor:
         keys = ("name", "reference", "certified", "served", "low", "high", "status")
         return [dict(zip(keys, (row[0], *map(float, row[1:6]), row[6]), strict=True)) for row in columns]
 
-    def coverage(self) -> dict[str, int]:
-        """How many modes the real data have, and of how many the fresh samples of this block show or prove what. Unwatched modes
-        are counted besides: what is said of them rests on the estimate alone, no alarm would tell of their loss."""
+    def coverage(self, population: str = "fresh") -> dict[str, int]:
+        """How many modes the real data have, and of how many the samples of a population show or prove what, by the same bounds as
+        `modes`: "served" proves nothing. Unwatched modes are counted besides: what is said of them rests on the estimate alone, no alarm would tell of their loss."""
         found = {"real": len(self.bundle.card.modes), "covered": 0, "certainly_covered": 0, "certainly_dropped": 0}
-        sketch = self._blocks["fresh"].view
+        sketch = self._sketch(population)
         if sketch.count:
-            coverage = mode_coverage(self._real, ShareSet.observed(sketch.cells, priors=self._priors, delta=self._delta))
-            counts = (round(coverage.value * found["real"]), int(coverage.surely_covered.sum()), int(coverage.surely_dropped.sum()))
-            found |= dict(zip(("covered", "certainly_covered", "certainly_dropped"), counts, strict=True))
+            coverage = mode_coverage(self._real, self._shares(sketch))
+            found["covered"] = round(coverage.value * found["real"])
+            if population != "served":
+                found |= {"certainly_covered": int(coverage.surely_covered.sum()), "certainly_dropped": int(coverage.surely_dropped.sum())}
         return found | {"unwatched": int((self._delays > UNWATCHED).sum())}
 
     def snapshot(self) -> dict[str, Any]:
@@ -596,6 +605,7 @@ class Monitor:
                 "given": self.given,
                 "served": self.served,
                 "rejected": dict(self.rejected),
+                "frechet_clipped": self.frechet_clipped,
                 "evidence": self.evidence(),
                 "log10_threshold": self.log10_threshold,
                 "arl": self.arl,

@@ -208,6 +208,8 @@ class Live:
     tested_rate: float | None  # samples a second that were tested over the last hour
     snapshot: dict[str, Any]
     gauges: Mapping[str, Mapping[str, Gauge]]  # population -> name -> gauge
+    modes: Mapping[str, list[dict[str, Any]]]  # population -> modes and off-manifold cell, as of Monitor
+    coverage: Mapping[str, dict[str, int]]  # population -> what -> modes
     comparison: dict[str, Any] | None  # with production, of a candidate
     shards: int = 0  # other monitors whose samples are summed up here
 
@@ -989,6 +991,8 @@ class Watch:
             shards=watched.summed,
             snapshot=watched.judged.snapshot(),
             gauges={population: watched.judged.gauges(population) for population in POPULATIONS},
+            modes={population: watched.judged.modes(population) for population in POPULATIONS},
+            coverage={population: watched.judged.coverage(population) for population in POPULATIONS},
             comparison=comparison.state(production, version) if comparison is not None else None,
         )
 

@@ -25,6 +25,7 @@ CONTRACT = {  # name -> label names
     "ganwatch_divergence_low": {"model", "role", "version", "population", "estimator"},
     "ganwatch_divergence_high": {"model", "role", "version", "population", "estimator"},
     "ganwatch_divergence_floor": {"model", "role", "version", "population", "estimator"},
+    "ganwatch_frechet_clipped_total": {"model", "role", "version"},
     "ganwatch_neighbours": {"model", "role", "version", "population", "estimator"},
     "ganwatch_neighbours_floor": {"model", "role", "version", "population", "estimator"},
     "ganwatch_divergence_certified": {"model", "role", "version", "estimator"},
@@ -37,9 +38,9 @@ CONTRACT = {  # name -> label names
     "ganwatch_off_manifold_ratio": {"model", "role", "version", "population"},
     "ganwatch_off_manifold_ratio_low": {"model", "role", "version", "population"},
     "ganwatch_off_manifold_ratio_high": {"model", "role", "version", "population"},
-    "ganwatch_mode_share": {"model", "role", "version", "mode"},
-    "ganwatch_mode_share_low": {"model", "role", "version", "mode"},
-    "ganwatch_mode_share_high": {"model", "role", "version", "mode"},
+    "ganwatch_mode_share": {"model", "role", "version", "population", "mode"},
+    "ganwatch_mode_share_low": {"model", "role", "version", "population", "mode"},
+    "ganwatch_mode_share_high": {"model", "role", "version", "population", "mode"},
     "ganwatch_mode_share_reference": {"model", "role", "version", "mode"},
     "ganwatch_mode_alarmed": {"model", "role", "version", "mode"},
     "ganwatch_alarm_active": {"model", "role", "version", "verdict"},
@@ -48,7 +49,7 @@ CONTRACT = {  # name -> label names
     "ganwatch_evidence_threshold_log10": {"model", "role", "version"},
     "ganwatch_shards": {"model", "role", "version"},
     "ganwatch_budget_share": {"model", "role", "version"},
-    "ganwatch_modes": {"model", "role", "version", "state"},
+    "ganwatch_modes": {"model", "role", "version", "population", "state"},
     "ganwatch_comparison_evidence_log10": {"model", "role", "version", "against"},
     "ganwatch_comparison_threshold_log10": {"model", "role", "version", "against"},
     "ganwatch_comparison_agreement_ratio": {"model", "role", "version", "against"},
@@ -141,8 +142,13 @@ def test_a_canary_has_series_of_its_own_and_is_compared_with_production(candidat
     assert scraped("ganwatch_window_samples", role="canary", population="fresh", estimator="js") == 600
     assert scraped("ganwatch_comparison_pairs", version="v2", against="v1") == 600 and scraped("ganwatch_comparison_differs") == 1
     assert scraped("ganwatch_comparison_dropped", reason="rejected") == scraped("ganwatch_comparison_dropped", reason="unpaired") == 0
-    assert scraped("ganwatch_modes", role="production", state="covered") == 8 == scraped("ganwatch_modes", role="production", state="certainly_covered")
-    assert scraped("ganwatch_modes", role="production", state="certainly_dropped") == 2 and scraped("ganwatch_modes", role="canary", state="unwatched") == 0
+    for population, certain in (("fresh", 8), ("recent", 8), ("served", 0)):
+        modes = {state: scraped("ganwatch_modes", role="production", population=population, state=state) for state in ("covered", "certainly_covered", "certainly_dropped")}
+        assert modes == {"covered": 8, "certainly_covered": certain, "certainly_dropped": certain // 4}, population
+    assert scraped("ganwatch_modes", role="canary", population="fresh", state="unwatched") == 0
+    nobody = {"role": "canary", "population": "served"}  # probes are not what clients got
+    assert scraped("ganwatch_modes", **nobody, state="covered") == 0 == scraped("ganwatch_window_samples", **nobody, estimator="js")
+    assert math.isnan(scraped("ganwatch_mode_share", **nobody, mode="3")) and math.isnan(scraped("ganwatch_divergence", **nobody, estimator="js"))
     candidate.registry.set_alias("grid", "canary", None, reason="test")
     candidate.follow(START)
     assert not [s for s in Scraped(candidate, START).samples if s.labels.get("role") == "canary" or "comparison" in s.name]
@@ -187,7 +193,10 @@ def test_the_values_are_those_of_the_monitor(watch: Watch) -> None:
     assert scraped("ganwatch_window_samples", population="fresh", estimator="kid") == 512
     kinds = {(s.labels["population"], s.labels["estimator"]): s.labels["ci"] for s in scraped.samples if s.name == "ganwatch_interval_info"}
     assert kinds == {(population, name): gauge.ci for population, found in shown.gauges.items() for name, gauge in found.items()}
-    assert scraped("ganwatch_mode_share_low", mode="3") == 0 < scraped("ganwatch_mode_share_high", mode="3") < scraped("ganwatch_mode_share_reference", mode="3")
+    for population in ("fresh", "recent"):
+        low, high = (scraped(f"ganwatch_mode_share_{end}", population=population, mode="3") for end in ("low", "high"))
+        assert low == 0 < high < scraped("ganwatch_mode_share_reference", mode="3")
+    assert math.isnan(scraped("ganwatch_mode_share_low", population="served", mode="3"))
     assert math.isnan(scraped("ganwatch_arl_target_seconds")) and scraped("ganwatch_samples_untested_total") == 0
     assert scraped("ganwatch_samples_unaliased_total") == scraped("ganwatch_incident_records_refused_total") == 0
     assert (
@@ -195,8 +204,8 @@ def test_the_values_are_those_of_the_monitor(watch: Watch) -> None:
         > scraped("ganwatch_divergence_threshold", estimator="js")
         > scraped("ganwatch_divergence_certified", estimator="js")
     )
-    assert scraped("ganwatch_mode_coverage_ratio", population="fresh") == 0.8
-    assert scraped("ganwatch_mode_share", mode="3") == 0 and scraped("ganwatch_mode_share_reference", mode="3") == pytest.approx(
+    assert scraped("ganwatch_mode_coverage_ratio", population="fresh") == 0.8 and scraped("ganwatch_frechet_clipped_total") == shown.snapshot["frechet_clipped"] == 0
+    assert scraped("ganwatch_mode_share", population="served", mode="3") == 0 and scraped("ganwatch_mode_share_reference", mode="3") == pytest.approx(
         0.099
     )
     assert [s.labels["mode"] for s in scraped.samples if s.name == "ganwatch_mode_alarmed" and s.value] == ["3", "8"]

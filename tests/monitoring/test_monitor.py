@@ -204,6 +204,11 @@ def test_what_is_recent_forgets(make_bundle, draw):
         assert (gauge.ci == "none") == (fresh[name].ci == "none")
     for name, factor in (("js", 0.6), ("mmd", 0.8)):  # the one is quadratic in what is lost, the other linear
         assert recent[name].value < factor * fresh[name].value and 1000 < recent[name].n < 2 / math.log(2) * HALF_LIFE + 1
+    clocks = {population: (monitor.modes(population)[3], monitor.coverage(population)) for population in POPULATIONS}
+    (now, counted), (block, _), (got, shown) = clocks["recent"], clocks["fresh"], clocks["served"]
+    assert block["served"] < now["served"] and block["high"] < now["high"] and block["low"] < now["low"] < now["served"] < now["high"]
+    assert got["served"] == block["served"] and math.isnan(got["low"]) and math.isnan(got["high"]) and monitor.modes("served")[0]["status"] == "uncertain"
+    assert monitor.modes() == monitor.modes("fresh") and counted["real"] == 10 and (shown["certainly_covered"], shown["certainly_dropped"]) == (0, 0)
     for name in ("mmd", "kid", "sliced_wasserstein"):
         assert recent[name].high - recent[name].low < fresh[name].high - fresh[name].low, name
 
@@ -265,7 +270,7 @@ def test_snapshot_is_json_and_complete(make_bundle, draw):
         snapshot = watch(bundle, samples).snapshot()
         assert json.loads(json.dumps(snapshot, allow_nan=False)) == json.loads(json.dumps(snapshot))
     assert set(snapshot) == {
-        *("model", "version", "verdict", "monitored", "given", "served", "rejected", "evidence", "log10_threshold", "arl"),
+        *("model", "version", "verdict", "monitored", "given", "served", "rejected", "frechet_clipped", "evidence", "log10_threshold", "arl"),
         *("budget", "gauges", "tolerance", "modes", "coverage", "replay", "rerun", "detectable", "slack"),
     }
     assert set(snapshot["verdict"]) == {"id", "words", "advice", "modes", "null", "stays", "since_sample", "since"}
