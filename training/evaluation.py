@@ -158,7 +158,8 @@ def wasserstein(x: Float[ndarray, "n"], y: Float[ndarray, "m"], p: int = 1) -> f
 def sliced_wasserstein(real: Float[ndarray, "n d"], fake: Float[ndarray, "m d"], *, projections: int = 50, seed: int = 0) -> float:
     """Root of the mean squared 2-Wasserstein distance over random directions (Bonneel et al. 2015), drawn as POT draws them.
 
-    It stays informative where supports are disjoint and Jensen-Shannon stands still at log 2.
+    It stays informative where supports are disjoint and Jensen-Shannon stands still at log 2. The monitor's gauge of this name is the
+    mean of W1, which is no larger.
     """
     directions = np.random.RandomState(seed).randn(real.shape[1], projections)
     directions /= np.linalg.norm(directions, axis=0)

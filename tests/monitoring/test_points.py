@@ -18,6 +18,7 @@ from monitoring.points import (
     POINT_GAUGES,
     Cloud,
     Embedding,
+    directions,
     intrinsic_dimension,
     kernel_distance,
     reach,
@@ -67,6 +68,8 @@ def test_neighbours_are_their_definitions():
 def test_the_offline_measuring_stick_says_the_same():
     assert Cloud(REAL).neighbours(SERVED) == pytest.approx(evaluation.prdc(REAL, SERVED), abs=1e-6)
     assert kernel_distance(SERVED, REAL[:90]) == pytest.approx(evaluation.kid(REAL[:90], SERVED, subsets=1)[0], abs=1e-6)
+    lines = zip(directions(7) @ REAL.T, directions(7) @ SERVED.T, strict=True)
+    assert sliced_wasserstein(SERVED, REAL) == pytest.approx(np.mean([evaluation.wasserstein(x, y) for x, y in lines]), abs=1e-6)
     p, q = np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.25, 0.25, 0.45, 0.05])
     assert {name: divergence(p, q) for name, divergence in DIVERGENCES.items()} == pytest.approx(evaluation.divergences(p, q), abs=1e-6)
 
