@@ -57,6 +57,8 @@ class State:
                 getattr(self, name).load_state_dict(state[name])
             for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
                 optimiser.load_state_dict(saved)
+        except torch.cuda.OutOfMemoryError:
+            raise  # the device's, not the checkpoint's: there may be room at the next try
         except (RuntimeError, ValueError) as error:  # names each weight that is missing, left over or of another shape
             raise CheckpointError(f"this run was begun with other networks than --network {self.recipe.network} is now; {instead}:\n{error}") from None
         self.noise.sigma = state["noise"]

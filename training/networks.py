@@ -1,7 +1,7 @@
 """Generators and critics: multilayer perceptrons, DCGAN and a small residual network. Leaky ReLU, no normalisation layers.
 
 Batch statistics would tie a sample to its neighbours: the penalties could not be taken sample by sample, and the averaged
-generator would have no statistics of its own. The networks map rows to rows in the networks' units (data.py); an image is a row
+generator would have none of its own (of a user's network it takes the last ones). The networks map rows to rows in the networks' units (data.py); an image is a row
 of h * w * c numbers, channels last. What is served, and how it is trained, they do not know.
 """
 

@@ -125,11 +125,12 @@ def functional(
     derivatives: Callable[..., Any] | None = None,  # _derivatives compiled
 ) -> Gradients:
     n, x = len(real), torch.cat([real, fake, between]).detach()
-    weights = {name: parameter.detach() for name, parameter in critic.named_parameters()}
+    weights = {name: parameter.detach() for name, parameter in critic.named_parameters() if parameter.requires_grad}
     charged = gamma / 2 * penalty.charged(n, len(between), x)
     found = (derivatives or _derivatives)(critic, objective, penalty, weights, x, _labels(y, len(x)), n, charged)
     by_weight, (loss, price, logit, slope) = found
-    for name, parameter in critic.named_parameters():
+    for name in weights:
+        parameter = critic.get_parameter(name)
         parameter.grad = torch.empty_like(parameter).copy_(by_weight[name])  # compiled code chooses other strides, fused Adam reads memory
     return Gradients.of(objective, n, logit, slope, loss, price)
 
@@ -259,7 +260,8 @@ def _by_logits(
 def clip_weights(critic: nn.Module, bound: float) -> None:
     """Every weight into [-bound, bound], after each step: the Lipschitz constraint of Arjovsky et al. 2017, algorithm 1."""
     for parameter in critic.parameters():
-        parameter.clamp_(-bound, bound)
+        if parameter.requires_grad:
+            parameter.clamp_(-bound, bound)
 
 
 def normalise_spectrally(critic: nn.Module) -> None:
@@ -290,12 +292,13 @@ def unrolled_pull(
     """
     fake = fake.detach().requires_grad_()
     weights = {name: parameter.detach().requires_grad_() for name, parameter in critic.named_parameters() if parameter.requires_grad}
+    buffers = {name: buffer.clone() for name, buffer in critic.named_buffers()}  # statistics of batches move in these
     for _ in range(steps):
-        logits = (functional_call(critic, weights, (x, y)) for x in (real, fake))
+        logits = (functional_call(critic, buffers | weights, (x, y)) for x in (real, fake))
         loss = objective.critic_loss(*logits).mean()
         slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True, materialize_grads=True)
         weights = {name: w - rate * slope for (name, w), slope in zip(weights.items(), slopes, strict=True)}
-    logits = (functional_call(critic, weights, (x, y)) for x in (real, fake))
+    logits = (functional_call(critic, buffers | weights, (x, y)) for x in (real, fake))
     return torch.autograd.grad(objective.generator_loss(*logits).mean(), fake)[0]
 
 

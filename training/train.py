@@ -175,6 +175,8 @@ def adversarial_training(
     gradients_of = gradients_for(judge, compiled=config.compile)
     if config.compile:
         check_compiler()
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in critic.modules()):
+            raise Unsupported("--compile with a critic that keeps statistics of batches: they cannot be moved where it is differentiated; leave --compile out")
         generate = torch.compile(generate)
     noise = InstanceNoise(recipe.noise, config.noise_schedule)
     look = Look(dataset, latent, objective, conditional=config.conditional, packing=config.packing, seed=config.seed)
@@ -230,7 +232,8 @@ def adversarial_training(
         due = (step + 1) % every == 0 or step + 1 == recipe.steps
         if due and world > 1:  # statistics are of each worker's part of the batches, and all shall see and keep the same
             for buffer in (*generator.buffers(), *critic.buffers()):
-                torch.distributed.broadcast(buffer, 0)
+                if buffer.numel():
+                    torch.distributed.broadcast(buffer, 0)
 
         # The served weights are a running mean whose half-life is a share of the run so far (Karras et al. 2024); buffers are the last.
         keep = 0.5 ** (1 / max(1.0, HALF_LIFE * step))
@@ -347,6 +350,8 @@ def train_worker(job: dict[str, Any]) -> None:
             with wide_products(config.recipe.width):
                 adversarial_training(config, dataset, rank=rank, world=world, device=device, say=say, save=save, resume=resume)
     except (TrainingStopped, Unsupported, CheckpointError, DataError) as stopped:  # to try again would end alike
+        if world > 1 and isinstance(stopped, CheckpointError | DataError):
+            raise  # perhaps of this worker's disk alone, and the others would wait for it
         with suppress(OSError):  # a report would not do: Ray keeps the metrics of the last one that came with a checkpoint
             (Path(job["run"]) / STOPPED).write_text(str(stopped))
 

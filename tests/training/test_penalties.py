@@ -22,6 +22,17 @@ from training.penalties import (
 NONE = torch.zeros(0, 3, dtype=torch.float64)
 
 
+class Labelled(nn.Module):
+    """A critic that takes a label and does not care."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, y):
+        return self.inner(x)
+
+
 class Line(nn.Module):
     """The critic of the Dirac-GAN: C(x) = w x."""
 
@@ -179,6 +190,21 @@ def test_clipping_bounds_every_weight():
     critic = Critic(3, width=16, classes=0)
     clip_weights(critic, 0.01)
     assert max(float(p.detach().abs().max()) for p in critic.parameters()) == pytest.approx(0.01)
+
+
+def test_what_does_not_learn_is_left_as_it_is():
+    """Frozen weights by clipping and by the gradient that can be compiled, statistics of batches by looking ahead."""
+    critic, (real, fake) = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.LeakyReLU(), nn.Linear(4, 1), nn.Flatten(0)), draw(6, 3)
+    critic = Labelled(critic).double()
+    critic.inner[0].weight.requires_grad_(False).fill_(0.5)
+    before = copy.deepcopy(critic.state_dict())
+    unrolled_pull(critic, OBJECTIVES["hinge"], real, fake, None, steps=2)
+    assert all(torch.equal(before[name], value) for name, value in critic.state_dict().items())
+    critic.inner[1] = nn.Identity()
+    functional(critic, OBJECTIVES["hinge"], PENALTIES["r1r2"], real, fake, NONE, None, 1.0)
+    assert critic.inner[0].weight.grad is None and critic.inner[3].weight.grad.any()
+    clip_weights(critic, 0.01)
+    assert (critic.inner[0].weight == 0.5).all() and critic.inner[3].weight.abs().max() <= 0.01
 
 
 @pytest.mark.parametrize(("name", "shape", "classes"), [("perceptron", (3,), 0), ("dcgan", (8, 8, 1), 0), ("dcgan", (8, 8, 1), 3), ("resnet", (8, 8, 1), 3)])
