@@ -58,7 +58,10 @@ class Policy:
     def _is_sound(self, model: str, version: str) -> bool:
         """Whether it is there, whole, and neither forced nor faulty."""
         try:
-            card = self.registry.open(model, version).card
+            card = self.registry.card(model, version)
+            if card.forced is not None or card.fault is not None:
+                return False
+            self.registry.open(model, version)
         except (RegistryError, BundleError):
             return False  # deleted or damaged since; there may be an older one
-        return card.forced is None and card.fault is None
+        return True

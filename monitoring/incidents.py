@@ -46,7 +46,7 @@ class Incidents:
         self.refused: str | None = None
         try:
             self._database = _open(path)
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, ValueError) as error:
             aside = path.with_name(f"{path.name}.{time.time_ns()}.damaged")
             for part in ("", "-wal", "-shm"):  # what was written last may lie in the second, which must not be taken for the new file's
                 if (old := Path(f"{path}{part}")).exists():
@@ -149,12 +149,22 @@ def _open(path: Path) -> sqlite3.Connection:
             if found != "ok":
                 raise sqlite3.DatabaseError(" ".join(found.split()))
             database.executescript(_TABLE)
-        except sqlite3.Error:
+            _read_all(database)
+        except (sqlite3.Error, ValueError):
             database.close()
             raise
     except sqlite3.OperationalError as error:  # a directory, not to be written, held by another process
         raise OSError(f"cannot open the record of alarms {path}: {error}; make it accessible or choose another --home") from error
     return database
+
+
+def _read_all(database: sqlite3.Connection) -> None:
+    """Raises sqlite3.DatabaseError where a row cannot be read: the check of the file looks at its structure alone."""
+    try:
+        for row in database.execute("SELECT * FROM incident"):
+            _plain(row)
+    except (sqlite3.OperationalError, ValueError, TypeError) as error:
+        raise sqlite3.DatabaseError(f"a row cannot be read: {error}") from error
 
 
 def _plain(row: sqlite3.Row) -> dict[str, Any]:

@@ -131,6 +131,7 @@ class Watched:
     shards: OrderedDict[str, Mapping[str, Any]] = field(default_factory=OrderedDict)  # name of another monitor -> its newest state
     sum: Monitor | None = None  # of this monitor and all shards
     summed: int = 0  # shards in it
+    clipped: int = 0  # what it and its shards counted themselves when they were last summed up, see Monitor.frechet_clipped
     scratch: tuple[Monitor, Monitor] | None = None  # through which shards are read and tried
 
     @property
@@ -655,7 +656,7 @@ class Watch:
         watched = self._watched[name, version]
         if not watched.shards and watched.sum is None:
             return
-        alarm = None if watched.sum is None else watched.sum.alarm
+        alarm, read = (None, 0) if watched.sum is None else (watched.sum.alarm, watched.sum.frechet_clipped - watched.clipped)
         if watched.sum is not None and watched.sum.share != watched.monitor.share:  # of another share of the budget: older states do not fit
             watched.shards.clear()
             watched.sum = None
@@ -667,6 +668,8 @@ class Watch:
             for state in watched.shards.values():
                 scratch.restore(state)
                 found.merge(scratch, at=at)
+            watched.clipped = found.frechet_clipped
+            found.frechet_clipped += read  # what the sum's own gauges clipped, which no state of a part holds
         finally:
             if alarm is not None:
                 found.keep_alarm(alarm)
@@ -683,6 +686,7 @@ class Watch:
         watched.sum = self._monitor(watched.bundle, watched.share)
         watched.sum.restore(watched.monitor.state())
         watched.sum.keep_alarm(alarm)
+        watched.clipped = watched.sum.frechet_clipped
 
     def act(self, at: float) -> None:
         """Let the policy change the aliases whose version is alarmed. `follow` then sees the change like anybody's."""
@@ -850,7 +854,9 @@ class Watch:
         """Write an alarm down before anybody can read of it, and follow its verdict while that sharpens."""
         watched = self._watched[name, version]
         monitor, verdict = watched.judged, watched.judged.verdict
-        if monitor.first_alarm is None or watched.recorded == (verdict.id, verdict.modes):
+        # Words of other verdicts hold counts; of fakes they say which classes make them, and more may be named later.
+        told = (verdict.id, (*verdict.modes, verdict.words) if verdict.id == "off_manifold" else verdict.modes)
+        if monitor.first_alarm is None or watched.recorded == told:
             return
         try:
             self._save(name, version)
@@ -873,7 +879,7 @@ class Watch:
         except sqlite3.Error as error:  # tried again with the next samples, and with the next view
             self._notices.append((at, f"the alarm of {name} {version} is not on record: {error}"))
             return
-        watched.recorded = (verdict.id, verdict.modes)
+        watched.recorded = told
         self._alarms[name, verdict.id] += opened
         self.changed = True
 

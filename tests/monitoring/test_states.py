@@ -569,7 +569,15 @@ def test_a_state_that_does_not_fit_is_said_and_counted(scene: Scene) -> None:
     assert view.restores["grid", "refused"] == 1 and "v1.npz" in view.errors[0] and view.models["grid"].snapshot["monitored"] == 0
 
 
-@pytest.mark.parametrize("damage", [lambda body: b"no database", lambda body: body[: len(body) // 2], lambda body: body[:4096] + bytes(len(body) - 4096)])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda body: b"no database",
+        lambda body: body[: len(body) // 2],
+        lambda body: body[:4096] + bytes(len(body) - 4096),
+        lambda body: body.replace(b"mode_dropping", b"\xff" * 13),  # of which the check of the file sees nothing
+    ],
+)
 def test_a_damaged_record_of_alarms_is_put_aside_said_and_counted(scene: Scene, damage: Callable[[bytes], bytes]) -> None:
     """And what it alone knew, the alarm of a version that is still latched, is on record again."""
     scene.registry.set_alias("grid", "production", "v2", reason="test")

@@ -214,7 +214,7 @@ def test_data_that_never_vary_are_refused(same, tmp_path, opened):
         (5e8 + np.arange(300) / 100, "from 500000000 to 500000003, and"),  # of which float32 keeps one value
         (1e-50 * np.arange(300), "from 0 to 2.99e-48, and .* round it by up to 2.99e-48; .* or scale what is below 1e-38"),
         (np.linspace(0, 1e9, 300), ""),  # each value by 32 at most
-        (2**25 + 2 * np.arange(300), ""),
+        (2**25 + 4 * np.arange(300), ""),
         (np.full(300, 0.1), ""),
     ],
 )
