@@ -538,11 +538,21 @@ def telling(journal: Journal, stage: str, words: str) -> Callable[[int, int], No
     return progress
 
 
-def check_export(config: Config, dataset: Dataset, latent: SignGaussian) -> None:
-    """Raise InputError where a generator of the user's own could not be served: seconds now, in place of hours until it is trained."""
+def check_networks(config: Config, dataset: Dataset, latent: SignGaussian) -> None:
+    """Raise InputError where networks of the user's own cannot be built, judge no samples or could not be served: seconds now, in
+    place of hours until they are trained, or of workers that die by them again and again."""
+    shape, n = "x".join(map(str, dataset.shape)), 2 * config.packing
+    try:
+        _, generator, critic = build(config, dataset)
+        y = torch.from_numpy(dataset.labels[:n]) if config.conditional else None
+        logits = critic(pack(torch.from_numpy(dataset.normalised(slice(n))), config.packing), y)
+        if logits.shape != (2,):
+            raise ValueError(f"the critic makes {list(logits.shape)} of 2 rows; a logit for each is expected, [2]")
+    except Exception as error:  # whatever their own code raises
+        raise InputError(f"--network {config.recipe.network} does not work for samples of {shape}: {type(error).__name__}: {error}") from None
     with tempfile.TemporaryDirectory() as directory:
         try:
-            export_generator(Path(directory) / "model.onnx", build(config, dataset)[1], dataset, latent)
+            export_generator(Path(directory) / "model.onnx", generator, dataset, latent)
         except ExportError as error:
             words = (
                 "forward must take any number of rows, treat each by itself and all alike, draw nothing and use what ONNX has: "
@@ -577,7 +587,7 @@ def execute(config: Config, run: Path, journal: Journal) -> Bundle:
     print(f"pictures {run / 'samples'}, one for each tenth of the run", flush=True)
     journal.write("latent", signs=latent.signs, normals=latent.normals, clusters=count)
     if config.recipe.network not in FAMILIES:
-        check_export(config, dataset, latent)
+        check_networks(config, dataset, latent)
     with ThreadPoolExecutor(1) as beside:  # this process only waits while the workers train
         eye = beside.submit(fit_eye, dataset, seed=config.seed, remember=config.reference_points)
         weights, metrics = train(config, run, device == "cuda", clusters=dataset.clusters)

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from training.bundle import open_bundle
 from training.config import Config, InputError, check
 from training.data import DATASETS, DataError
-from training.recipes import RECIPES
+from training.networks import FAMILIES
+from training.recipes import RECIPES, latent_law
 from training.registry import Registry, RegistryError
-from training.train import JOB, TrainingStopped, adversarial_training, build, chosen_device, decayed, open_data, python_path
+from training.train import JOB, TrainingStopped, adversarial_training, build, check_networks, chosen_device, decayed, open_data, python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 MNIST = ROOT.parent / "shared" / "data" / "mnist.npz"
@@ -176,6 +178,29 @@ def test_networks_that_could_not_be_served_are_refused_before_the_first_step(tmp
     assert f"(at {tmp_path / 'their_nets.py'}:8); forward must " in done.stderr and "torch.where in place of an `if`" in done.stderr
     (status,) = (tmp_path / "home").glob("runs/*/status.jsonl")
     assert [json.loads(line)["stage"] for line in status.read_text().splitlines()] == ["begin", "ray", "latent", "failed"]
+
+
+class Pairs(nn.Linear):
+    def forward(self, x, y=None):
+        return super().forward(x)
+
+
+def broken(latent, shape, **how):
+    raise RuntimeError(f"no generator for {shape}")
+
+
+PAIRS = replace(FAMILIES["perceptron"], critic=lambda shape, **how: Pairs(shape[0], 2))
+BROKEN = replace(FAMILIES["perceptron"], generator=broken)
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [("PAIRS", r"samples of 2: ValueError: the critic makes \[2, 2\] of 2 rows; a logit for each is expected, \[2\]"), ("BROKEN", r"samples of 2: RuntimeError: no generator for \(2,\)")],
+)
+def test_networks_that_do_not_fit_the_data_are_refused_in_words(network, words):
+    config, ring = Config(dataset="ring", network=f"tests.training.test_train:{network}"), DATASETS["ring"]()
+    with pytest.raises(InputError, match=f"--network tests.training.test_train:{network} does not work for {words}"):
+        check_networks(config, ring, latent_law(config.recipe, ring.clusters, ring.dim))
 
 
 def test_the_device_is_chosen_by_what_ray_has_and_told_where_gpus_are_left():
