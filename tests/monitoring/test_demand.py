@@ -176,6 +176,19 @@ def test_a_class_that_makes_another_alarms_in_a_monitor_and_is_named(conditional
     assert (monitor.verdict.id, monitor.verdict.modes) == ("mode_dropping", ("4",)) and monitor.first_alarm < 1000
 
 
+def test_an_incident_names_each_class_that_makes_junk(tmp_path, make_bundle):
+    registry, bundle = Registry(tmp_path / "registry"), make_bundle(root=tmp_path / "registry", conditional=True)
+    registry.set_alias("grid", "production", "v1", reason="test")
+    watch = Watch(registry, Incidents(tmp_path / "incidents.db"), arl=2.6e9)
+    watch.follow(START)
+    junk = np.repeat(np.array([[1.0, 0.0]], bundle.certificate.golden_sample.dtype), 300, axis=0)  # between the modes
+    words = []
+    for label in (3, 5):
+        watch.eat([Record("grid", "v1", "server_seed", label, 0, junk, START, label=label)], START)
+        words += [incident["words"] for incident in watch.incidents.newest()]
+    assert [w.split("these are asked for: ")[1] for w in words] == ["3.", "3, 5."]
+
+
 @pytest.mark.parametrize("part", [1.0, 0.2])
 def test_a_class_that_makes_junk_is_off_the_manifold_and_named_within_the_computed_delay(conditional, part):
     """... also where it makes nothing else, so that no bet on a mode ever looks at its samples; none of the others is accused."""
