@@ -60,7 +60,7 @@ def replay(bundle: Path, samples: Path, arl: float | str, *, test_rate: float | 
     return {
         "first_alarm": first_alarm,
         "verdict": snapshot["verdict"]["id"],
-        **{name: snapshot["verdict"][name] for name in ("words", "advice", "modes")},
+        **{name: snapshot["verdict"][name] for name in ("words", "advice", "modes", "classes")},
         "gauges": snapshot["gauges"]["fresh"],
         "samples": count,
         "arl_seconds": budget.seconds,

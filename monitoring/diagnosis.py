@@ -20,13 +20,14 @@ from training.drops import DropBounds, delay_of_loss
 
 @dataclass(frozen=True)
 class Verdict:
-    """id: one of VERDICTS; words, advice: a sentence each; modes: those dropped; null: the hypothesis that was refuted; stays: why another
-    version would serve no better, where that is so."""
+    """id: one of VERDICTS; words, advice: a sentence each; modes: those dropped; classes: those whose samples are fakes, where that shows
+    class by class; null: the hypothesis that was refuted; stays: why another version would serve no better, where that is so."""
 
     id: str
     words: str
     advice: str
     modes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
     null: Literal["A", "B"] | None = None
     stays: str | None = None
 
@@ -179,10 +180,10 @@ def diagnose(
         return replace(moved, words=moved.words.format(version=passed_as), advice=moved.advice.format(version=passed_as))
     dropped = tuple(name for name in modes if f"drop:{name}" in groups)
     words = verdict.words.format(modes=", ".join(dropped))
-    asked = ", ".join(name for c, name in enumerate(classes) if f"upper:{c}" in groups)
-    if verdict.id == "off_manifold" and asked:
-        words = f"{words} So it is where these are asked for: {asked}."
-    return Verdict(verdict.id, words, verdict.advice, dropped, verdict.null)
+    asked = tuple(name for c, name in enumerate(classes) if f"upper:{c}" in groups) if verdict.id == "off_manifold" else ()
+    if asked:
+        words = f"{words} So it is where these are asked for: {', '.join(asked)}."
+    return replace(verdict, words=words, modes=dropped, classes=asked)
 
 
 def replaced(verdict: Verdict, other: Verdict) -> Verdict:
@@ -192,7 +193,7 @@ def replaced(verdict: Verdict, other: Verdict) -> Verdict:
     """
     if verdict.id in ("latent_fault", "memorisation"):
         return verdict
-    return replace(other, words=f"{other.words} What shows: {verdict.words}", modes=verdict.modes, null=verdict.null)
+    return replace(other, words=f"{other.words} What shows: {verdict.words}", modes=verdict.modes, classes=verdict.classes, null=verdict.null)
 
 
 def detectable(certificate: Certificate, bounds: DropBounds, modes: tuple[str, ...], *, monitored: int, threshold: float) -> str:

@@ -118,7 +118,7 @@ class Watched:
     share: float
     last_sample_at: float | None = None
     last_fresh_at: float | None = None  # of a sample that the detectors ate: without those, silence means nothing
-    recorded: tuple[str, tuple[str, ...]] | None = None  # verdict and modes of the open incident, as last written down
+    recorded: tuple[str, tuple[str, ...], tuple[str, ...]] | None = None  # verdict, modes and classes of the open incident, as last written down
     newest: deque[ndarray] = field(default_factory=deque)  # newest samples, probes too, a few arrays, newest last
     since: float = 0.0  # when an alias first named it, Unix seconds
     drawn: deque[tuple[float, int]] = field(default_factory=deque)  # (at, samples) that clients drew with the server's seeds
@@ -854,8 +854,7 @@ class Watch:
         """Write an alarm down before anybody can read of it, and follow its verdict while that sharpens."""
         watched = self._watched[name, version]
         monitor, verdict = watched.judged, watched.judged.verdict
-        # Words of other verdicts hold counts; of fakes they say which classes make them, and more may be named later.
-        told = (verdict.id, (*verdict.modes, verdict.words) if verdict.id == "off_manifold" else verdict.modes)
+        told = (verdict.id, verdict.modes, verdict.classes)  # words hold counts, which grow with every sample
         if monitor.first_alarm is None or watched.recorded == told:
             return
         try:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.spatial.distance import cdist
+from scipy.spatial.distance import cdist, pdist
 from scipy.stats import wasserstein_distance
 
 from monitoring.asymptotic import Spread
@@ -70,6 +70,12 @@ def test_the_offline_measuring_stick_says_the_same():
     assert kernel_distance(SERVED, REAL[:90]) == pytest.approx(evaluation.kid(REAL[:90], SERVED, subsets=1)[0], abs=1e-6)
     lines = zip(directions(7) @ REAL.T, directions(7) @ SERVED.T, strict=True)
     assert sliced_wasserstein(SERVED, REAL) == pytest.approx(np.mean([evaluation.wasserstein(x, y) for x, y in lines]), abs=1e-6)
+    embedding = Embedding(REAL, width_from=WIDTH)
+    real, served = (embedding(x).astype(np.float64) for x in (REAL, SERVED))
+    width = float(np.median(pdist(WIDTH)))
+    gauge = embedding.mmd(served.sum(axis=0), len(served), delta=0.05)[0]
+    assert gauge == pytest.approx(math.sqrt(evaluation.squared_mmd(lambda a, b: a @ b.T, real, served)), abs=1e-6)
+    assert gauge == pytest.approx(evaluation.mmd(REAL, SERVED, width=width), rel=0.1)  # the same kernel, but for the chance of its frequencies
     p, q = np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.25, 0.25, 0.45, 0.05])
     assert {name: divergence(p, q) for name, divergence in DIVERGENCES.items()} == pytest.approx(evaluation.divergences(p, q), abs=1e-6)
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
+from scipy.spatial.distance import pdist
 from scipy.stats import wasserstein_distance
-from sklearn.metrics.pairwise import polynomial_kernel
+from sklearn.metrics.pairwise import polynomial_kernel, rbf_kernel
 
 from training.bundle import Card, SignGaussian, open_bundle
 from training.data import DATASETS
@@ -25,6 +26,7 @@ from training.evaluation import (
     main,
     mixture_fit,
     mixture_floor,
+    mmd,
     ndb,
     nearest_ratio,
     prdc,
@@ -138,6 +140,20 @@ def test_fid_and_kid_agree_with_scipy_and_scikit_learn(arrays):
     assert kid(x, y, subsets=1)[0] == pytest.approx(xx[off].mean() + yy[off].mean() - 2 * xy.mean(), abs=1e-6)
 
 
+def test_mmd_agrees_with_scikit_learn_and_with_the_closed_form_of_normal_laws(arrays):
+    x, y = arrays
+    width = np.median(pdist(x))
+    xx, yy, xy = (rbf_kernel(a, b, gamma=1 / (2 * width**2)) for a, b in ((x, x), (y, y), (x, y)))
+    square = xx[~np.eye(600, dtype=bool)].mean() + yy[~np.eye(450, dtype=bool)].mean() - 2 * xy.mean()
+    assert mmd(x, y) == pytest.approx(np.sqrt(square), abs=1e-6)
+    assert mmd(x, x[::-1]) == 0.0 and np.isnan(mmd(np.ones((200, 3)), x[:, :3]))
+    # Of N(0, I) and N(m, I) the difference of two points is N(0 or m, 2 I), whose mean kernel is a Gaussian integral.
+    rng, mean, wide = np.random.default_rng(5), 0.5 * np.ones(3), 1.5**2 + 2
+    exact = 2 * (1.5**2 / wide) ** 1.5 * (1 - np.exp(-mean @ mean / (2 * wide)))
+    squares = [mmd(rng.standard_normal((1000, 3)), rng.standard_normal((800, 3)) + mean, width=1.5) ** 2 for _ in range(20)]
+    assert np.mean(squares) == pytest.approx(exact, abs=4 * np.std(squares) / np.sqrt(20))
+
+
 def test_vendi_counts_what_is_different():
     points = np.array([0, 0, 10, 10, 20, 20])
     assert vendi(np.exp(-np.abs(points[:, None] - points).astype(float))) == pytest.approx(2.9999, abs=1e-4)  # its authors' example
@@ -206,7 +222,7 @@ def test_a_bundle_is_judged_beside_a_perfect_sampler(ring):
     assert rows["mixture_modes"] == [8, 8] and rows["confident_modes"] == [8] and rows["modes"][1] == pytest.approx(8)
     assert rows["mixture_high_quality"][0] < rows["mixture_high_quality"][1] == pytest.approx(0.9889, abs=1e-4)
     assert rows["mixture_reverse_kl"][1] == pytest.approx(7 / (2 * 2000 * 0.9889), rel=1e-3)
-    for name in ("fid", "kid", "precision", "recall", "density", "coverage", "ndb", "bin_js", "vendi_ratio", "sliced_wasserstein", "nearest_ratio"):
+    for name in ("fid", "kid", "mmd", "precision", "recall", "density", "coverage", "ndb", "bin_js", "vendi_ratio", "sliced_wasserstein", "nearest_ratio"):
         assert len(rows[name]) == 2, name
     assert rows["fid"][1] < rows["fid"][0] and rows["precision"][0] < rows["precision"][1] and rows["nearest_ratio"][1] == 1
     reference = open_bundle(ring).reference
