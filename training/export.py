@@ -32,10 +32,11 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 from training.bundle import (
-    MODE_FLOOR,
     DUPLICATE_BLOCK,
     FILES,
+    MODE_FLOOR,
     Bundle,
+    BundleError,
     Card,
     Certificate,
     Reference,
@@ -67,7 +68,7 @@ ACCURATE = 0.97
 ARL = 2.6e9  # samples to a false alarm for which expected delays are stated
 
 
-class ExportError(RuntimeError):
+class ExportError(BundleError):
     """A network that ONNX cannot say, or of which onnxruntime does not compute what torch does. The text says where and by how much."""
 
 

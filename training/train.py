@@ -713,7 +713,7 @@ def main() -> None:
     except QualityRefused as failure:
         words = f"not published, the quality gate objects:\n{failure}\nto publish it all the same: {failure.remedy}"
         end(words, status=1, reason=str(failure))
-    except (TrainingStopped, ExportError, RegistryError, BundleError) as failure:
+    except (TrainingStopped, RegistryError, BundleError) as failure:
         end(f"not published: {failure}", status=1, reason=str(failure))
     except (OSError, CheckpointError) as error:  # of the last checkpoint, before which there is another
         end(f"not published: {error}; {again}", status=1, reason=str(error))
