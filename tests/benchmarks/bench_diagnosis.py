@@ -48,7 +48,6 @@ from monitoring.watch import SHARES, Watch  # noqa: E402
 from serving.records import Record  # noqa: E402
 from serving.sampler import Sampler, Window  # noqa: E402
 from serving.service import RERUN  # noqa: E402
-from training.bundle import Bundle  # noqa: E402
 from training.registry import Registry  # noqa: E402
 
 ARL, WARM, SETTLED, BATCH, ROUND = 1e6, 500, 1000, 64, 500
@@ -91,9 +90,10 @@ class Stage:
         self.names, self.eye = self.healthy.card.modes, Eye(self.healthy)
         self.registry, self.model, self.version = registry, model, version
         self.golden = Golden(self.healthy, self.healthy.model_path.read_bytes())
-        self.broken: dict[str, tuple[Bundle, Compared, set[str]]] = {}  # what was dropped -> the bundle, what becomes of the golden rows, what was lost
+        self.sampler = Sampler(self.healthy)
+        self.broken: dict[str, tuple[Sampler, Compared, set[str]]] = {}  # what was dropped -> who draws then, what becomes of the golden rows, what was lost
 
-    def faulty(self, run: int) -> tuple[Bundle, Compared, set[str]]:
+    def faulty(self, run: int) -> tuple[Sampler, Compared, set[str]]:
         """The generator after the change, what it makes of the golden rows and which modes it lost; each run drops a mode of its own."""
         mode = self.names[run % len(self.names)] if self.scenario.fault == "drop-modes" else ""
         if mode not in self.broken:
@@ -102,28 +102,28 @@ class Stage:
                 bundle = inject(self.registry, self.model, self.scenario.fault, reference=self.version, labels=(mode,) if mode else ())
             golden, sampler = self.healthy.certificate, Sampler(bundle)
             rows = [sampler.sample([Window(int(s), int(o), 1)]) for s, o in zip(golden.golden_seed, golden.golden_offset, strict=True)]
-            self.broken[mode] = (bundle, Comparer(golden).compare(golden.golden_sample, np.concatenate(rows)), self.lost(bundle) if mode else set())
+            self.broken[mode] = (sampler, Comparer(golden).compare(golden.golden_sample, np.concatenate(rows)), self.lost(sampler) if mode else set())
         return self.broken[mode]
 
     @cached_property
     def means(self) -> ndarray:
         """Of each mode, [K, d], which 5,000 healthy samples tell."""
-        healthy = np.concatenate(list(draw(self.healthy, 10**6, 5_000)))
+        healthy = np.concatenate(list(draw(self.sampler, 10**6, 5_000)))
         cells, flat = self.eye.look(healthy).cells, healthy.reshape(len(healthy), -1)
         return np.stack([flat[cells == k].mean(axis=0, dtype=np.float64) if (cells == k).any() else flat.mean(axis=0) for k in range(len(self.names))])
 
-    def shares(self, bundle: Bundle) -> ndarray:
+    def shares(self, sampler: Sampler) -> ndarray:
         """Of each mode, [K], among 10,000 samples."""
-        cells = self.eye.look(np.concatenate(list(draw(bundle, 10**6, 10_000)))).cells
+        cells = self.eye.look(np.concatenate(list(draw(sampler, 10**6, 10_000)))).cells
         return np.bincount(cells, minlength=len(self.names) + 1)[:-1] / len(cells)
 
     @cached_property
     def healthy_shares(self) -> ndarray:
-        return self.shares(self.healthy)
+        return self.shares(self.sampler)
 
-    def lost(self, bundle: Bundle) -> set[str]:
+    def lost(self, sampler: Sampler) -> set[str]:
         """The modes that have lost a fifth or more: with a mode goes what looks like it, and who names that as well is right."""
-        gone = self.shares(bundle) < 0.8 * self.healthy_shares
+        gone = self.shares(sampler) < 0.8 * self.healthy_shares
         return {name for name, less in zip(self.names, gone, strict=True) if less}
 
     def squeezed(self, samples: ndarray) -> ndarray:
@@ -141,20 +141,21 @@ class Stage:
         return Record(**{"model": self.model, "version": self.version, "origin": "server_seed", "seed": seed, "offset": offset, "samples": samples, "at": 0.0} | more)
 
     def play(self, run: int) -> dict:
-        (bundle, golden, lost), incidents = self.faulty(run), Incidents(Path(":memory:"))
+        (sampler, golden, lost), incidents = self.faulty(run), Incidents(Path(":memory:"))
+        card = sampler.card
         watch = Watch(self.registry, incidents, arl=ARL * SHARES["production"])  # so that the threshold is A
         watch.follow(0.0)
         watch.audited(self.healthy, Compared(golden.checked))
-        for at, part in zip(count(0, BATCH), batches(draw(self.healthy, 2 * run, WARM)), strict=False):
+        for at, part in zip(count(0, BATCH), batches(draw(self.sampler, 2 * run, WARM)), strict=False):
             watch.eat([self.record(2 * run, at, part)], 0.0)
         asked, at, due, alarm = self.asked(run), 0, np.inf, None
-        for part in batches(draw(bundle, 2 * run + 1, self.scenario.budget)):
+        for part in batches(draw(sampler, 2 * run + 1, self.scenario.budget)):
             rows = np.arange(-at % EVERY, len(part), EVERY)
             windows = [{"seed": 2 * run + 1, "offset": at + int(row), "count": 1} for row in rows]
-            z = np.concatenate([bundle.card.latents(**window) for window in windows]) if windows else None
+            z = np.concatenate([card.latents(**window) for window in windows]) if windows else None
             watch.eat([self.record(2 * run + 1, at, self.squeezed(part), fed=tuple(rows.tolist()), z=z)], 0.0)
             if windows and self.scenario.squeeze == 1.0:  # which stands for a certified generator of that law
-                classes = np.concatenate([drawn_classes(bundle.card, **window) for window in windows]) if bundle.card.classes else None
+                classes = np.concatenate([drawn_classes(card, **window) for window in windows]) if card.classes else None
                 if watch.reran(Rerun(self.healthy, self.golden.compare(z, classes, part[rows]), len(rows), 0), 0.0):
                     due = at + ROUND
             at += len(part)
@@ -186,10 +187,10 @@ class Stage:
         """
         seed, classes, n = 500_000 + run, len(self.healthy.card.classes), 8 * BATCH
         if self.scenario.clients == "one mode" and classes:
-            sampler, label = Sampler(self.healthy), run % classes
+            label = run % classes
             for at in count(0, n):
-                yield [self.record(seed, at, sampler.sample([Window(seed, at, n, label=label)]), label=label)]
-        pool = np.concatenate(list(draw(self.healthy, seed, 2048)))
+                yield [self.record(seed, at, self.sampler.sample([Window(seed, at, n, label=label)]), label=label)]
+        pool = np.concatenate(list(draw(self.sampler, seed, 2048)))
         cells = self.eye.look(pool).cells
         rows = range(8) if self.scenario.clients == "seeds" else np.flatnonzero(cells == cells[0]).tolist()
         records = cycle([self.record(seed, row, pool[row : row + 1], origin="client_seed") for row in rows])
@@ -197,10 +198,9 @@ class Stage:
             yield list(islice(records, n))
 
 
-def draw(bundle: Bundle, seed: int, count: int) -> Iterator[ndarray]:
-    """The samples of a seed, in parts of which all but the last are a multiple of BATCH."""
-    sampler = Sampler(bundle)
-    return (sampler.sample([Window(seed, at, min(1024, count - at))]) for at in range(0, count, 1024))
+def draw(sampler: Sampler, seed: int, count: int) -> Iterator[ndarray]:
+    """The samples of a seed, in parts of which all but the last are a multiple of BATCH; few, since most runs end early."""
+    return (sampler.sample([Window(seed, at, min(4 * BATCH, count - at))]) for at in range(0, count, 4 * BATCH))
 
 
 def batches(parts: Iterable[ndarray]) -> Iterator[ndarray]:
