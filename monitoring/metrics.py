@@ -17,9 +17,10 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from monitoring.diagnosis import QUIET, VERDICTS
+from monitoring.replicas import parse_counter
 from monitoring.reruns import LATENTS, OUTCOMES
 from monitoring.runs import STATES
-from monitoring.watch import Live, View, parse_counter
+from monitoring.view import Live, View
 from serving.records import ORIGINS
 
 ESTIMATORS = ("forward_kl", "reverse_kl", "js", "chi_squared", "tv", "frechet", "mmd", "kid", "sliced_wasserstein")

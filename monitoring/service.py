@@ -52,11 +52,13 @@ from monitoring.budget import Budget
 from monitoring.incidents import Incidents
 from monitoring.metrics import Exporter
 from monitoring.probes import Prober, Target
+from monitoring.replicas import parse_counter
 from monitoring.reruns import Rerun, Reruns
 from monitoring.runs import Runs
 from monitoring.shipping import Shipper, shard_name
 from monitoring.states import StateError, States, decode
-from monitoring.watch import NO_SEED, View, Watch, parse_counter
+from monitoring.view import View
+from monitoring.watch import NO_SEED, Watch
 from serving.records import ORIGINS, Heartbeat, Origin, Record
 from training.bundle import Bundle, check_window
 from training.registry import Registry, ganwatch_home

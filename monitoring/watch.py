@@ -4,18 +4,15 @@
     tap -> hear, eat ----+--> Monitors --> publish --> View, replaced whole once a second
 
 It knows neither HTTP nor threads, and no clock but the `at` (Unix seconds) that every call brings and the one that says how long a
-calibration has held it up. One thread calls it; any
-thread may read a View, which nobody alters once it is published.
+calibration has held it up. One thread calls it; any thread may read a View.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import re
 import sqlite3
 import time
-from bisect import bisect_right
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -33,23 +30,23 @@ from monitoring.calibration import Calibration, Healthy
 from monitoring.comparison import Comparison
 from monitoring.incidents import Incidents
 from monitoring.monitor import POPULATIONS, Fed, Gauge, Monitor
+from monitoring.replicas import STALE_AFTER, Replicas
 from monitoring.reruns import Rerun
 from monitoring.states import StateError, States
+from monitoring.view import COLUMNS, Live, Shown, View
 from serving.records import SHADOW_ROWS, Heartbeat, Record
-from training.bundle import Bundle, BundleError, Card, open_bundle
+from training.bundle import Bundle, BundleError, open_bundle
 from training.registry import AliasChange, Registry, RegistryError
 
 SHARES = {"production": 0.5, "canary": 0.25, "shadow": 0.25}  # of a model's false-alarm budget; they sum to 1
 SIMULATED = 1024  # healthy samples a second that a version is calibrated with at most, until it is
 SIMULATED_AT_ONCE, SIMULATING = 64, 0.2  # ... in such pieces, and the seconds after which none is begun: a slow generator holds nobody up
 LEAP = 60.0  # seconds by which the clock went ahead: it is looked at every second, and no step takes nearly as long; else the process stood still
-STALE_AFTER = 10.0  # seconds without a fresh sample, or without a heartbeat
 HISTORY = 3600  # seconds that the page can look back, one point each
 RATE_WINDOW = 2.0  # seconds over which the rate of fresh samples is taken
 PACE_STEP, PACE_STEPS = 60.0, 60  # seconds between the counts, and how many of them, over which the rate of tested samples is taken: an hour
 CHUNK = 4096  # samples a Monitor eats at once, so that no single record holds up the rest
 RETIRED = 8  # versions no alias names any more whose Monitor is kept, for a rollback
-REPLICAS = 256  # silent replicas whose counters are kept apart, in case they speak again
 RESTORES = ("restored", "absent", "refused")  # what became of the saved state of a version that comes under watch
 NOTICE = 60.0  # seconds for which a state that could not be restored is said
 UNPAIRED, UNPAIRED_BYTES = 256, 64 * 2**20  # records of a model that wait for what another version makes of the same latents, and their samples
@@ -57,56 +54,6 @@ NO_SEED = -1  # of samples that somebody else's server drew
 SHARDS = 256  # monitors that are summed up at most
 _SUM = "sum."  # how the names begin, in a saved state, of what the sum of the shards has latched
 _TIMES = ("last_sample_at", "last_fresh_at")  # of a version; what else of it is saved is its Monitor
-COLUMNS = ("t", "js", "js_low", "js_high", "log10_e")
-
-_COUNTER = re.compile(r'([a-z_][a-z0-9_]*)(?:\{((?:[a-z_]+="(?:[^"\\\n]|\\.)*",?)*)\})?')
-_LABEL = re.compile(r'([a-z_]+)="((?:[^"\\\n]|\\.)*)"')
-_OURS = {"replicas", "heartbeat_timestamp_seconds"}  # ganwatch_serving_* that the monitor itself says
-
-
-def parse_counter(text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """`samples_total{model="digits"}` -> ("samples_total", (("model", "digits"),)). Raises ValueError for anything else."""
-    found = _COUNTER.fullmatch(text)
-    if found is None or found[1] in _OURS:
-        raise ValueError(
-            f'counter is {text!r}; expected a name with labels in Prometheus form, like samples_total{{model="digits"}}'
-        )
-    unescape = {"\\\\": "\\", '\\"': '"', "\\n": "\n"}
-    labels = {name: re.sub(r"\\.", lambda m: unescape.get(m[0], m[0]), value) for name, value in _LABEL.findall(found[2] or "")}
-    return found[1], tuple(sorted(labels.items()))
-
-
-@dataclass
-class Replicas:
-    """The counters of every replica that ever spoke, summed so that totals never go backwards when one goes away."""
-
-    last: OrderedDict[str, tuple[float, Mapping[str, float | int]]] = field(default_factory=OrderedDict)
-    gone: Counter[str] = field(default_factory=Counter)
-    heard_at: float | None = None
-
-    def hear(self, replica: str, counters: Mapping[str, float | int], at: float) -> None:
-        self.last[replica] = (at, counters)
-        self.last.move_to_end(replica)
-        self.heard_at = at
-        while len(self.last) > REPLICAS:
-            _, (_, counters) = self.last.popitem(last=False)
-            self.gone.update({name: value for name, value in counters.items() if _is_total(name)})
-
-    def speaking(self, at: float) -> int:
-        return sum(at - heard <= STALE_AFTER for heard, _ in self.last.values())
-
-    def totals(self, at: float) -> dict[str, float | int]:
-        """Counters over all replicas there ever were; everything else over those that still speak."""
-        totals = Counter(self.gone)
-        for heard, counters in self.last.values():
-            for name, value in counters.items():
-                if _is_total(name) or at - heard <= STALE_AFTER:
-                    totals[name] += value
-        return dict(totals)
-
-
-def _is_total(counter: str) -> bool:
-    return counter.partition("{")[0].endswith("_total")
 
 
 @dataclass
@@ -191,149 +138,6 @@ class Model:
     def shown(self) -> str | None:
         """The alias that page and metrics speak of: production, or the first there is."""
         return next((alias for alias in SHARES if alias in self.aliases), None)
-
-
-@dataclass(frozen=True)
-class Live:
-    """One version that an alias names, as it stood when the view was published."""
-
-    role: str  # the alias; the first of SHARES where several name it
-    version: str
-    bundle: Bundle
-    share: float
-    since: float
-    last_sample_at: float | None
-    last_fresh_at: float | None
-    stale: bool  # no fresh sample lately
-    fresh_rate: float  # samples a second that clients drew with the server's seeds
-    tested_rate: float | None  # samples a second that were tested over the last hour
-    snapshot: dict[str, Any]
-    gauges: Mapping[str, Mapping[str, Gauge]]  # population -> name -> gauge
-    modes: Mapping[str, list[dict[str, Any]]]  # population -> modes and off-manifold cell, as of Monitor
-    coverage: Mapping[str, dict[str, int]]  # population -> what -> modes
-    comparison: dict[str, Any] | None  # with production, of a candidate
-    shards: int = 0  # other monitors whose samples are summed up here
-
-    def state(self) -> dict[str, Any]:
-        """What the page shows of a version beside the one it speaks of."""
-        snapshot = self.snapshot
-        named = {key: snapshot[key] for key in ("verdict", "monitored", "evidence", "log10_threshold", "budget", "coverage")}
-        times = {"last_sample_at": self.last_sample_at, "last_fresh_at": self.last_fresh_at, "stale": self.stale}
-        card = {"injected_from": self.bundle.card.injected_from, "fault": self.bundle.card.fault, "forced": self.bundle.card.forced}
-        return {"alias": self.role, "version": self.version, "budget_share": self.share, "comparison": self.comparison, "card": card, **named, **times}
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A model as it stood when the view was published: above all the version that the page speaks of, production or the first there is."""
-
-    alias: str
-    version: str
-    bundles: Mapping[str, Bundle]  # alias -> the version it names
-    share: float
-    loaded_at: float
-    last_sample_at: float | None
-    last_fresh_at: float | None
-    stale: bool  # no fresh sample lately
-    snapshot: dict[str, Any]
-    gauges: Mapping[str, Mapping[str, Gauge]]  # population -> name -> gauge
-    live: tuple[Live, ...]  # each version once, the one above first
-    forced: str | None  # what the gate objected to the version when it was promoted all the same
-    marks: tuple[dict[str, Any], ...]
-    rows: tuple[tuple[float | None, ...], ...]  # COLUMNS, oldest first
-    picture: tuple[ndarray, ...]
-
-    @property
-    def tested_rate(self) -> float | None:
-        """Samples a second that were tested over the last hour, of the version of which it was most; None where nobody knows yet."""
-        return max((live.tested_rate for live in self.live if live.tested_rate is not None), default=None)
-
-    @property
-    def cards(self) -> dict[str, Card]:
-        return {alias: bundle.card for alias, bundle in self.bundles.items()}
-
-    def samples(self) -> ndarray | None:
-        """The newest samples, probes too, newest first."""
-        return np.concatenate(self.picture)[::-1] if self.picture else None
-
-
-@dataclass(frozen=True)
-class View:
-    """All that the monitor has to say at one moment."""
-
-    at: float
-    budget: Budget
-    models: Mapping[str, Shown]
-    observed: Mapping[tuple[str, str], int]  # (model, origin) -> samples
-    rejected: Mapping[tuple[str, str], int]  # (model, reason) -> samples
-    untested: Mapping[str, int]  # model -> fresh samples beyond what is tested a second
-    unaliased: Mapping[str, int]  # model -> samples of versions that no alias names, which nobody judges
-    alarms: Mapping[tuple[str, str], int]  # (model, verdict) -> alarms raised
-    load_failures: Mapping[str, int]  # model -> bundles that could not be loaded
-    restores: Mapping[tuple[str, str], int]  # (model, one of RESTORES) -> versions that came under watch
-    incidents_refused: bool  # the record of alarms was damaged and begun anew
-    replays: Mapping[tuple[str, str], int]  # (model, "checked" or "mismatched") -> golden samples
-    actions: Mapping[tuple[str, str], int]  # (model, alias) -> changes made for an alarm
-    clock_jumps: Mapping[str, int]  # "back" or "forward" -> how often the clock was set so
-    unknown_model: int  # records of models that the registry does not hold
-    failed: int  # records that an unexpected error kept from being judged
-    serving: Mapping[str, float | int]  # the replicas' counters, summed
-    replicas: int
-    heard_at: float | None
-    received: int  # samples
-    errors: tuple[str, ...]
-
-    def state(self, since: float = -math.inf) -> dict[str, Any]:
-        """The JSON of /api/state. `since` (Unix seconds) leaves out the older points of the histories."""
-        dropped, skipped = (
-            sum(value for name, value in self.serving.items() if name.startswith(f"tap_{what}_samples_total")) for what in ("dropped", "skipped")
-        )
-        return {
-            "now": self.at,
-            "budget": {"samples": self.budget.samples, "seconds": self.budget.seconds, "test_rate": self.budget.rate},
-            "models": {name: self._model(name, shown, since) for name, shown in self.models.items()},
-            "tap": {
-                "replicas": self.replicas,
-                "last_heartbeat_at": self.heard_at,
-                "dropped": dropped,  # lost, since the monitor did not answer
-                "skipped": skipped,  # never meant to be shown: beyond the tap's budget
-                "received": self.received,
-            },
-            "errors": list(self.errors),
-        }
-
-    def seconds(self, shown: Shown) -> float | None:
-        """The least mean time to a false alarm of a model at the rate of the last hour, that of the version tested most; None: not known."""
-        rate = shown.tested_rate
-        return self.budget.samples / rate if rate else None
-
-    def _model(self, name: str, shown: Shown, since: float) -> dict[str, Any]:
-        card = shown.cards[shown.alias]
-        rows = shown.rows[bisect_right(shown.rows, since, key=lambda row: row[0]) :]
-        history: dict[str, Any] = {name: [row[i] for row in rows] for i, name in enumerate(COLUMNS)}
-        history["threshold"] = shown.snapshot["tolerance"].get("js", {}).get("threshold")
-        history["log10_threshold"] = shown.snapshot["log10_threshold"]
-        return {
-            "alias": shown.alias,
-            "version": shown.version,
-            "snapshot": shown.snapshot,
-            "stale": shown.stale,
-            "last_sample_at": shown.last_sample_at,
-            "last_fresh_at": shown.last_fresh_at,
-            "loaded_at": shown.loaded_at,
-            "budget_share": shown.share,
-            "tested_rate": shown.tested_rate,
-            "false_alarm_seconds": self.seconds(shown),
-            "untested": self.untested[name],
-            "unaliased": self.unaliased[name],
-            "shards": shown.live[0].shards,
-            "sample_shape": list(card.sample_shape),
-            "card": {"created": card.created, "injected_from": card.injected_from, "fault": card.fault, "forced": card.forced},
-            "history": history,
-            "forced_promotion": shown.forced,
-            "marks": list(shown.marks),
-            "other_versions": [live.state() for live in shown.live[1:]],
-        }
 
 
 class Watch:

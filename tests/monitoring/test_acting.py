@@ -16,7 +16,8 @@ from monitoring.acting import ACTED, Policy
 from monitoring.audit import Compared
 from monitoring.incidents import Incidents
 from monitoring.reruns import Rerun
-from monitoring.watch import View, Watch
+from monitoring.view import View
+from monitoring.watch import Watch
 from serving.records import Record
 from training.bundle import Bundle, load_card, write_arrays, write_card
 from training.registry import Registry, RegistryError

@@ -25,7 +25,9 @@ from monitoring.incidents import Incidents
 from monitoring.monitor import GAUGE_DELTA, Monitor
 from monitoring.points import POINT_GAUGES
 from monitoring.states import StateError, States
-from monitoring.watch import COLUMNS, HISTORY, NOTICE, SHARDS, STALE_AFTER, Watch
+from monitoring.replicas import STALE_AFTER
+from monitoring.view import COLUMNS
+from monitoring.watch import HISTORY, NOTICE, SHARDS, Watch
 from serving.records import Heartbeat, Record
 from training.bundle import Bundle, Certificate
 from training.moments import frechet

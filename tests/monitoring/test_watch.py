@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from numpy import ndarray
 
 from monitoring.incidents import Incidents
-from monitoring.watch import LEAP, NO_SEED, REPLICAS, STALE_AFTER, UNPAIRED, UNPAIRED_BYTES, Replicas, Watch, parse_counter, total_log10
+from monitoring.replicas import REPLICAS, STALE_AFTER, Replicas, parse_counter
+from monitoring.watch import LEAP, NO_SEED, UNPAIRED, UNPAIRED_BYTES, Watch, total_log10
 from serving.records import SHADOW_ROWS, Heartbeat, Record
 from tests.monitoring.conftest import CENTRES, SD
 from training.bundle import Bundle, BundleError
