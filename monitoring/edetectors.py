@@ -32,7 +32,7 @@ from scipy.special import ndtri
 from monitoring import kernel
 from monitoring.bulk import RATES, Moments
 from monitoring.coverage import RHO
-from training.bundle import DUPLICATE_BLOCK, NEARER_TRAIN, NEAREST_TRAIN, OFF_MANIFOLD_EXCESS, Certificate, Reference
+from training.bundle import AMBIGUITY, DUPLICATE_BLOCK, NEARER_TRAIN, NEAREST_TRAIN, OFF_MANIFOLD_EXCESS, Certificate, Reference
 from training.drops import DROP_BETS, DROP_WEIGHT, RISE_WEIGHT, drop_bounds, mode_bounds
 
 FAMILIES = {"modes": 0.295, "tails": 0.135, "bulk": 0.545, "copies": 0.01, "duplicates": 0.005, "latents": 0.005, "quality": 0.005}
@@ -62,6 +62,9 @@ Where classes are certified, a part of drop's weight is for what they make too o
 TAIL_BETS = (0.01, 0.1, 0.6)  # theta; used where above the bound
 TAIL_FROM = 1 / 256  # shallower levels are the bulk's
 COPIES_FROM = 1 / 1024  # what is merely close to the training data is no copy: only the deepest levels tell
+SCORE_PARTS = {AMBIGUITY: 0.25}
+"""Name of a score -> the part of a kind's weight that its bets get, where others get 1: what lies between classes mostly lies far from all."""
+
 TILTS = (0.3, 0.5, 0.8)  # of a score's normal quantile: the shift, in standard deviations, that a bet is best for
 INFLATE_BETS = (1.5, 3.0)  # theta / m
 QUALITY_BETS = (0.0, 0.25, 0.5)  # theta / m: what is left of the least share that null B allows, RHO of the real one
@@ -90,7 +93,8 @@ class Scores:
 
     The lower tails of the scores that look for training data are kinds of their own. `copies`: NEAREST_TRAIN, at its deepest
     levels. `nearer`: NEARER_TRAIN, at all levels, for what else may happen leaves training and held-out samples as near as
-    they were; above its median there is nothing to bet on. Nor is it a collapse that samples come nearer to the data.
+    they were. That samples come nearer to the data is no collapse, and that they lie farther away is for the distance from the
+    manifold to say: a second bet on it would take weight from what is quicker.
 
     Tails: a step at one level. Bulk: exp(+-lambda h) for h the normal quantile of the middle of the bin, the likelihood ratio
     of a score that was shifted by lambda standard deviations, on the scale on which the certified score is normal.
@@ -111,7 +115,7 @@ class Scores:
         bound = np.concatenate([1 - low[:, :split], high[:, split:]], axis=1)[..., None]
         theta = np.array(TAIL_BETS)
         names, tilting = names or ("",) * len(low), ("wider",) * len(TILTS) + ("narrower",) * len(TILTS)
-        deepest = {NEAREST_TRAIN: (COPIES_FROM, TAIL_FROM), NEARER_TRAIN: (1.0, 0.0)}
+        deepest = {NEAREST_TRAIN: (COPIES_FROM, 0.0), NEARER_TRAIN: (1.0, 0.0)}
         from_level = np.repeat([deepest.get(name, (TAIL_FROM, TAIL_FROM)) for name in names], split, axis=1)
         allowed = (theta > bound) & (np.concatenate([levels[::-1], levels]) <= from_level)[..., None]  # [score, edge, bet]
         bound = np.where(allowed, bound, 0.5)
@@ -126,9 +130,9 @@ class Scores:
         below = {NEAREST_TRAIN: "copies", NEARER_TRAIN: "nearer"}
         sides = [(below.get(name, "lower"), "upper") for name in names]
         self.kinds = tuple(k for side in sides for k in (*(kind for kind in side for _ in range(split * len(theta))), *tilting))
-        tilted_by = {NEAREST_TRAIN: ("wider",), NEARER_TRAIN: ()}
-        tilts_allowed = [[kind in tilted_by.get(name, tilting) for kind in tilting] for name in names]
-        self.allowed = np.concatenate([allowed.reshape(len(low), -1), tilts_allowed], axis=1).ravel()
+        tilts_allowed = np.repeat([[name not in below] for name in names], len(tilting), axis=1)
+        part = np.array([[SCORE_PARTS.get(name, 1.0)] for name in names])
+        self.parts = (part * np.concatenate([allowed.reshape(len(low), -1), tilts_allowed], axis=1)).ravel()
 
 
 class Shares:
@@ -263,7 +267,7 @@ class EDetector(Latching):
         tails, moments, shares = Scores(certificate, scores), Moments(certificate), Shares(certificate)
         cells, duplicates = Modes(certificate, reference), Duplicates(certificate)
         few = np.array(tails.kinds + moments.kinds + shares.kinds)
-        part = np.concatenate([tails.allowed, moments.parts, np.ones(len(shares.kinds))])
+        part = np.concatenate([tails.parts, moments.parts, np.ones(len(shares.kinds))])
         kinds = tuple(kind for kind in KINDS if kind in few)
         self.groups = (*kinds, "duplicates", *(f"drop:{name}" for name in modes), "inflate", "quality")
         self._families = np.array([KINDS[g.partition(":")[0]][0] for g in self.groups])
@@ -299,7 +303,7 @@ class EDetector(Latching):
     @property
     def layout(self) -> str:
         """What the bets are, as a hash: states of detectors with another layout mean nothing here."""
-        constants = (KINDS, TAIL_BETS, TILTS, DROP_BETS, INFLATE_BETS, QUALITY_BETS, EXCESS_BETS, SHARE_RATES, RATES)
+        constants = (KINDS, SCORE_PARTS, TAIL_BETS, TILTS, DROP_BETS, INFLATE_BETS, QUALITY_BETS, EXCESS_BETS, SHARE_RATES, RATES)
         shapes = [(name, value.shape) for name, value in self._state.items() if name != "block"]
         return hashlib.sha256(repr((self.groups, shapes, constants)).encode()).hexdigest()
 

@@ -32,6 +32,7 @@ FILES = ("model.onnx", "features.onnx", "reference.npz", "certificate.npz")
 SEED_LIMIT = 2**63  # seeds, offsets and offset + count lie in [0, 2^63)
 MODE_FLOOR = 0.25  # of a mode's real share: what is good enough, to the gate and to the monitor
 OFF_MANIFOLD_EXCESS = 1 / 3  # ... and how much more of what is generated than of the real data may lie off the manifold
+AMBIGUITY = "ambiguity"  # the score that is large between classes
 NEAREST_TRAIN = "nearest_train"  # the score that is 0 for a copy of a training sample
 NEARER_TRAIN = "nearer_train"  # ... that is 0 for one of a training, 1 for one of a held-out sample, as near to either at 1/2
 DUPLICATE_BLOCK = 32  # samples looked at together when searching for exact repeats

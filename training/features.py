@@ -16,7 +16,7 @@ from sklearn.cluster import KMeans
 from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
 
-from training.bundle import NEARER_TRAIN, NEAREST_TRAIN
+from training.bundle import AMBIGUITY, NEARER_TRAIN, NEAREST_TRAIN
 from training.data import PIECE, Dataset
 
 MANIFOLD_QUANTILE = 0.99  # of held-out real data lies inside the manifold
@@ -25,7 +25,7 @@ NETS, WIDTH, STEPS = 3, 160, 1500  # the classifier of labelled data
 FEATURES, MOST_FEATURES = 32, 64
 MOST_INPUTS = 1024  # numbers of an image that are looked at: larger ones are seen through coarser pixels
 MOST_FITTED = 20_000  # samples to fit on
-SCORES = ("manifold_distance", "radius", "ambiguity")
+SCORES = ("manifold_distance", "radius", AMBIGUITY)
 TINY = 1e-6  # distance that is none
 REMEMBERED = 4096  # training samples, at most, whose features are kept, and held-out ones beside them
 PLACES, TABLES = 1_048_573, 5  # of the filter that knows exact copies; a prime number

@@ -20,7 +20,7 @@ with N_cert samples too. Streams with an alarm in samples 101 .. 300 are left ou
 that knows both laws. Rows are kept as they are made, under DIR: a run that was broken off goes on where it stood.
 The packages river, frouros and alibi-detect run in a venv of their own (foreign.py); the others come from their papers (rivals.py).
 
-What takes time in ours (d = 64, K = 1,000, two scores): a third of batch 1 is the pass itself, the rest handing it 40 arrays; of the
+What takes time in ours (d = 64, K = 1,000, with two scores): a third of batch 1 is the pass itself, the rest handing it 40 arrays; of the
 pass, two thirds are the 7,000 bets on modes, which are bound by memory.
 """
 
@@ -61,11 +61,12 @@ from monitoring.edetectors import EDetector, Modes  # noqa: E402
 from monitoring.monitor import GAUGE_DELTA, PRIOR_SAMPLES  # noqa: E402
 from monitoring.points import Embedding, directions, kernel_distance, sliced_wasserstein  # noqa: E402
 from monitoring.sketches import HALF_LIFE, NEWEST  # noqa: E402
-from training.bundle import Certificate, Reference, clopper_pearson  # noqa: E402
+from training.bundle import AMBIGUITY, NEARER_TRAIN, NEAREST_TRAIN, Certificate, Reference, clopper_pearson  # noqa: E402
 from training.moments import frechet  # noqa: E402
 
 certified = cache(certify)
 WARM, QUIET = 300, 100
+SCORES = ("manifold_distance", "radius", AMBIGUITY, NEAREST_TRAIN, NEARER_TRAIN)  # as labelled data have them
 FOREIGN = ROOT / ".ganwatch" / "bench-venv" / "bin" / "python"
 PACKAGES = {  # chunks, and streams of each, at most: hours otherwise
     "adwin": (2, 25),
@@ -75,7 +76,7 @@ PACKAGES = {  # chunks, and streams of each, at most: hours otherwise
     "alibi": (1, 50),
     "alibi_cvm": (1, 50),
 }
-LONG = ("ours", "oracle", "mewma", "page_hinkley", "newma", "certified")  # of the run length of 10,000
+LONG = ("ours", "oracle", "mewma", "page_hinkley", "newma", "mmdew", "certified")  # of the run length of 10,000
 AIMS = {  # at a run length of 1,000; None: the best rival of the row
     "gauss": {"0.7 N(0, 4I)": 1.6, "0.3 N(0, 4I)": 4.0, "mean + 0.3": 18, "variance x 0.8": 27, "5 % N(0, 9I)": 21},
     "grid": {"one mode of 25 drops": 160},
@@ -94,7 +95,7 @@ def ours(space: Space, seed: int, count: int, parts: list[ndarray]) -> list[ndar
         paths = []
         for s in range(x.shape[1]):
             scores, features, cells = eye.look(x[:, s])
-            detector = EDetector(certificate, reference, names, threshold=1e300)
+            detector = EDetector(certificate, reference, names, threshold=1e300, scores=eye.scores)
             paths.append(detector.update(scores, features, cells, np.arange(len(x)), index=0))
         found.append(np.log(np.stack(paths, axis=1)))
     return found
@@ -237,7 +238,7 @@ def lengths(space: Space, certificates: int, runs: int, arl: float, count: int, 
     found = []
     for seed in range(certificates):
         eye, certificate, reference = certified(space, 500 + seed, count)
-        detector = EDetector(certificate, reference, tuple(map(str, range(eye.count))), threshold=arl)
+        detector = EDetector(certificate, reference, tuple(map(str, range(eye.count))), threshold=arl, scores=eye.scores)
         rng = np.random.default_rng((seed, 9))
         if calibrated:
             calibration = Calibration(detector, arl=arl)
@@ -271,14 +272,14 @@ def foreign_lengths(references: int, size: int) -> dict:
 
 
 def blank(modes: int, width: int, count: int, rng: np.random.Generator) -> tuple[Certificate, Reference, tuple[str, ...]]:
-    """Equal modes; two uniform scores and normal features that nothing moves."""
+    """Equal modes; uniform scores, as many as of labelled data, and normal features that nothing moves."""
     levels = 2.0 ** -np.arange(1.0, 17.0)
     share = np.append(np.full(modes, 0.999 / modes), 0.001)
-    hits = rng.binomial(count, np.tile(levels, (2, 2, 1)))
+    hits, s = rng.binomial(count, np.tile(levels, (2, len(SCORES), 1))), len(SCORES)
     y = rng.standard_normal((20_000, width))
     one = np.zeros(1, np.int64)
     certificate = Certificate(
-        count, 0.01, rng.multinomial(count, share), levels, np.tile(1 - levels, (2, 1)), hits[0], np.tile(levels, (2, 1)), hits[1],
+        count, 0.01, rng.multinomial(count, share), levels, np.tile(1 - levels, (s, 1)), hits[0], np.tile(levels, (s, 1)), hits[1],
         count // 32, 0, np.zeros(width), np.eye(width), one, one, np.zeros((1, width)), np.zeros(width), np.eye(width),
         float(np.quantile(np.linalg.norm(y, axis=1), 0.999)), np.zeros(width), np.eye(width),
     )  # fmt: skip
@@ -290,13 +291,13 @@ def dropped(modes: int, runs: int, arl: float = 1e4, count: int = 1_000_000) -> 
     rng, found = np.random.default_rng(modes), []
     for _ in range(runs):
         certificate, reference, names = blank(modes, 4, count, rng)
-        detector = EDetector(certificate, reference, names, threshold=arl)
+        detector = EDetector(certificate, reference, names, threshold=arl, scores=SCORES)
         warm = 3 * modes + 300
         done = 0
         while detector.crossed is None and done < warm + 100 * modes:
             n = min(warm - done if done < warm else 2048, 2048)
             cells = rng.integers(modes - (done >= warm), size=n)
-            scores = rng.random((n, 2))
+            scores = rng.random((n, len(SCORES)))
             detector.update(scores, rng.standard_normal((n, 4)), cells, np.arange(done, done + n), index=done)
             done += n
         if detector.crossed is None or detector.crossed >= warm:
@@ -326,10 +327,10 @@ def cost(modes: int = 1000, width: int = 64) -> list[dict]:
     rng = np.random.default_rng(0)
     certificate, reference, names = blank(modes, width, 1_000_000, rng)
     begin = time.process_time()
-    detector = EDetector(certificate, reference, names, threshold=1e12)
+    detector = EDetector(certificate, reference, names, threshold=1e12, scores=SCORES)
     rows = [{"method": "ours, set-up", "seconds": time.process_time() - begin}]
     n = 6400
-    x, scores, cells = rng.standard_normal((n, width), np.float32), rng.random((n, 2), np.float32), rng.integers(modes, size=n)
+    x, scores, cells = rng.standard_normal((n, width), np.float32), rng.random((n, len(SCORES)), np.float32), rng.integers(modes, size=n)
     for batch, total in ((1, 1600), (64, n)):
         taken = []
         for _ in range(5):
@@ -353,7 +354,7 @@ def nulls(total: int, arl: float = 1e9) -> dict:
     """Samples of the certified law of 25 modes at threshold `arl`: alarms, and the growth of memory once warm."""
     space = SPACES["grid"]()
     eye, certificate, reference = certify(space, 900, 1_000_000)
-    detector, rng = EDetector(certificate, reference, tuple(map(str, range(eye.count))), threshold=arl), np.random.default_rng(11)
+    detector, rng = EDetector(certificate, reference, tuple(map(str, range(eye.count))), threshold=arl, scores=eye.scores), np.random.default_rng(11)
     alarms, start = 0, 0
     for done in range(0, total, 10_000):
         scores, features, cells = eye.look(space.draw(rng, 10_000, 0))

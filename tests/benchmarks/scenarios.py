@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import QuadraticDiscriminantAnalysis
 
-from training.bundle import DUPLICATE_BLOCK, Certificate, Reference, open_bundle, whiten, whitening
+from training.bundle import AMBIGUITY, DUPLICATE_BLOCK, Certificate, Reference, open_bundle, whiten, whitening
 from training.export import open_source
 
 LEVELS = 2.0 ** -np.arange(1.0, 17.0)
@@ -42,8 +42,8 @@ class Space:
     dim: int
     draw: Draw
     changes: tuple[Change, ...]
-    cells: int = 25  # k-means cells, where there is no `label`
-    label: Callable[[ndarray], ndarray] | None = None  # [n, d] -> [n] in 0 .. cells - 1
+    cells: int = 25  # k-means cells, where there is no `probability`
+    probability: Callable[[ndarray], ndarray] | None = None  # of each of the `cells` classes, [n, d] -> [n, cells]
 
 
 def _normal(sd: float = 1.0, mean: float = 0.0, mixed: float = 1.0, d: int = 20) -> Draw:
@@ -93,8 +93,8 @@ def mixed(space: Space) -> Space:
     back = np.linalg.inv(turn.astype(np.float64)).astype(np.float32)
     through = lambda draw: lambda rng, n, stream: draw(rng, n, stream) @ turn  # noqa: E731
     changes = tuple(c._replace(draw=through(c.draw), oracle=None) for c in space.changes)
-    label = space.label and (lambda x: space.label(x @ back))
-    return Space(f"mixed {space.name}", space.dim, through(space.draw), changes, space.cells, label)
+    probability = space.probability and (lambda x: space.probability(x @ back))
+    return Space(f"mixed {space.name}", space.dim, through(space.draw), changes, space.cells, probability)
 
 
 def grid(cells: int = 25) -> Space:
@@ -130,7 +130,7 @@ def digits() -> Space:
     pick = rng.integers(len(points), size=20_000)
     eye = QuadraticDiscriminantAnalysis(reg_param=0.01).fit(points[pick] + 0.1 * rng.standard_normal((20_000, 16), np.float32), target[pick])
     change = Change("one class of 10 drops", lambda rng, n, stream: draw(rng, n, stream, True), 1000)
-    return Space("digits", 16, draw, (change,), 10, eye.predict)
+    return Space("digits", 16, draw, (change,), 10, eye.predict_proba)
 
 
 def served(folder: Path) -> Space:
@@ -158,7 +158,7 @@ def served(folder: Path) -> Space:
     changes += (Change(f"one class of {classes} drops", lambda rng, n, stream: draw(rng, n, stream, lost=True), 1000),)
     on = np.flatnonzero(target >= 0)
     look = QuadraticDiscriminantAnalysis(reg_param=0.01).fit(points[on[:20_000]], target[on[:20_000]])
-    return Space(bundle.card.model, points.shape[1], draw, changes, classes, look.predict)
+    return Space(bundle.card.model, points.shape[1], draw, changes, classes, look.predict_proba)
 
 
 SPACES: dict[str, Callable[[], Space]] = {
@@ -184,26 +184,37 @@ def streams(space: Space, seed: int, count: int, before: int, after: int, change
 
 
 class Eye(NamedTuple):
-    """What our detector is told of x: two scores, the features and the cell."""
+    """What our detector is told of x: scores, the features and the cell.
+
+    The scores are those of `training/features.py`, but for the two that look for training data: these have bets of their own, which
+    take no weight from others, and what is changed here makes no copies.
+    """
 
     centre: ndarray
     outer: ndarray  # (x - centre) @ outer is white
     inner: ndarray  # ... within the cells
     cells: ndarray
     limit: float  # of the distance to the nearest cell: farther is off the manifold
-    label: Callable[[ndarray], ndarray] | None
+    probability: Callable[[ndarray], ndarray] | None
     count: int  # of modes
 
+    @property
+    def scores(self) -> tuple[str, ...]:
+        return ("manifold_distance", "radius") if self.probability is None else ("manifold_distance", "radius", AMBIGUITY)
+
     def look(self, x: ndarray) -> tuple[ndarray, ndarray, ndarray]:
-        """scores [n, 2] (distance to the nearest cell, radius), features [n, d], cells [n]."""
+        """scores [n, 2 or 3], features [n, d], cells [n]."""
         y = (x @ self.inner).astype(np.float32)
         places = (self.cells @ self.inner).astype(np.float32)
         squares = (y**2).sum(1)[:, None] - 2 * y @ places.T + (places**2).sum(1)
         nearest = squares.argmin(axis=1)
         distance = np.sqrt(((y - places[nearest]) ** 2).sum(axis=1))
         radius = np.linalg.norm((x - self.centre) @ self.outer, axis=1)
-        kind = nearest if self.label is None else self.label(x)
-        return np.stack([distance, radius], axis=1), x, np.where(distance > self.limit, self.count, kind).astype(np.int64)
+        kind, scores = nearest, [distance, radius]
+        if self.probability is not None:
+            each = self.probability(x)
+            kind, scores = each.argmax(axis=1), [*scores, 1 - each.max(axis=1)]
+        return np.stack(scores, axis=1), x, np.where(distance > self.limit, self.count, kind).astype(np.int64)
 
 
 
@@ -216,9 +227,9 @@ def certify(space: Space, seed: int, count: int) -> tuple[Eye, Certificate, Refe
     """Fit the eye on 20,000 samples, set thresholds on count / 5 others, count on `count` more."""
     rng = np.random.default_rng((seed, 77))
     x = space.draw(rng, 20_000, 0)
-    found = KMeans(space.cells if space.label is None else 100, n_init=1, random_state=0).fit(x[:10_000])
+    found = KMeans(space.cells if space.probability is None else 100, n_init=1, random_state=0).fit(x[:10_000])
     centres = found.cluster_centers_
-    eye = Eye(x.mean(axis=0), _white(x), _white(x - centres[found.predict(x)]), centres, np.inf, space.label, space.cells)
+    eye = Eye(x.mean(axis=0), _white(x), _white(x - centres[found.predict(x)]), centres, np.inf, space.probability, space.cells)
     eye = eye._replace(limit=float(np.quantile(eye.look(x[10_000:])[0][:, 0], 0.99)))
 
     scores, features, _ = eye.look(space.draw(rng, count // 5, 0))

@@ -20,7 +20,7 @@ class Oracle:
         self.scores, self.moments, self.shares = Scores(certificate), Moments(certificate), Shares(certificate)
         self.cells, self.duplicates = Modes(certificate, reference), Duplicates(certificate)
         self.kinds = np.array(self.scores.kinds + self.moments.kinds + self.shares.kinds)
-        parts = np.concatenate([self.scores.allowed, self.moments.parts, np.ones(len(self.shares.rates))])
+        parts = np.concatenate([self.scores.parts, self.moments.parts, np.ones(len(self.shares.rates))])
         self.weights = np.array([KINDS[k][1] * part / parts[self.kinds == k].sum() for k, part in zip(self.kinds, parts, strict=True)])
         self.log_r = np.full(len(self.kinds), -np.inf)
         self.log_modes = np.full(self.cells.shares.hit.shape, -np.inf)

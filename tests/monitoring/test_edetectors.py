@@ -14,9 +14,9 @@ from hypothesis.extra.numpy import arrays
 from scipy.special import ndtri
 
 from monitoring import kernel
-from monitoring.edetectors import FAMILIES, KINDS, TILTS, Cells, Duplicates, EDetector, Fakes, Modes, Scores, tail_levels, tilted
+from monitoring.edetectors import FAMILIES, KINDS, SCORE_PARTS, TILTS, Cells, Duplicates, EDetector, Fakes, Modes, Scores, tail_levels, tilted
 from monitoring.features import Eye, Seen
-from training.bundle import DUPLICATE_BLOCK, NEARER_TRAIN, NEAREST_TRAIN, Certificate, Reference
+from training.bundle import AMBIGUITY, DUPLICATE_BLOCK, NEARER_TRAIN, NEAREST_TRAIN, Certificate, Reference
 from training.drops import mode_bounds
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -77,7 +77,7 @@ def test_bets_on_scores_are_fair_under_the_certificate_and_hardly_less(healthy):
     payoffs = bets.table.transpose(1, 0, 2)  # [bin, score, bet]
     assert all((e.searchsorted(x) == np.arange(len(x))).all() for e, x in zip(bets.edges, scores, strict=True))
     means = [-np.diff(row, prepend=1.0, append=0.0) @ payoffs[:, s] for s, row in enumerate(beyond)]
-    allowed = bets.allowed.reshape(len(means), -1)
+    allowed = bets.parts.reshape(len(means), -1) > 0
     for mean, real in zip(means, allowed, strict=True):
         assert (mean[real] < 1).all() and (mean[-2 * len(TILTS) :] > 0.9).all()
     wider, narrower = np.split(payoffs[[0, -1], 0, -2 * len(TILTS) :], 2, axis=1)  # by the smallest and the largest score
@@ -329,6 +329,26 @@ def test_restart_forgets_everything(healthy, draw):
     feed(fresh, seen)
     feed(used, seen)
     assert used.crossed is None and not used.named.any() and np.array_equal(used.evidence, fresh.evidence)
+
+
+def test_scores_that_look_for_training_data_take_no_weight_from_others(healthy):
+    """A pair of scores is bet on with the same weight beside them, and ambiguity with a quarter of one score's."""
+
+    def weights(*names):
+        rows = np.resize([0, 1], len(names))
+        certificate = replace(healthy.certificate, **{f"{side}_{what}": getattr(healthy.certificate, f"{side}_{what}")[rows] for side in ("upper", "lower") for what in ("threshold", "hits")})
+        found = EDetector(certificate, healthy.reference, healthy.card.modes, threshold=1e6, scores=names)
+        few, group = found._bets[11:13]
+        few = few[: found._bets[1].shape[0] * found._bets[1].shape[2]]
+        return {kind: few[group[: len(few)] == i].reshape(-1) for i, kind in enumerate(found.groups) if kind in KINDS and KINDS[kind][0] in ("tails", "bulk", "copies")}, few.reshape(len(names), -1)
+
+    plain, each = weights("manifold_distance", "radius")
+    beside, more = weights("manifold_distance", "radius", NEAREST_TRAIN, NEARER_TRAIN)
+    np.testing.assert_allclose(more[:2], each)
+    assert all(plain[kind].sum() == pytest.approx(KINDS[kind][1]) == pytest.approx(beside[kind].sum()) for kind in ("upper", "lower", "wider", "narrower"))
+    assert beside["copies"].sum() == pytest.approx(KINDS["copies"][1])
+    _, labelled = weights("manifold_distance", "radius", AMBIGUITY)
+    np.testing.assert_allclose(labelled[2], labelled[0] * SCORE_PARTS[AMBIGUITY])
 
 
 def test_copies_are_the_lower_tail_of_the_nearest_training_sample(healthy, make_bundle):
