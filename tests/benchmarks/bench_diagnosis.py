@@ -57,12 +57,14 @@ FED = "records"  # what the monitor was fed, a mark of each row: those that were
 
 @dataclass(frozen=True)
 class Scenario:
-    """`right`: verdicts that are right, "healthy" for no alarm at all. `fault`: of `ganwatch inject`, None for none."""
+    """`right`: verdicts that are right, "healthy" for no alarm at all. `fault`: of `ganwatch inject`, None for none: then what is
+    served is what a certified generator of another law would make, see `Stage.altered`."""
 
     right: tuple[str, ...]
     fault: str | None
     budget: int = 5_000
     squeeze: float = 1.0  # standard deviation within the modes, as a part of what it was
+    kept: float = 1.0  # of the samples that are not of one mode, so that this one comes too often
     clients: str = ""  # what they do besides: "one mode" asks for one kind of sample only, "seeds" for the same samples again
 
 
@@ -72,6 +74,7 @@ SCENARIOS = {
     "collapse within modes": Scenario(("within_mode_collapse",), "collapse"),
     "truncated latents": Scenario(("within_mode_collapse", "wrong_model"), "truncated"),
     "variance x 0.8": Scenario(("within_mode_collapse",), None, 20_000, squeeze=0.8**0.5),
+    "one mode swells": Scenario(("drift",), None, kept=0.26),  # from a tenth to three tenths
     "1 % copies": Scenario(("memorisation",), "copies", 20_000),
     "repeating latents": Scenario(("latent_fault",), "latent-fault"),
     "int8 weights": Scenario(("wrong_model",), "int8"),
@@ -126,10 +129,19 @@ class Stage:
         gone = self.shares(sampler) < 0.8 * self.healthy_shares
         return {name for name, less in zip(self.names, gone, strict=True) if less}
 
+    def altered(self, parts: Iterable[ndarray], run: int) -> Iterator[ndarray]:
+        """What no fault makes: samples moved towards the mean of their mode, or those of all modes but one left out now and then."""
+        if self.scenario.squeeze != 1.0:
+            yield from map(self.squeezed, parts)
+        elif self.scenario.kept != 1.0:
+            rng = np.random.default_rng(run)
+            for part in parts:
+                yield part[(self.eye.look(part).cells == run % len(self.names)) | (rng.random(len(part)) < self.scenario.kept)]
+        else:
+            yield from parts
+
     def squeezed(self, samples: ndarray) -> ndarray:
-        """Samples moved towards the mean of their mode; those off the manifold have none and stay."""
-        if self.scenario.squeeze == 1.0:
-            return samples
+        """Those off the manifold have no mode and stay."""
         cells, flat = self.eye.look(samples).cells, samples.reshape(len(samples), -1).astype(np.float64)
         means = np.where(cells[:, None] < len(self.names), self.means[np.minimum(cells, len(self.names) - 1)], flat)
         moved = means + self.scenario.squeeze * (flat - means)
@@ -149,12 +161,13 @@ class Stage:
         for at, part in zip(count(0, BATCH), batches(draw(self.sampler, 2 * run, WARM)), strict=False):
             watch.eat([self.record(2 * run, at, part)], 0.0)
         asked, at, due, alarm = self.asked(run), 0, np.inf, None
-        for part in batches(draw(sampler, 2 * run + 1, self.scenario.budget)):
+        certified = self.scenario.squeeze == self.scenario.kept == 1.0  # else what is served stands for another certified generator's
+        for part in batches(self.altered(draw(sampler, 2 * run + 1, self.scenario.budget), run)):
             rows = np.arange(-at % EVERY, len(part), EVERY)
             windows = [{"seed": 2 * run + 1, "offset": at + int(row), "count": 1} for row in rows]
             z = np.concatenate([card.latents(**window) for window in windows]) if windows else None
-            watch.eat([self.record(2 * run + 1, at, self.squeezed(part), fed=tuple(rows.tolist()), z=z)], 0.0)
-            if windows and self.scenario.squeeze == 1.0:  # which stands for a certified generator of that law
+            watch.eat([self.record(2 * run + 1, at, part, fed=tuple(rows.tolist()), z=z)], 0.0)
+            if windows and certified:
                 classes = np.concatenate([drawn_classes(card, **window) for window in windows]) if card.classes else None
                 if watch.reran(Rerun(self.healthy, self.golden.compare(z, classes, part[rows]), len(rows), 0), 0.0):
                     due = at + ROUND

@@ -22,7 +22,7 @@ def test_a_short_confusion_table_and_its_resumption(make_bundle, tmp_path):
     make_bundle(root=tmp_path / "registry")
     make_bundle(root=tmp_path / "registry", version="v2", honest=True, width=1.03)  # seen by golden rows only
     names = ("one mode drops", "5 % noise", "collapse within modes", "variance x 0.8", "repeating latents")
-    names += ("another checkpoint", "demand shift", "clients repeat seeds", "nothing")
+    names += ("one mode swells", "another checkpoint", "demand shift", "clients repeat seeds", "nothing")
     said: list[str] = []
     table = bench.play(Registry(tmp_path / "registry"), "grid", "v1", names, 2, tmp_path / "out", said.append)
     assert {row["scenario"]: row["right"] for row in table} == dict.fromkeys(names, 1.0), said
