@@ -253,6 +253,8 @@ def _versions(view: View) -> Iterator[Metric]:
     yield _counter("ganwatch_actions_total", "Aliases that the monitor changed for an alarm", actions)
     restores = [({"model": model, "outcome": outcome}, count) for (model, outcome), count in view.restores.items()]
     yield _counter("ganwatch_state_restores_total", "Versions that came under watch, by what became of their saved state", restores)
+    failures = [({"model": model}, count) for model, count in view.save_failures.items()]
+    yield _counter("ganwatch_state_save_failures_total", "Times that a version's state, or what the charts showed, could not be written to the disk", failures)
     words = "Whether the record of alarms was damaged when the monitor started, and a new one begun"
     yield _counter("ganwatch_incident_records_refused_total", words, [({}, view.incidents_refused)])
 

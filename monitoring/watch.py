@@ -179,6 +179,7 @@ class Watch:
         self._alarms: Counter[tuple[str, str]] = Counter()
         self._load_failures: Counter[str] = Counter()
         self._restores: Counter[tuple[str, str]] = Counter()
+        self._save_failures: Counter[str] = Counter()
         self._held: dict[tuple[str, str], str] = {}  # (model, alias) -> why an alarm did not change it
         self._actions: Counter[tuple[str, str]] = Counter()
         self._latest, self._clock_jumps = math.nan, {"back": 0, "forward": 0}
@@ -369,16 +370,28 @@ class Watch:
     def save(self) -> None:
         """Write down every Monitor that has seen samples since it was written last, and what is new in the charts.
 
-        Raises OSError where the disk refuses.
+        What cannot be written keeps nothing else from it: it is counted, and raised as an ExceptionGroup when all have had their turn.
+        It is tried again the next time.
         """
-        for name, version in {(n, v) for n, m in self._models.items() for v in m.aliases.values()}:
-            if self._watched[name, version].eaten != self._watched[name, version].saved:
-                self._save(name, version)
+        failures: list[tuple[str, Exception]] = []
+        for name, version in self.live():
+            try:
+                if self._watched[name, version].eaten != self._watched[name, version].saved:
+                    self._save(name, version)
+            except Exception as error:  # the disk's, mostly
+                self._save_failures[name] += 1
+                failures.append((f"the state of {name} {version} is not on the disk", error))
         for name, model in self._models.items():
             new = [row for row in model.rows if row[0] > model.written]
-            if new and self.states is not None:
-                self.states.append(name, np.array(new, np.float64), HISTORY)
-                model.written = new[-1][0]
+            try:
+                if new and self.states is not None:
+                    self.states.append(name, np.array(new, np.float64), HISTORY)
+                    model.written = new[-1][0]
+            except Exception as error:
+                self._save_failures[name] += 1
+                failures.append((f"the charts of {name} are not on the disk", error))
+        if failures:
+            raise ExceptionGroup("; ".join(f"{what}: {error}" for what, error in failures), [error for _, error in failures])
 
     def _save(self, name: str, version: str) -> None:
         if self.states is not None:
@@ -740,6 +753,7 @@ class Watch:
             alarms=dict(self._alarms),
             load_failures={name: self._load_failures[name] for name in self._models},
             restores={(name, outcome): self._restores[name, outcome] for name in self._models for outcome in RESTORES},
+            save_failures={name: self._save_failures[name] for name in self._models},
             incidents_refused=self.incidents.refused is not None,
             replays={(name, what): self._replays[name, what] for name in self._models for what in ("checked", "mismatched")},
             actions={(name, alias): self._actions[name, alias] for name in self._models for alias in acting.ALIASES},

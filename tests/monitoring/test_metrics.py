@@ -79,6 +79,7 @@ CONTRACT = {  # name -> label names
     "ganwatch_samples_rerun_total": {"model", "outcome"},
     "ganwatch_latents_checked_total": {"model", "outcome"},
     "ganwatch_state_restores_total": {"model", "outcome"},
+    "ganwatch_state_save_failures_total": {"model"},
     "ganwatch_incident_records_refused_total": set(),
     "ganwatch_serving_heartbeat_timestamp_seconds": set(),
     "ganwatch_serving_replicas": set(),

@@ -545,6 +545,33 @@ def test_a_disk_that_refuses_costs_no_alarm(scene: Scene) -> None:
     assert scene.watch().publish(scene.now).models["grid"].snapshot["verdict"]["id"] == "mode_dropping"
 
 
+def test_a_state_that_cannot_be_written_keeps_no_other_from_the_disk(scene: Scene) -> None:
+    """Nor the charts; it is said and counted, and tried again."""
+    scene.registry.set_alias("grid", "canary", "v2", reason="test", share=0.1)
+    watch, directory, blocks = scene.watch(), scene.root / "monitor" / "grid", []
+    for blocked, other in (("v1", "v2"), ("v2", "v1")):
+        for version in ("v1", "v2"):
+            scene.serve(watch, version, 20, seed=1)
+        watch.publish(scene.now)
+        blocks.append(directory / f"{blocked}.partial")
+        blocks[-1].mkdir(parents=True)
+        with pytest.raises(ExceptionGroup, match=f"the state of grid {blocked} is not on the disk: .*Is a directory"):
+            watch.save()
+        assert watch.states.load("grid", other)["monitored"] == 20 * len(blocks) and watch.states.history("grid", len(COLUMNS))[-1, 0] == scene.now
+        blocks[-1].rmdir()
+    scene.serve(watch, "v1", 20, seed=2)
+    watch.publish(scene.now)
+    (history := directory / f"history.{len(COLUMNS)}f8").rename(directory / "before")
+    history.mkdir()
+    with pytest.raises(ExceptionGroup, match="the charts of grid are not on the disk") as raised:
+        watch.save()
+    assert len(raised.value.exceptions) == 1 and watch.publish(scene.now).save_failures == {"grid": 3}
+    assert [watch.states.load("grid", version)["monitored"] for version in ("v1", "v2")] == [60, 40]
+    history.rmdir()
+    watch.save()
+    assert len(watch.states.history("grid", len(COLUMNS))) == 1
+
+
 @pytest.mark.parametrize("when", ["before the incident", "before the unlatching"])
 def test_a_death_in_between_never_loses_the_alarm(scene: Scene, when: str) -> None:
     scene.registry.set_alias("grid", "production", "v2", reason="test")
