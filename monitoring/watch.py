@@ -53,6 +53,7 @@ UNPAIRED, UNPAIRED_BYTES = 256, 64 * 2**20  # records of a model that wait for w
 NO_SEED = -1  # of samples that somebody else's server drew
 SHARDS = 256  # monitors that are summed up at most
 _SUM = "sum."  # how the names begin, in a saved state, of what the sum of the shards has latched
+_COMPARISON = "comparison."  # ... of its comparison with production
 _TIMES = ("last_sample_at", "last_fresh_at")  # of a version; what else of it is saved is its Monitor
 
 
@@ -79,6 +80,7 @@ class Watched:
     sum: Monitor | None = None  # of this monitor and all shards
     summed: int = 0  # shards in it
     clipped: int = 0  # what it and its shards counted themselves when they were last summed up, see Monitor.frechet_clipped
+    compared: Mapping[str, Any] = field(default_factory=dict)  # the saved comparison with production, until that is known
     scratch: tuple[Monitor, Monitor] | None = None  # through which shards are read and tried
 
     @property
@@ -234,7 +236,7 @@ class Watch:
         model.aliases, model.history = settled, history
         for version in set(settled.values()) - before:
             self._watched[name, version].begin(at)
-        self._pair(name, model)
+        self._pair(name, model, at)
         self.incidents.keep(name, {*settled.values(), *wanted.values()}, at=at)
         aliased = {(n, v) for n, m in self._models.items() for v in m.aliases.values()}
         retired = [key for key in self._watched if key not in aliased]
@@ -246,8 +248,9 @@ class Watch:
             self._watched.move_to_end((name, version))
         self.changed = True
 
-    def _pair(self, name: str, model: Model) -> None:
-        """A comparison of production with each candidate whose samples have its form; those that go on keep what they know."""
+    def _pair(self, name: str, model: Model, at: float) -> None:
+        """A comparison of production with each candidate whose samples have its form; those that go on keep what they know, and so do those
+        of the very same pair that an earlier process has left."""
         production, before = model.aliases.get("production"), model.comparisons
         model.comparisons = {}
         if production is not None:
@@ -256,10 +259,22 @@ class Watch:
                 theirs = self._watched[name, candidate].bundle.card
                 if (theirs.sample_shape, theirs.sample_dtype) == (ours.card.sample_shape, ours.card.sample_dtype):
                     kept = before.get(candidate)
-                    new = (production, Comparison(ours.certificate, ours.card.modes))
-                    model.comparisons[candidate] = kept if kept is not None and kept[0] == production else new
+                    model.comparisons[candidate] = kept if kept is not None and kept[0] == production else (production, self._comparison(name, production, candidate, at))
         sides = {(candidate, version) for candidate in model.comparisons for version in (candidate, production)}
         model.unpaired = OrderedDict((key, record) for key, record in model.unpaired.items() if key[:2] in sides)
+
+    def _comparison(self, name: str, production: str, candidate: str, at: float) -> Comparison:
+        """One that begins, or goes on where an earlier process left it: once, and only with the same two bundles."""
+        ours, theirs = self._watched[name, production], self._watched[name, candidate]
+        identity = {"production": [production, ours.monitor.identity()["bundle"]], "candidate": theirs.monitor.identity()["bundle"]}
+        comparison = Comparison(ours.bundle.certificate, ours.bundle.card.modes, identity)
+        try:
+            if theirs.compared:
+                comparison.restore(theirs.compared)
+        except ValueError as error:
+            self._notices.append((at, f"the comparison of {name} {candidate} with {production} begins anew, its saved state was not taken: {error}"))
+        theirs.compared = {}
+        return comparison
 
     def _compare(self, name: str, model: Model, record: Record) -> None:
         """Join the record with what other versions made of the same latents: a shadow is given production's own, and what any candidate was
@@ -284,6 +299,7 @@ class Watch:
             ours, theirs = (record, other) if record.version == production else (other, record)
             if theirs.is_fresh and (ours.is_fresh or theirs.origin == "probe"):
                 n = min(len(ours.samples), len(theirs.samples))
+                self._watched[name, candidate].saved = -1  # so that it is written down, whosever record came last
                 look = self._watched[name, production].monitor.look
                 x, y = look(ours.samples[:n]), look(theirs.samples[:n])
                 if len(x.cells) == len(y.cells) == n:
@@ -294,6 +310,7 @@ class Watch:
             (candidate, version, *_), gone = model.unpaired.popitem(last=False)
             if version == candidate:  # most of production's were never asked of anybody else
                 model.comparisons[candidate][1].dropped["unpaired"] += len(gone.samples)
+                self._watched[name, candidate].saved = -1
 
     def _load(self, name: str, version: str, share: float, at: float) -> bool:
         """Whether the version is under watch with this share; loads it if need be. A failure is retried when the files change."""
@@ -351,6 +368,7 @@ class Watch:
                     watched.monitor.calibrate(None)
                 if sum_alarm := {name.removeprefix(_SUM): value for name, value in state.items() if name.startswith(_SUM)}:
                     self._latch_sum(watched, sum_alarm)
+                watched.compared = {key.removeprefix(_COMPARISON): value for key, value in state.items() if key.startswith(_COMPARISON)}
                 for key in _TIMES:
                     setattr(watched, key, state[key])
                 # Had the clock been set back while no monitor ran, the next look at it finds that out, and nothing is left in the future.
@@ -359,7 +377,7 @@ class Watch:
                 watched.saved = watched.eaten
         except (StateError, ValueError, KeyError) as error:
             outcome = "refused"
-            watched.monitor, watched.sum = self._monitor(watched.bundle, watched.share), None  # nothing half restored
+            watched.monitor, watched.sum, watched.compared = self._monitor(watched.bundle, watched.share), None, {}  # nothing half restored
             self._notices.append((at, f"{name} {version} is watched from the start again, its saved state was not taken: {error}"))
         self._restores[name, outcome] += 1
         alarmed_at, left = watched.judged.alarmed_at, self.incidents.left(name, version)
@@ -397,7 +415,9 @@ class Watch:
         if self.states is not None:
             watched = self._watched[name, version]
             latched = {f"{_SUM}{key}": value for key, value in watched.sum.alarm.items()} if watched.sum is not None else {}
-            self.states.save(name, version, self.state(name, version) | latched)
+            _, comparison = self._models[name].comparisons.get(version, (None, None))
+            compared = {f"{_COMPARISON}{key}": value for key, value in (watched.compared if comparison is None else comparison.state()).items()}
+            self.states.save(name, version, self.state(name, version) | latched | compared)
             watched.saved = watched.eaten
 
     def state(self, name: str, version: str) -> dict[str, Any]:
@@ -816,7 +836,7 @@ class Watch:
             gauges={population: watched.judged.gauges(population) for population in POPULATIONS},
             modes={population: watched.judged.modes(population) for population in POPULATIONS},
             coverage={population: watched.judged.coverage(population) for population in POPULATIONS},
-            comparison=comparison.state(production, version) if comparison is not None else None,
+            comparison=comparison.snapshot(production, version) if comparison is not None else None,
         )
 
     def _marks(self, name: str, model: Model, at: float) -> list[dict[str, Any]]:
