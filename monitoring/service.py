@@ -85,7 +85,7 @@ class Options:
     """TCP port to listen on; 0 takes a free one."""
     arl: float | str = 2.6e9
     """To a false alarm, on average, at least, per model: so many monitored samples, such as 2.6e9, or a time, such as month, week, 30d or
-    12h, which is counted at --test-rate samples a second."""
+    12h, which is counted at --test-rate samples a second. That is for what samples say; alarms of the replay audit come besides."""
     test_rate: float | None = None
     """Fresh samples a second of each version that are tested at most, so that what `arl` says in samples holds in time, too; more are
     shown in the gauges and counted. Default: all are tested; 1,000 where `arl` is a time."""

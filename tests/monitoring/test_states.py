@@ -247,7 +247,7 @@ def test_a_suspicion_waits_for_samples_of_the_shard_that_has_it(make_bundle, dra
     """A replay that differs becomes a verdict when so many samples went by without a clean one, there and not elsewhere."""
     bundle = make_bundle()
     suspicious, busy = fed(bundle, draw(bundle, 500)), fed(bundle, draw(bundle, 20_000, seed=2))
-    suspicious.audit(checked=64, mismatched=1)
+    suspicious.audit(checked=64, mismatched=2)
     state = suspicious.state()
     busy.merge(suspicious, at=START)
     assert busy.suspect and busy.verdict.id == "healthy"
@@ -478,7 +478,7 @@ def test_a_suspicion_is_written_down_though_no_sample_comes(scene: Scene) -> Non
     watch = scene.watch()
     scene.serve(watch, "v1", 100, seed=1)
     watch.save()
-    for found, suspect in ((Compared(16, 1), True), (Compared(16), False)):
+    for found, suspect in ((Compared(16, 2), True), (Compared(16), False)):
         watch.audited(scene.bundles["v1"], found)
         watch.save()
         assert scene.watch().publish(scene.now).models["grid"].snapshot["replay"]["suspect"] == suspect
