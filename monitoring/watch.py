@@ -14,7 +14,7 @@ import math
 import sqlite3
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -45,7 +45,7 @@ LEAP = 60.0  # seconds by which the clock went ahead: it is looked at every seco
 HISTORY = 3600  # seconds that the page can look back, one point each
 RATE_WINDOW = 2.0  # seconds over which the rate of fresh samples is taken
 PACE_STEP, PACE_STEPS = 60.0, 60  # seconds between the counts, and how many of them, over which the rate of tested samples is taken: an hour
-CHUNK = 4096  # samples a Monitor eats at once, so that no single record holds up the rest
+CHUNK = 1024  # samples a Monitor eats at once, so that no single record holds up the rest
 RETIRED = 8  # versions no alias names any more whose Monitor is kept, for a rollback
 RESTORES = ("restored", "absent", "refused")  # what became of the saved state of a version that comes under watch
 NOTICE = 60.0  # seconds for which a state that could not be restored is said
@@ -579,8 +579,9 @@ class Watch:
         """Take in what a replica counted and served; `at` is when it arrived."""
         self.replicas.hear(heartbeat.replica, heartbeat.counters, at)
 
-    def eat(self, records: Iterable[Record], at: float) -> None:
-        """Feed the Monitors. Records of one version are joined, since small batches cost a run of features.onnx each.
+    def eat(self, records: Iterable[Record], at: float, between: Callable[[], object] = lambda: None) -> None:
+        """Feed the Monitors. Records of one version are joined, since small batches cost a run of features.onnx each. `between` is called after
+        every CHUNK of samples, when all that there is may be saved.
 
         What fails costs the others nothing: it is counted, and raised as an ExceptionGroup when all have had their turn. It is not
         tried again, since a Monitor may have seen a part of it, and a sample that counts twice is no evidence.
@@ -607,7 +608,7 @@ class Watch:
             groups.setdefault((record.model, record.version, record.is_independent, kind), []).append(record)
         for (name, version, fresh, _), group in groups.items():
             try:
-                self._eat_joined(name, version, group, fresh, at)
+                self._eat_joined(name, version, group, fresh, at, between)
             except Exception as error:  # whatever it is: the other groups are of other versions or other samples
                 self._failed_records += len(group)
                 failures.append((f"{name} {version}, {len(group)} records", error))
@@ -615,7 +616,7 @@ class Watch:
             words = dict.fromkeys(f"{where}: {type(error).__name__}: {error}" for where, error in failures)
             raise ExceptionGroup("; ".join(words), [error for _, error in failures])
 
-    def _eat_joined(self, name: str, version: str, group: list[Record], fresh: bool, at: float) -> None:
+    def _eat_joined(self, name: str, version: str, group: list[Record], fresh: bool, at: float, between: Callable[[], object]) -> None:
         """Feed one Monitor records whose samples have one form, all or none of which name classes."""
         samples = np.concatenate([record.samples for record in group])
         unlabelled = group[0].label is None
@@ -632,6 +633,7 @@ class Watch:
                 rows = slice(*np.searchsorted(fed.rows, (start, stop)))
                 noted = Fed(fed.rows[rows] - start, fed.z[rows])
             self._update(name, version, samples[part], start < tested, at, None if classes is None else classes[part], noted, received[part])
+            between()
 
     def _fed(self, name: str, version: str, group: list[Record]) -> Fed | None:
         """The latents of records that are joined. Those that the model does not take are counted where they are run again."""

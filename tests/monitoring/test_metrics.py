@@ -68,6 +68,7 @@ CONTRACT = {  # name -> label names
     "ganwatch_samples_observed_total": {"model", "origin"},
     "ganwatch_samples_rejected_total": {"model", "reason"},
     "ganwatch_records_dropped_total": {"reason"},
+    "ganwatch_samples_waiting": set(),
     "ganwatch_probe_requests_total": {"model", "outcome"},
     "ganwatch_model_info": {"model", "version", "alias", "onnx_sha256", "reference_sha256"},
     "ganwatch_model_loaded_timestamp_seconds": {"model", "role", "version"},
