@@ -18,6 +18,7 @@ Two honest trainings differ, and this says so: it is no alarm, and takes nothing
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -41,11 +42,12 @@ class Comparison:
     """Pairs of one production version with one candidate, in the eyes of production's features.onnx and certificate.
 
     evidence: log of the mixture; differs: whether it ever reached 1 / ALPHA, which stays; pairs: how many were looked at;
-    dropped: by DROPPED, how many were not.
+    dropped: by DROPPED, how many were not. identity: of this pair, in what JSON can say; no other's state is taken.
     """
 
-    def __init__(self, certificate: Certificate, modes: tuple[str, ...]) -> None:
+    def __init__(self, certificate: Certificate, modes: tuple[str, ...], identity: Mapping[str, Any] | None = None) -> None:
         self._certificate, self._modes = certificate, modes
+        self.identity = {**(identity or {}), "bets": [list(STAKES), list(LEVELS), REACH, CHUNK]}
         used = [int(np.abs(certificate.levels - level).argmin()) for level in LEVELS]
         self._edges = np.concatenate([certificate.lower_threshold[:, used], certificate.upper_threshold[:, used]], axis=1)  # [s, e]
         both = np.array([sign * stake for stake in STAKES for sign in (1, -1)])
@@ -98,6 +100,42 @@ class Comparison:
         self._least = np.maximum(self._least, self._log["modes"].max(axis=1))
         self.differs = self.differs or self.evidence >= -math.log(ALPHA)
 
+    def state(self) -> dict[str, Any]:
+        """All that the past has left here, under plain names: arrays, and values that JSON can say."""
+        values = {"identity": self.identity, "pairs": self.pairs, "agreed": self.agreed, "differs": self.differs, "dropped": dict(self.dropped)}
+        return values | {name: array.copy() for name, array in self._arrays().items()}
+
+    def _arrays(self) -> dict[str, ndarray]:
+        return {f"log.{family}": log for family, log in self._log.items()} | {"moved": self._moved, "counts": self._counts, "least": self._least}
+
+    def restore(self, state: Mapping[str, Any]) -> bool:
+        """Go on where the comparison stood whose `state` this is; where it is of another pair or of other bets, begin anew and return False.
+
+        Raises ValueError where the state is damaged, and takes nothing of it.
+        """
+        if not isinstance(state.get("identity"), dict):
+            raise ValueError("the state does not say which pair it is of")
+        if state["identity"] != self.identity:
+            return False
+        for name, own in self._arrays().items():
+            found = state.get(name)
+            if not isinstance(found, ndarray) or (found.dtype, found.shape) != (own.dtype, own.shape):
+                about = f"{found.dtype} {list(found.shape)}" if isinstance(found, ndarray) else repr(found)[:50]
+                raise ValueError(f"{name} is {about}; expected {own.dtype} {list(own.shape)}")
+            if not np.isfinite(found).all() or (name in ("counts", "least") and (found < 0).any()):
+                raise ValueError(f"{name} holds what no pairs can have left there")
+        pairs, agreed, dropped = state.get("pairs"), state.get("agreed"), state.get("dropped")
+        counts = [pairs, agreed, *(dropped.get(reason) for reason in DROPPED)] if isinstance(dropped, dict) else [None]
+        if not all(type(count) is int and count >= 0 for count in counts) or type(state.get("differs")) is not bool:
+            raise ValueError(f"pairs, agreed, dropped, differs are {pairs!r}, {agreed!r}, {dropped!r}, {state.get('differs')!r}; expected counts, and whether")
+        if (state["counts"].sum(axis=1) != pairs).any() or agreed > pairs:
+            raise ValueError(f"there are {pairs} pairs, {agreed} agreed, and the cells of {state['counts'].sum(axis=1).tolist()} samples")
+        self.pairs, self.agreed, self.differs = pairs, agreed, state["differs"]
+        self.dropped = {reason: dropped[reason] for reason in DROPPED}
+        self._log = {family: state[f"log.{family}"].copy() for family in self._log}
+        self._moved, self._counts, self._least = (state[name].copy() for name in ("moved", "counts", "least"))
+        return True
+
     def shares(self) -> Float64[ndarray, "2 k1"]:
         """Of the cells among the pairs: production's, the candidate's. NaN before the first pair."""
         with np.errstate(invalid="ignore"):
@@ -123,7 +161,7 @@ class Comparison:
             said = [{"modes": "other shares of the modes", "scores": "other distances from the data", "features": "other features"}[max(families, key=families.get)]]
         return f"{candidate} is not the model that {production} is: {', '.join(said)}. {agreement}"
 
-    def state(self, production: str, candidate: str) -> dict[str, Any]:
+    def snapshot(self, production: str, candidate: str) -> dict[str, Any]:
         """What there is to show, JSON-able."""
         return {
             "against": production,

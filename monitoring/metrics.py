@@ -64,7 +64,8 @@ Labelled = Iterable[tuple[Mapping[str, str], float | int | None]]  # bool counts
 class Exporter:
     """Renders what `read` returns at each scrape: the view, the records dropped by reason, the probes by (model, outcome).
 
-    `runs` gives where training runs stand (runs.py); `reruns` the samples run again and the latents looked at, by (model, outcome).
+    `runs` gives where training runs stand (runs.py); `reruns` the samples run again and the latents looked at, by (model, outcome);
+    `waiting` the samples that were acknowledged and are not judged yet.
     """
 
     def __init__(
@@ -72,9 +73,10 @@ class Exporter:
         read: Callable[[], tuple[View, Mapping[str, int], Mapping[tuple[str, str], int]]],
         runs: Callable[[], Sequence[Mapping[str, Any]]] = tuple,
         reruns: Callable[[], tuple[Outcomes, Outcomes]] = lambda: ({}, {}),
+        waiting: Callable[[], int] = lambda: 0,
     ) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_ViewCollector(read, runs, reruns))
+        self._registry.register(_ViewCollector(read, runs, reruns, waiting))
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition and its content type: OpenMetrics where `accept` asks for it, the text format otherwise."""
@@ -88,8 +90,9 @@ class _ViewCollector(Collector):
         read: Callable[[], tuple[View, Mapping[str, int], Mapping[tuple[str, str], int]]],
         runs: Callable[[], Sequence[Mapping[str, Any]]],
         reruns: Callable[[], tuple[Outcomes, Outcomes]],
+        waiting: Callable[[], int],
     ) -> None:
-        self._read, self._runs, self._reruns = read, runs, reruns
+        self._read, self._runs, self._reruns, self._waiting = read, runs, reruns, waiting
 
     def describe(self) -> Iterable[Metric]:
         return ()
@@ -109,6 +112,8 @@ class _ViewCollector(Collector):
         yield from _alarms(view)
         yield from _comparisons(view)
         yield from _samples(view, dropped, probes)
+        words = "Samples that were acknowledged and are not judged yet, in the monitor's inbox: a kill would lose them"
+        yield _gauge("ganwatch_samples_waiting", words, [({}, self._waiting())])
         yield from _versions(view)
         yield from _run_again(view, *self._reruns())
         yield from _serving(view)
@@ -253,6 +258,8 @@ def _versions(view: View) -> Iterator[Metric]:
     yield _counter("ganwatch_actions_total", "Aliases that the monitor changed for an alarm", actions)
     restores = [({"model": model, "outcome": outcome}, count) for (model, outcome), count in view.restores.items()]
     yield _counter("ganwatch_state_restores_total", "Versions that came under watch, by what became of their saved state", restores)
+    failures = [({"model": model}, count) for model, count in view.save_failures.items()]
+    yield _counter("ganwatch_state_save_failures_total", "Times that a version's state, or what the charts showed, could not be written to the disk", failures)
     words = "Whether the record of alarms was damaged when the monitor started, and a new one begun"
     yield _counter("ganwatch_incident_records_refused_total", words, [({}, view.incidents_refused)])
 

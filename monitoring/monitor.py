@@ -45,6 +45,7 @@ REAL_POINTS = 1024  # real points that served ones are compared with
 WIDTH_POINTS = 512  # training points that set the width of the kernel
 AUDIT_PATIENCE = 4096  # samples tested for which a failed replay audit waits for the samples to say which failure it is
 SHORT_PATIENCE = 512  # ... where no failure that needs longer is possible
+DIFFERING = 2  # golden samples of a replay that must differ: one latent may lie on the very edge of a decision in the graph
 RECENT_RERUNS = 128  # samples run again, of which two must differ: a latent on the very edge of a decision in the graph may
 WARM_UP = 512  # samples tested before silence is called health
 FLOOR_DRAWS = 64
@@ -236,8 +237,8 @@ class Monitor:
         """Take in a replay of the certificate's golden samples: how many were compared, how many came back different, and whether
         each of these was near what it should have been (`audit.Compared`).
 
-        One that differs proves that something else serves than was certified. It says nothing of what that something does, so
-        the verdict is left to the samples for AUDIT_PATIENCE of them, which find any gross failure sooner and name it; only
+        DIFFERING of them prove that something else serves than was certified; one alone is counted, shown and no more. They say nothing
+        of what that something does, so the verdict is left to the samples for AUDIT_PATIENCE of them, which find any gross failure sooner and name it; only
         where they stay silent is it `wrong_model`, and should they speak later, theirs is the sharper word. But where not one
         golden sample comes back, another model serves, and whatever is wrong with the law is its doing. Then SHORT_PATIENCE
         is enough, as no later word could be another one; and so it is where the samples are the same ones, slightly off: a mode that
@@ -250,7 +251,7 @@ class Monitor:
             self._golden = [checked, mismatched]
         self.replay_checked += checked
         self.replay_mismatched += mismatched
-        if mismatched:
+        if mismatched >= DIFFERING:
             self._suspect(near)
         elif self._again is None or not self._again["twice"]:
             self._suspected, self._near = None, self._near if alarmed else True

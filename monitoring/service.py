@@ -68,6 +68,7 @@ BODY_LIMIT = 64 * 2**20  # bytes of one heartbeat
 FOLLOW_PERIOD = 0.25  # seconds between looks at the registry
 TAKE = 8192  # samples judged between two looks at clock and registry
 PUBLISH_PERIOD = 1.0  # seconds between views
+SAVE_PERIOD = 1.0  # seconds between two beginnings of a save, also while there is much to judge
 HEARTBEAT_PERIOD = 15.0  # seconds of silence after which an event stream says that it is alive
 
 log = logging.getLogger("ganwatch.monitor")
@@ -85,7 +86,7 @@ class Options:
     """TCP port to listen on; 0 takes a free one."""
     arl: float | str = 2.6e9
     """To a false alarm, on average, at least, per model: so many monitored samples, such as 2.6e9, or a time, such as month, week, 30d or
-    12h, which is counted at --test-rate samples a second."""
+    12h, which is counted at --test-rate samples a second. That is for what samples say; alarms of the replay audit come besides."""
     test_rate: float | None = None
     """Fresh samples a second of each version that are tested at most, so that what `arl` says in samples holds in time, too; more are
     shown in the gauges and counted. Default: all are tested; 1,000 where `arl` is a time."""
@@ -107,7 +108,7 @@ class Options:
     """URL of another monitor that sums up what this one and others like it see, once a second; none: nobody does. It takes states of no
     others itself, as its own are all that it sends."""
     inbox: int = 65_536
-    """Samples that may wait for the Monitors; what comes beyond is dropped and counted."""
+    """Samples that may wait for the Monitors; what comes beyond is dropped and counted. A kill loses what waits."""
 
     def __post_init__(self) -> None:
         rate = self.budget.rate
@@ -159,7 +160,7 @@ class Inbox:
         self.limit = limit
         self.dropped = 0  # records
         self._waiting: deque[Item] = deque()
-        self._samples = 0
+        self._samples = self._taken = 0  # that wait, and that were taken last
         self._news = threading.Condition()
 
     def put(self, item: Item) -> bool:
@@ -177,16 +178,24 @@ class Inbox:
             self._news.notify()
         return True
 
+    @property
+    def samples(self) -> int:
+        """Samples that were acknowledged and are not judged yet, as a kill would lose them; those being judged are among them, and a
+        heartbeat without any counts as one."""
+        with self._news:
+            return self._samples + self._taken
+
     def take(self, timeout: float) -> list[Item]:
-        """What waits, oldest first, up to about TAKE samples; nothing after `timeout` seconds."""
+        """What waits, oldest first, up to about TAKE samples; nothing after `timeout` seconds. What was taken before has been judged."""
         items, taken = [], 0
         with self._news:
+            self._taken = 0
             if not self._waiting:
                 self._news.wait(timeout)
             while self._waiting and taken < TAKE:
                 items.append(self._waiting.popleft())
                 taken += _weight(items[-1])
-            self._samples -= taken
+            self._samples, self._taken = self._samples - taken, taken
         return items
 
 
@@ -219,6 +228,7 @@ class Service:
             lambda: (self.view, {"queue_full": self.inbox.dropped}, dict(self.prober.outcomes)),
             lambda: self.runs.shown,
             lambda: (dict(self.reruns.outcomes), dict(self.reruns.latents)),
+            lambda: self.inbox.samples,
         )
         self.shipper: Shipper | None = None
         if options.merge_into is not None:
@@ -232,6 +242,7 @@ class Service:
         self._step(self.runs.look, now)
         self.view: View = self.watch.publish(now)
         self.viewed = time.monotonic()
+        self._saved = self.viewed  # when the last save began
 
     def start(self) -> None:
         self._thread.start()
@@ -311,7 +322,7 @@ class Service:
             for heartbeat in (item for item in items if isinstance(item, Heartbeat)):
                 self._step(self.watch.hear, heartbeat, now)
             if records := [record for item in items for record in _records(item)]:
-                self._step(self.watch.eat, records, now)
+                self._step(self.watch.eat, records, now, self._save_when_due)
                 self._step(self._run_again, records)
             self._step(self.watch.act, now)
             for audited in (item for item in items if isinstance(item, Audited)):
@@ -330,13 +341,22 @@ class Service:
                 published = elapsed if point else published
                 self._step(self._publish, now, point)
                 if point:
-                    self._step(self.watch.save)
+                    self._save()
                     self._step(self.runs.look, now)
                     if self.shipper is not None:
                         self._step(self._ship)
             for answer, incidents in closed:  # the view says so already when the caller hears of it
                 answer.set_result(incidents)
+        self._save()
+
+    def _save(self) -> None:
+        self._saved = time.monotonic()
         self._step(self.watch.save)
+
+    def _save_when_due(self) -> None:
+        """However much there is to judge and however slow the eye: what was judged is not lost with what waits."""
+        if time.monotonic() - self._saved >= SAVE_PERIOD:
+            self._save()
 
     def _ship(self) -> None:
         assert self.shipper is not None

@@ -99,6 +99,7 @@ class View:
     alarms: Mapping[tuple[str, str], int]  # (model, verdict) -> alarms raised
     load_failures: Mapping[str, int]  # model -> bundles that could not be loaded
     restores: Mapping[tuple[str, str], int]  # (model, one of RESTORES) -> versions that came under watch
+    save_failures: Mapping[str, int]  # model -> times that a version's state, or its charts, could not be written
     incidents_refused: bool  # the record of alarms was damaged and begun anew
     replays: Mapping[tuple[str, str], int]  # (model, "checked" or "mismatched") -> golden samples
     actions: Mapping[tuple[str, str], int]  # (model, alias) -> changes made for an alarm

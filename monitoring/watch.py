@@ -14,7 +14,7 @@ import math
 import sqlite3
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -45,7 +45,7 @@ LEAP = 60.0  # seconds by which the clock went ahead: it is looked at every seco
 HISTORY = 3600  # seconds that the page can look back, one point each
 RATE_WINDOW = 2.0  # seconds over which the rate of fresh samples is taken
 PACE_STEP, PACE_STEPS = 60.0, 60  # seconds between the counts, and how many of them, over which the rate of tested samples is taken: an hour
-CHUNK = 4096  # samples a Monitor eats at once, so that no single record holds up the rest
+CHUNK = 1024  # samples a Monitor eats at once, so that no single record holds up the rest
 RETIRED = 8  # versions no alias names any more whose Monitor is kept, for a rollback
 RESTORES = ("restored", "absent", "refused")  # what became of the saved state of a version that comes under watch
 NOTICE = 60.0  # seconds for which a state that could not be restored is said
@@ -53,6 +53,7 @@ UNPAIRED, UNPAIRED_BYTES = 256, 64 * 2**20  # records of a model that wait for w
 NO_SEED = -1  # of samples that somebody else's server drew
 SHARDS = 256  # monitors that are summed up at most
 _SUM = "sum."  # how the names begin, in a saved state, of what the sum of the shards has latched
+_COMPARISON = "comparison."  # ... of its comparison with production
 _TIMES = ("last_sample_at", "last_fresh_at")  # of a version; what else of it is saved is its Monitor
 
 
@@ -79,6 +80,7 @@ class Watched:
     sum: Monitor | None = None  # of this monitor and all shards
     summed: int = 0  # shards in it
     clipped: int = 0  # what it and its shards counted themselves when they were last summed up, see Monitor.frechet_clipped
+    compared: Mapping[str, Any] = field(default_factory=dict)  # the saved comparison with production, until that is known
     scratch: tuple[Monitor, Monitor] | None = None  # through which shards are read and tried
 
     @property
@@ -179,6 +181,7 @@ class Watch:
         self._alarms: Counter[tuple[str, str]] = Counter()
         self._load_failures: Counter[str] = Counter()
         self._restores: Counter[tuple[str, str]] = Counter()
+        self._save_failures: Counter[str] = Counter()
         self._held: dict[tuple[str, str], str] = {}  # (model, alias) -> why an alarm did not change it
         self._actions: Counter[tuple[str, str]] = Counter()
         self._latest, self._clock_jumps = math.nan, {"back": 0, "forward": 0}
@@ -233,7 +236,7 @@ class Watch:
         model.aliases, model.history = settled, history
         for version in set(settled.values()) - before:
             self._watched[name, version].begin(at)
-        self._pair(name, model)
+        self._pair(name, model, at)
         self.incidents.keep(name, {*settled.values(), *wanted.values()}, at=at)
         aliased = {(n, v) for n, m in self._models.items() for v in m.aliases.values()}
         retired = [key for key in self._watched if key not in aliased]
@@ -245,8 +248,9 @@ class Watch:
             self._watched.move_to_end((name, version))
         self.changed = True
 
-    def _pair(self, name: str, model: Model) -> None:
-        """A comparison of production with each candidate whose samples have its form; those that go on keep what they know."""
+    def _pair(self, name: str, model: Model, at: float) -> None:
+        """A comparison of production with each candidate whose samples have its form; those that go on keep what they know, and so do those
+        of the very same pair that an earlier process has left."""
         production, before = model.aliases.get("production"), model.comparisons
         model.comparisons = {}
         if production is not None:
@@ -255,10 +259,22 @@ class Watch:
                 theirs = self._watched[name, candidate].bundle.card
                 if (theirs.sample_shape, theirs.sample_dtype) == (ours.card.sample_shape, ours.card.sample_dtype):
                     kept = before.get(candidate)
-                    new = (production, Comparison(ours.certificate, ours.card.modes))
-                    model.comparisons[candidate] = kept if kept is not None and kept[0] == production else new
+                    model.comparisons[candidate] = kept if kept is not None and kept[0] == production else (production, self._comparison(name, production, candidate, at))
         sides = {(candidate, version) for candidate in model.comparisons for version in (candidate, production)}
         model.unpaired = OrderedDict((key, record) for key, record in model.unpaired.items() if key[:2] in sides)
+
+    def _comparison(self, name: str, production: str, candidate: str, at: float) -> Comparison:
+        """One that begins, or goes on where an earlier process left it: once, and only with the same two bundles."""
+        ours, theirs = self._watched[name, production], self._watched[name, candidate]
+        identity = {"production": [production, ours.monitor.identity()["bundle"]], "candidate": theirs.monitor.identity()["bundle"]}
+        comparison = Comparison(ours.bundle.certificate, ours.bundle.card.modes, identity)
+        try:
+            if theirs.compared:
+                comparison.restore(theirs.compared)
+        except ValueError as error:
+            self._notices.append((at, f"the comparison of {name} {candidate} with {production} begins anew, its saved state was not taken: {error}"))
+        theirs.compared = {}
+        return comparison
 
     def _compare(self, name: str, model: Model, record: Record) -> None:
         """Join the record with what other versions made of the same latents: a shadow is given production's own, and what any candidate was
@@ -283,6 +299,7 @@ class Watch:
             ours, theirs = (record, other) if record.version == production else (other, record)
             if theirs.is_fresh and (ours.is_fresh or theirs.origin == "probe"):
                 n = min(len(ours.samples), len(theirs.samples))
+                self._watched[name, candidate].saved = -1  # so that it is written down, whosever record came last
                 look = self._watched[name, production].monitor.look
                 x, y = look(ours.samples[:n]), look(theirs.samples[:n])
                 if len(x.cells) == len(y.cells) == n:
@@ -293,6 +310,7 @@ class Watch:
             (candidate, version, *_), gone = model.unpaired.popitem(last=False)
             if version == candidate:  # most of production's were never asked of anybody else
                 model.comparisons[candidate][1].dropped["unpaired"] += len(gone.samples)
+                self._watched[name, candidate].saved = -1
 
     def _load(self, name: str, version: str, share: float, at: float) -> bool:
         """Whether the version is under watch with this share; loads it if need be. A failure is retried when the files change."""
@@ -350,6 +368,7 @@ class Watch:
                     watched.monitor.calibrate(None)
                 if sum_alarm := {name.removeprefix(_SUM): value for name, value in state.items() if name.startswith(_SUM)}:
                     self._latch_sum(watched, sum_alarm)
+                watched.compared = {key.removeprefix(_COMPARISON): value for key, value in state.items() if key.startswith(_COMPARISON)}
                 for key in _TIMES:
                     setattr(watched, key, state[key])
                 # Had the clock been set back while no monitor ran, the next look at it finds that out, and nothing is left in the future.
@@ -358,7 +377,7 @@ class Watch:
                 watched.saved = watched.eaten
         except (StateError, ValueError, KeyError) as error:
             outcome = "refused"
-            watched.monitor, watched.sum = self._monitor(watched.bundle, watched.share), None  # nothing half restored
+            watched.monitor, watched.sum, watched.compared = self._monitor(watched.bundle, watched.share), None, {}  # nothing half restored
             self._notices.append((at, f"{name} {version} is watched from the start again, its saved state was not taken: {error}"))
         self._restores[name, outcome] += 1
         alarmed_at, left = watched.judged.alarmed_at, self.incidents.left(name, version)
@@ -369,22 +388,36 @@ class Watch:
     def save(self) -> None:
         """Write down every Monitor that has seen samples since it was written last, and what is new in the charts.
 
-        Raises OSError where the disk refuses.
+        What cannot be written keeps nothing else from it: it is counted, and raised as an ExceptionGroup when all have had their turn.
+        It is tried again the next time.
         """
-        for name, version in {(n, v) for n, m in self._models.items() for v in m.aliases.values()}:
-            if self._watched[name, version].eaten != self._watched[name, version].saved:
-                self._save(name, version)
+        failures: list[tuple[str, Exception]] = []
+        for name, version in self.live():
+            try:
+                if self._watched[name, version].eaten != self._watched[name, version].saved:
+                    self._save(name, version)
+            except Exception as error:  # the disk's, mostly
+                self._save_failures[name] += 1
+                failures.append((f"the state of {name} {version} is not on the disk", error))
         for name, model in self._models.items():
             new = [row for row in model.rows if row[0] > model.written]
-            if new and self.states is not None:
-                self.states.append(name, np.array(new, np.float64), HISTORY)
-                model.written = new[-1][0]
+            try:
+                if new and self.states is not None:
+                    self.states.append(name, np.array(new, np.float64), HISTORY)
+                    model.written = new[-1][0]
+            except Exception as error:
+                self._save_failures[name] += 1
+                failures.append((f"the charts of {name} are not on the disk", error))
+        if failures:
+            raise ExceptionGroup("; ".join(f"{what}: {error}" for what, error in failures), [error for _, error in failures])
 
     def _save(self, name: str, version: str) -> None:
         if self.states is not None:
             watched = self._watched[name, version]
             latched = {f"{_SUM}{key}": value for key, value in watched.sum.alarm.items()} if watched.sum is not None else {}
-            self.states.save(name, version, self.state(name, version) | latched)
+            _, comparison = self._models[name].comparisons.get(version, (None, None))
+            compared = {f"{_COMPARISON}{key}": value for key, value in (watched.compared if comparison is None else comparison.state()).items()}
+            self.states.save(name, version, self.state(name, version) | latched | compared)
             watched.saved = watched.eaten
 
     def state(self, name: str, version: str) -> dict[str, Any]:
@@ -546,8 +579,9 @@ class Watch:
         """Take in what a replica counted and served; `at` is when it arrived."""
         self.replicas.hear(heartbeat.replica, heartbeat.counters, at)
 
-    def eat(self, records: Iterable[Record], at: float) -> None:
-        """Feed the Monitors. Records of one version are joined, since small batches cost a run of features.onnx each.
+    def eat(self, records: Iterable[Record], at: float, between: Callable[[], object] = lambda: None) -> None:
+        """Feed the Monitors. Records of one version are joined, since small batches cost a run of features.onnx each. `between` is called after
+        every CHUNK of samples, when all that there is may be saved.
 
         What fails costs the others nothing: it is counted, and raised as an ExceptionGroup when all have had their turn. It is not
         tried again, since a Monitor may have seen a part of it, and a sample that counts twice is no evidence.
@@ -574,7 +608,7 @@ class Watch:
             groups.setdefault((record.model, record.version, record.is_independent, kind), []).append(record)
         for (name, version, fresh, _), group in groups.items():
             try:
-                self._eat_joined(name, version, group, fresh, at)
+                self._eat_joined(name, version, group, fresh, at, between)
             except Exception as error:  # whatever it is: the other groups are of other versions or other samples
                 self._failed_records += len(group)
                 failures.append((f"{name} {version}, {len(group)} records", error))
@@ -582,7 +616,7 @@ class Watch:
             words = dict.fromkeys(f"{where}: {type(error).__name__}: {error}" for where, error in failures)
             raise ExceptionGroup("; ".join(words), [error for _, error in failures])
 
-    def _eat_joined(self, name: str, version: str, group: list[Record], fresh: bool, at: float) -> None:
+    def _eat_joined(self, name: str, version: str, group: list[Record], fresh: bool, at: float, between: Callable[[], object]) -> None:
         """Feed one Monitor records whose samples have one form, all or none of which name classes."""
         samples = np.concatenate([record.samples for record in group])
         unlabelled = group[0].label is None
@@ -599,6 +633,7 @@ class Watch:
                 rows = slice(*np.searchsorted(fed.rows, (start, stop)))
                 noted = Fed(fed.rows[rows] - start, fed.z[rows])
             self._update(name, version, samples[part], start < tested, at, None if classes is None else classes[part], noted, received[part])
+            between()
 
     def _fed(self, name: str, version: str, group: list[Record]) -> Fed | None:
         """The latents of records that are joined. Those that the model does not take are counted where they are run again."""
@@ -740,6 +775,7 @@ class Watch:
             alarms=dict(self._alarms),
             load_failures={name: self._load_failures[name] for name in self._models},
             restores={(name, outcome): self._restores[name, outcome] for name in self._models for outcome in RESTORES},
+            save_failures={name: self._save_failures[name] for name in self._models},
             incidents_refused=self.incidents.refused is not None,
             replays={(name, what): self._replays[name, what] for name in self._models for what in ("checked", "mismatched")},
             actions={(name, alias): self._actions[name, alias] for name in self._models for alias in acting.ALIASES},
@@ -802,7 +838,7 @@ class Watch:
             gauges={population: watched.judged.gauges(population) for population in POPULATIONS},
             modes={population: watched.judged.modes(population) for population in POPULATIONS},
             coverage={population: watched.judged.coverage(population) for population in POPULATIONS},
-            comparison=comparison.state(production, version) if comparison is not None else None,
+            comparison=comparison.snapshot(production, version) if comparison is not None else None,
         )
 
     def _marks(self, name: str, model: Model, at: float) -> list[dict[str, Any]]:

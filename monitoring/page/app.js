@@ -86,6 +86,7 @@ const falseAlarms = ({ tested_rate: rate, false_alarm_seconds: seconds, untested
   state.budget.seconds != null && `that is in ${howLong(state.budget.seconds)}, as at most ${pace(state.budget.test_rate)} a second are tested`,
   seconds != null && `at the last hour's ${pace(rate)} a second, in ${howLong(seconds)}`,
   untested > 0 && `${count(untested)} were beyond what is tested`,
+  "those of the replay audit come besides",
 ].filter(Boolean).join("; ");
 const budget = ({ version, budget_share: share, other_versions: others, snapshot: { budget: { families } } }) =>
   [`${percent(share)} for ${version}`, ...others.map(other => `${percent(other.budget_share)} for ${other.version}`)].join(", ")

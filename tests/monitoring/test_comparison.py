@@ -93,4 +93,4 @@ def test_what_has_no_partner_is_refused(watched, draw):
     with pytest.raises(ValueError, match="no pairs"):
         compared(bundle, x, y)
     nothing = Comparison(bundle.certificate, bundle.card.modes)
-    assert nothing.evidence == pytest.approx(0) and "No latent" in nothing.words("v1", "v2") and nothing.state("v1", "v2")["agreement"] is None
+    assert nothing.evidence == pytest.approx(0) and "No latent" in nothing.words("v1", "v2") and nothing.snapshot("v1", "v2")["agreement"] is None

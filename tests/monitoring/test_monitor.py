@@ -94,7 +94,7 @@ def test_a_failed_replay_waits_for_the_samples_to_name_the_failure(make_bundle, 
     bundle = make_bundle()
     monitor = Monitor(bundle)
     monitor.update(draw(bundle, 1000), fresh=True, at=1.0)
-    monitor.audit(checked=16, mismatched=1)
+    monitor.audit(checked=16, mismatched=2)
     monitor.update(draw(bundle, AUDIT_PATIENCE - 1, seed=1), fresh=True, at=2.0)
     assert monitor.verdict.id == "healthy" and monitor.suspect and monitor.first_alarm is None
     monitor.update(draw(bundle, 1, seed=2), fresh=True, at=3.0)
@@ -104,11 +104,25 @@ def test_a_failed_replay_waits_for_the_samples_to_name_the_failure(make_bundle, 
     assert monitor.verdict.id == "wrong_model"  # latched, also when the right model is back
     resumed = Monitor(bundle)
     resumed.restore(monitor.state())
-    assert resumed.snapshot() == monitor.snapshot() and resumed.snapshot()["replay"] == {"checked": 32, "mismatched": 1, "suspect": False}
+    assert resumed.snapshot() == monitor.snapshot() and resumed.snapshot()["replay"] == {"checked": 32, "mismatched": 2, "suspect": False}
     monitor.acknowledge()
     assert monitor.verdict.id == "warming_up" and monitor.first_alarm is None
     monitor.update(draw(bundle, 2 * AUDIT_PATIENCE, seed=4), fresh=True, at=5.0)
     assert monitor.verdict.id == "healthy"
+
+
+def test_one_golden_sample_that_differs_is_shown_and_no_alarm(make_bundle, draw):
+    """Its latent may lie on the very edge of a decision, and then it differs in every replay. Nor does it keep a suspicion alive."""
+    bundle = make_bundle()
+    monitor = Monitor(bundle)
+    for seed in range(3):
+        monitor.audit(checked=64, mismatched=1)
+        monitor.update(draw(bundle, AUDIT_PATIENCE, seed=seed), fresh=True, at=1.0)
+    assert monitor.verdict.id == "healthy" and monitor.first_alarm is None
+    assert monitor.snapshot()["replay"] == {"checked": 192, "mismatched": 3, "suspect": False}
+    for mismatched, suspect in ((2, True), (1, False)):
+        monitor.audit(checked=64, mismatched=mismatched)
+        assert monitor.suspect == suspect
 
 
 @pytest.mark.parametrize(("fault", "verdict"), [({"lost": (3, 8)}, "mode_dropping"), ({"fakes": 0.05}, "off_manifold"), ({"grain": 1.0}, "latent_fault")])

@@ -9,9 +9,11 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -20,7 +22,8 @@ from numpy import ndarray
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from monitoring.service import BODY_LIMIT, Options, listen, make_server
+from monitoring.service import BODY_LIMIT, Options, Service, listen, make_server
+from monitoring.watch import NO_SEED
 from serving.records import Heartbeat, Record
 from training.bundle import Bundle
 from training.registry import Registry
@@ -237,6 +240,37 @@ def test_a_full_inbox_drops_and_counts(world: World, run: Callable[..., Running]
     service.post(world.heartbeat(count=50))
     service.until(lambda s: monitored(s) == 50)
     assert service.metric("ganwatch_records_dropped_total", reason="queue_full") == 1
+
+
+def test_what_was_judged_is_saved_every_second_while_much_waits(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One record fills the inbox, and each 1,024 samples of it take the eye .3 s: what is not saved by then is what waits, and that can be read."""
+    clock = [100.0]
+    monkeypatch.setattr("monitoring.service.time", SimpleNamespace(time=time.time, monotonic=lambda: clock[0]))
+    service = Service(Options(registry=tmp_path / "registry", home=tmp_path, probe_rate=0))
+    samples = np.tile(world.draw(world.bundles["v1"], 4096), (16, 1))
+    assert service.inbox.put(Record("grid", "v1", "observed", NO_SEED, 0, samples, 0.0)) and service.inbox.samples == 65_536
+    watched, seen = service.watch._watched["grid", "v1"], []
+    update, save = watched.monitor.update, service.watch.save
+
+    def slowly(part: ndarray, **options: object) -> None:
+        assert watched.eaten - max(0, watched.saved) <= 4 * 1024 and service.inbox.samples == 65_536
+        update(part, **options)
+        clock[0] += 0.3
+        if watched.eaten == len(samples):
+            service.stopping.set()
+
+    def counted() -> None:
+        seen.append(clock[0])
+        save()
+
+    monkeypatch.setattr(watched.monitor, "update", slowly)
+    monkeypatch.setattr(service.watch, "save", counted)
+    exposed = service.exporter.render("")[0].decode()
+    service._work()
+    assert "ganwatch_samples_waiting 65536.0" in exposed and service.trouble == {}
+    assert len(seen) > 15 and np.diff(seen).max() < 1.0 + 0.3 + 1e-6 and watched.saved == len(samples)
+    assert service.inbox.take(0.0) == [] and service.inbox.samples == 0
+    service.close()
 
 
 def test_every_sample_posted_at_once_by_many_replicas_arrives(world: World, run: Callable[..., Running]) -> None:

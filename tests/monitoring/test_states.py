@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,7 +247,7 @@ def test_a_suspicion_waits_for_samples_of_the_shard_that_has_it(make_bundle, dra
     """A replay that differs becomes a verdict when so many samples went by without a clean one, there and not elsewhere."""
     bundle = make_bundle()
     suspicious, busy = fed(bundle, draw(bundle, 500)), fed(bundle, draw(bundle, 20_000, seed=2))
-    suspicious.audit(checked=64, mismatched=1)
+    suspicious.audit(checked=64, mismatched=2)
     state = suspicious.state()
     busy.merge(suspicious, at=START)
     assert busy.suspect and busy.verdict.id == "healthy"
@@ -476,7 +478,7 @@ def test_a_suspicion_is_written_down_though_no_sample_comes(scene: Scene) -> Non
     watch = scene.watch()
     scene.serve(watch, "v1", 100, seed=1)
     watch.save()
-    for found, suspect in ((Compared(16, 1), True), (Compared(16), False)):
+    for found, suspect in ((Compared(16, 2), True), (Compared(16), False)):
         watch.audited(scene.bundles["v1"], found)
         watch.save()
         assert scene.watch().publish(scene.now).models["grid"].snapshot["replay"]["suspect"] == suspect
@@ -545,6 +547,33 @@ def test_a_disk_that_refuses_costs_no_alarm(scene: Scene) -> None:
     assert scene.watch().publish(scene.now).models["grid"].snapshot["verdict"]["id"] == "mode_dropping"
 
 
+def test_a_state_that_cannot_be_written_keeps_no_other_from_the_disk(scene: Scene) -> None:
+    """Nor the charts; it is said and counted, and tried again."""
+    scene.registry.set_alias("grid", "canary", "v2", reason="test", share=0.1)
+    watch, directory, blocks = scene.watch(), scene.root / "monitor" / "grid", []
+    for blocked, other in (("v1", "v2"), ("v2", "v1")):
+        for version in ("v1", "v2"):
+            scene.serve(watch, version, 20, seed=1)
+        watch.publish(scene.now)
+        blocks.append(directory / f"{blocked}.partial")
+        blocks[-1].mkdir(parents=True)
+        with pytest.raises(ExceptionGroup, match=f"the state of grid {blocked} is not on the disk: .*Is a directory"):
+            watch.save()
+        assert watch.states.load("grid", other)["monitored"] == 20 * len(blocks) and watch.states.history("grid", len(COLUMNS))[-1, 0] == scene.now
+        blocks[-1].rmdir()
+    scene.serve(watch, "v1", 20, seed=2)
+    watch.publish(scene.now)
+    (history := directory / f"history.{len(COLUMNS)}f8").rename(directory / "before")
+    history.mkdir()
+    with pytest.raises(ExceptionGroup, match="the charts of grid are not on the disk") as raised:
+        watch.save()
+    assert len(raised.value.exceptions) == 1 and watch.publish(scene.now).save_failures == {"grid": 3}
+    assert [watch.states.load("grid", version)["monitored"] for version in ("v1", "v2")] == [60, 40]
+    history.rmdir()
+    watch.save()
+    assert len(watch.states.history("grid", len(COLUMNS))) == 1
+
+
 @pytest.mark.parametrize("when", ["before the incident", "before the unlatching"])
 def test_a_death_in_between_never_loses_the_alarm(scene: Scene, when: str) -> None:
     scene.registry.set_alias("grid", "production", "v2", reason="test")
@@ -607,6 +636,106 @@ def test_a_version_that_was_long_gone_comes_back_with_its_counts(scene: Scene) -
     scene.registry.set_alias("grid", "production", "v1", reason="test")
     again.follow(scene.now)
     assert again.publish(scene.now).models["grid"].snapshot["monitored"] == 1000
+
+
+def paired(scene: Scene, watch: Watch, seed: int, count: int = 600) -> None:
+    """What v1 and v2 make of the same latents, as the tap tells it: production first, so that the candidate's record makes the pair, then the other way round."""
+    for offset, order in ((0, ("v1", "v2")), (50, ("v2", "v1"))):
+        for start in range(offset, count, 100):
+            for version in order:
+                samples = scene.draw(scene.bundles[version], 50, seed=seed, offset=start)
+                watch.eat([Record("grid", version, "server_seed", seed, start, samples, scene.now)], scene.now)
+
+
+def compared(watch: Watch) -> dict:
+    return watch._models["grid"].comparisons["v2"][1].state()
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def test_a_comparison_goes_on_after_a_kill_to_the_last_bit(scene: Scene) -> None:
+    """And what is known to differ stays known. A record of production that makes a pair has the candidate written down."""
+    scene.registry.set_alias("grid", "shadow", "v2", reason="test")
+    straight, watch = Watch(scene.registry, Incidents(scene.root / "straight.db"), arl=2.6e9), scene.watch()
+    straight.follow(scene.now)
+    for seed in range(1, 5):
+        for each in (straight, watch):
+            paired(scene, each, seed, count=100)
+        watch.save()
+        watch = scene.watch()
+        assert same(compared(watch), compared(straight)) and compared(watch)["pairs"] == 100 * seed
+        assert watch.publish(scene.now).errors == ()
+    shown = [each.publish(scene.now).models["grid"].live[1].comparison for each in (watch, straight)]
+    assert shown[0] == shown[1] and shown[0]["differs"] and shown[0]["log10_evidence"] > 3
+    scene.registry.set_alias("grid", "production", None, reason="test")
+    scene.watch().save()  # nothing to compare with, for a while
+    scene.registry.set_alias("grid", "production", "v1", reason="test")
+    assert same(compared(scene.watch()), compared(straight))
+
+
+def test_latents_that_were_not_compared_stay_counted(scene: Scene) -> None:
+    scene.registry.set_alias("grid", "shadow", "v2", reason="test")
+    watch = scene.watch()
+    for version, samples in (("v1", np.zeros((7, 2), np.float32)), ("v2", np.full((7, 2), np.nan, np.float32))):
+        watch.eat([Record("grid", version, "server_seed", 1, 0, samples, scene.now)], scene.now)
+    watch.save()
+    assert compared(scene.watch())["dropped"] == {"rejected": 7, "unpaired": 0}
+
+
+def test_a_comparison_with_another_version_begins_anew(scene: Scene, make_bundle: Callable[..., Bundle]) -> None:
+    scene.bundles["v3"] = make_bundle(root=scene.root / "registry", version="v3")
+    scene.registry.set_alias("grid", "shadow", "v2", reason="test")
+    watch = scene.watch()
+    paired(scene, watch, seed=1)
+    watch.save()
+    for production, pairs in (("v3", 0), ("v1", 600)):  # v3 is v1 by another name, and the pair is another one all the same
+        scene.registry.set_alias("grid", "production", production, reason="test")
+        again = scene.watch()
+        assert compared(again)["pairs"] == pairs and compared(again)["differs"] == bool(pairs) and again.publish(scene.now).errors == ()
+    again._watched["grid", "v2"].saved = -1
+    again.save()
+    shutil.rmtree(scene.root / "registry" / "grid" / "v1")
+    make_bundle(root=scene.root / "registry", count=2**17)  # another bundle under the same name
+    assert compared(scene.watch())["pairs"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("log.modes", np.zeros((2, 2)), r"log.modes is float64 \[2, 2\]; expected float64 \[11, 6\]"),
+        ("log.features", np.full((1, 3), np.nan), "log.features holds what no pairs"),
+        ("counts", np.zeros((2, 11), np.int64), r"there are 600 pairs, \d+ agreed, and the cells of \[0, 0\] samples"),
+        ("moved", None, "moved is None"),
+        ("pairs", -1, "pairs, agreed, dropped, differs are -1"),
+        ("dropped", {"rejected": 0}, "expected counts"),
+        ("identity", "x", "does not say which pair it is of"),
+    ],
+)
+def test_a_damaged_comparison_is_said_and_the_monitor_beside_it_is_kept(scene: Scene, name: str, value: object, words: str) -> None:
+    scene.registry.set_alias("grid", "shadow", "v2", reason="test")
+    watch = scene.watch()
+    paired(scene, watch, seed=1)
+    watch.save()
+    watch.states.save("grid", "v2", watch.states.load("grid", "v2") | {f"comparison.{name}": value})
+    again = scene.watch()
+    (said,) = again.publish(scene.now).errors
+    assert said.startswith("the comparison of grid v2 with v1 begins anew, its saved state was not taken: ") and re.search(words, said)
+    assert compared(again)["pairs"] == 0 and not compared(again)["differs"] and again.state("grid", "v2")["monitored"] == 600
+    paired(scene, again, seed=2)
+    assert compared(again)["pairs"] == 600
+
+
+def test_a_saved_comparison_disturbs_no_sum(scene: Scene) -> None:
+    scene.registry.set_alias("grid", "shadow", "v2", reason="test")
+    watch = scene.watch()
+    paired(scene, watch, seed=1)
+    watch.save()
+    before, saved = compared(watch), watch.states.load("grid", "v2")
+    assert any(name.startswith("comparison.") for name in saved) and not any(name.startswith("comparison.") for name in watch.state("grid", "v2"))
+    watch.merge("grid", "v2", "other", saved, scene.now)
+    assert watch.publish(scene.now).models["grid"].live[1].snapshot["monitored"] == 1200 and same(compared(watch), before)
 
 
 class Process:
