@@ -49,16 +49,13 @@ def replay(bundle: Path, samples: Path, arl: float | str, *, test_rate: float | 
                 calibration.feed(seen.scores, seen.features, seen.cells, seen.samples)
                 bar.update(task, completed=calibration.fed)
         monitor.calibrate(calibration.slack)
-    steps, done, first_alarm = -(-count // BATCH), 0, None
+    steps, done = -(-count // BATCH), 0
     for batch in track(batches, description="replaying", total=steps, transient=True, console=progress, disable=not progress.is_terminal):
-        eaten = monitor.monitored
         monitor.update(batch, fresh=True, at=float(done))
-        if first_alarm is None and monitor.first_alarm is not None:  # the monitor counts only what it could look at
-            first_alarm = done + int(monitor.look(batch).rows[monitor.first_alarm - eaten])
         done += len(batch)
     snapshot = monitor.snapshot()
     return {
-        "first_alarm": first_alarm,
+        "first_alarm": monitor.first_alarm,
         "verdict": snapshot["verdict"]["id"],
         **{name: snapshot["verdict"][name] for name in ("words", "advice", "modes", "classes")},
         "gauges": snapshot["gauges"]["fresh"],

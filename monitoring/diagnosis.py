@@ -39,8 +39,8 @@ VERDICTS: dict[str, Verdict] = {
         Verdict("warming_up", "Too few samples have been seen yet to say anything.", "Wait; traffic or probes will bring more."),
         Verdict(
             "demand_shift",
-            "Clients ask for other classes than the model draws by itself; each class looks as it was certified.",
-            "Nothing is wrong with the model: only what clients get has changed, and the gauges of what is served with it.",
+            "Clients ask for other classes than the model draws by itself. What it draws by itself looks as it was certified; of the classes that are asked for, modes and fakes were looked at, and look so too.",
+            "Nothing to do for the model: what clients get has changed, and the gauges of what is served with it.",
         ),
         Verdict(
             "latent_fault",
@@ -87,7 +87,7 @@ VERDICTS: dict[str, Verdict] = {
         ),
         Verdict(
             "drift",
-            "The served samples are no longer those of the certified model; some kinds come too often.",
+            "The served samples are no longer those of the certified model.",
             "Compare the served shares with the certified ones, then roll back or certify anew.",
             null="A",
         ),
@@ -105,6 +105,7 @@ QUIET = ("healthy", "warming_up", "demand_shift")
 EXPLANATIONS = {
     "duplicates": "latent_fault",
     "latents": "latent_fault",
+    "nan": "off_manifold",
     "drop": "mode_dropping",
     "copies": "memorisation",
     "upper": "off_manifold",
@@ -118,9 +119,11 @@ EXPLANATIONS = {
     "moved": "drift",
 }
 """Kind of evidence -> the failure that it names. The first one found explains the rest: what repeats has odd tails too, a mode
-that is gone inflates the others, and a model that left its certificate is judged by that before it is judged by the real
+that comes as no number is gone, one that is gone inflates the others, and a model that left its certificate is judged by that before it is judged by the real
 data."""
 
+
+NO_NUMBERS = "What comes are no samples but NaN, infinity or numbers too large to be looked at, which the certified model does not make."
 
 SHIFTS = {
     "narrower": "its normal numbers lie closer together than their law, as after a truncation that nobody asked for",
@@ -132,6 +135,12 @@ SHIFTS = {
     "impossible": "some of its numbers cannot occur at all",
 }
 """What the evidence of `latents.py` says of the latents in use."""
+
+
+def warming_up(*, given: bool) -> Verdict:
+    """Before silence is called health. given: whether samples of classes that clients asked for were looked at already."""
+    verdict = VERDICTS["warming_up"]
+    return replace(verdict, words=verdict.words if not given else "Too few samples that the model drew by itself have been seen yet to call it healthy; of the classes that were asked for, modes and fakes were looked at, and raise no alarm.")
 
 
 def latent_shift(shifts: Collection[str], misdrawn: tuple[int, int] | None) -> Verdict:
@@ -178,9 +187,14 @@ def diagnose(
     if verdict.id == "quality_outside_tolerance" and passed_as is not None:
         moved = VERDICTS["world_moved"]
         return replace(moved, words=moved.words.format(version=passed_as), advice=moved.advice.format(version=passed_as))
-    dropped = tuple(name for name in modes if f"drop:{name}" in groups)
+    dropped, risen = (tuple(name for name in modes if f"{kind}:{name}" in groups) for kind in ("drop", "inflate"))
     words = verdict.words.format(modes=", ".join(dropped))
-    asked = tuple(name for c, name in enumerate(classes) if f"upper:{c}" in groups) if verdict.id == "off_manifold" else ()
+    if verdict.id == "drift" and risen:
+        words = f"{words} These come too often: {', '.join(risen)}."
+    if "nan" in kinds and verdict.id == "off_manifold":
+        words = NO_NUMBERS
+    fault = "nan" if "nan" in kinds else "upper"
+    asked = tuple(name for c, name in enumerate(classes) if f"{fault}:{c}" in groups) if verdict.id == "off_manifold" else ()
     if asked:
         words = f"{words} So it is where these are asked for: {', '.join(asked)}."
     return replace(verdict, words=words, modes=dropped, classes=asked)
@@ -196,17 +210,19 @@ def replaced(verdict: Verdict, other: Verdict) -> Verdict:
     return replace(other, words=f"{other.words} What shows: {verdict.words}", modes=verdict.modes, classes=verdict.classes, null=verdict.null)
 
 
-def detectable(certificate: Certificate, bounds: DropBounds, modes: tuple[str, ...], *, monitored: int, threshold: float) -> str:
-    """How small a fault would have been seen by now, in words; `monitored` counts samples since the detectors started."""
+def detectable(certificate: Certificate, bounds: DropBounds, modes: tuple[str, ...], *, monitored: int, threshold: float, given: int = 0) -> str:
+    """How small a fault would have been seen by now, in words, by samples of the whole law, of which `monitored` came since the detectors
+    started. Of a class' own samples, `given` of them, no more is said than that they do not count here: each is seen by its class."""
     percent = np.arange(100, 0, -1)
     delays = delay_of_loss(certificate, bounds, percent / 100, threshold=threshold)
     watched = np.isfinite(delays[0])
     if not watched.any():
         return "The loss of a mode would never be seen: the certified model hardly produces any of them."
     blind = [name for name, seen in zip(modes, watched, strict=True) if not seen]
-    note = f" Not watched, since the certified model hardly produces them: {', '.join(blind)}." if blind else ""
+    note = f" The {given:,} of classes that were asked for do not count here." if given else ""
+    note += f" Not watched, since the certified model hardly produces them: {', '.join(blind)}." if blind else ""
     slowest = delays[:, watched].max(axis=1)
     if monitored < slowest[0]:
         return f"The loss of a whole mode is seen within about {slowest[0]:,.0f} samples; {monitored:,} were monitored.{note}"
     smallest = percent[slowest <= monitored].min()
-    return f"By now a mode that had lost {smallest} % of its share from the start would have been seen, whichever it is.{note}"
+    return f"By now, after {monitored:,} samples, a mode that had lost {smallest} % of its share from the start would have been seen, whichever it is.{note}"

@@ -35,7 +35,7 @@ from monitoring.coverage import RHO
 from training.bundle import AMBIGUITY, DUPLICATE_BLOCK, NEARER_TRAIN, NEAREST_TRAIN, OFF_MANIFOLD_EXCESS, Certificate, Reference
 from training.drops import DROP_BETS, DROP_WEIGHT, RISE_WEIGHT, drop_bounds, mode_bounds
 
-FAMILIES = {"modes": 0.295, "tails": 0.135, "bulk": 0.545, "copies": 0.01, "duplicates": 0.005, "latents": 0.005, "quality": 0.005}
+FAMILIES = {"modes": 0.295, "tails": 0.1375, "bulk": 0.5425, "copies": 0.01, "duplicates": 0.005, "latents": 0.005, "quality": 0.005}
 """Family -> its share of the false-alarm budget. A family that has no bet leaves its share unused, which is valid too."""
 
 NULLS = {family: "B" if family == "quality" else "A" for family in FAMILIES}
@@ -47,9 +47,10 @@ KINDS = {
     "shares": ("modes", 0.0025),
     "upper": ("tails", 0.13),
     "lower": ("tails", 0.005),
+    "nan": ("tails", 0.0025),  # the bets of `NoNumbers`
     "wider": ("bulk", 0.02),
     "narrower": ("bulk", 0.16),
-    "moved": ("bulk", 0.365),
+    "moved": ("bulk", 0.3625),
     "copies": ("copies", 0.005),
     "nearer": ("copies", 0.005),
     "duplicates": ("duplicates", 0.005),
@@ -70,6 +71,7 @@ INFLATE_BETS = (1.5, 3.0)  # theta / m
 QUALITY_BETS = (0.0, 0.25, 0.5)  # theta / m: what is left of the least share that null B allows, RHO of the real one
 EXCESS_BETS = (0.1, 0.3, 0.7)  # (theta - m) / (1 - m) for off-manifold samples under null B
 SHARE_RATES = (1 / 256, 1 / 2048)  # at which `shares` forget
+NEWEST = 2048  # samples among which a mode that comes too often is looked for
 LEAST_EXPECTED_HITS = 10  # a tail level is usable where the certificate expects at least as many hits
 
 
@@ -251,13 +253,23 @@ class Latching(ABC):
         evidence = self.evidence
         if self.crossed is None and evidence.sum() >= self.threshold:
             self.crossed = index
-            self._state["named"][evidence.argmax()] = True
+            self._name(int(evidence.argmax()))
         if self.crossed is not None:
-            self._state["named"] |= evidence >= self.threshold
+            for group in np.flatnonzero((evidence >= self.threshold) & ~self.named):
+                self._name(int(group))
+
+    def _name(self, group: int) -> None:
+        self._state["named"][group] = True
 
 
 class EDetector(Latching):
-    """The whole mixture, but for latents and the fakes among samples of a class. It eats independent samples of one model version."""
+    """The whole mixture, but for latents, the fakes among samples of a class, and what is no number. It eats independent samples of one
+    model version.
+
+    That a mode comes too often lowers the shares of all others, and the bets on their loss see it: such a mode is not named where the rise
+    of another explains it, which is named in its place, see `kernel.riser`. That is of no weight to the alarm: what is named is settled
+    after the evidence, and changes none.
+    """
 
     def __init__(
         self, certificate: Certificate, reference: Reference, modes: tuple[str, ...], *, threshold: float, scores: tuple[str, ...] = ()
@@ -269,7 +281,7 @@ class EDetector(Latching):
         few = np.array(tails.kinds + moments.kinds + shares.kinds)
         part = np.concatenate([tails.parts, moments.parts, np.ones(len(shares.kinds))])
         kinds = tuple(kind for kind in KINDS if kind in few)
-        self.groups = (*kinds, "duplicates", *(f"drop:{name}" for name in modes), "inflate", "quality")
+        self.groups = (*kinds, "duplicates", *(f"{kind}:{name}" for kind in ("drop", "inflate") for name in modes), "quality")
         self._families = np.array([KINDS[g.partition(":")[0]][0] for g in self.groups])
         group = np.array([kinds.index(kind) for kind in few])
         weights = part / np.maximum(np.bincount(group, part), 1e-300)[group] * np.array([KINDS[kind][1] for kind in few])  # a kind may have no bet
@@ -279,6 +291,7 @@ class EDetector(Latching):
             *(shares.prior, shares.bound, shares.rates),
             *(weights, group),
             *(cells.shares.hit, cells.shares.miss, cells.weights, len(DROP_BETS)),
+            *(drop_bounds(certificate)[0][0], np.array(list(DROP_BETS))),
             *(cells.quality.hit, cells.quality.miss, cells.quality_weights),
             *(duplicates.win, duplicates.lose, duplicates.weights),
         )
@@ -294,6 +307,8 @@ class EDetector(Latching):
             "block_joined": np.zeros(len(duplicates.win)),  # R of other detectors, which bets from the next block on
             "block": np.zeros((DUPLICATE_BLOCK, 0), np.uint8),  # the bytes of its samples
             "block_marks": np.zeros(2, np.int64),  # its samples so far; whether one repeats another
+            "newest": np.zeros(NEWEST, np.int64),  # modes of the last samples of the whole law, a ring
+            "newest_seen": np.zeros(1, np.int64),
             "named": np.zeros(len(self.groups), bool),
         }
         self._blank = self.state()
@@ -310,7 +325,7 @@ class EDetector(Latching):
     @property
     def evidence(self) -> Float64[ndarray, "g"]:
         found, state = np.empty(len(self.groups)), self._state
-        weights, group, _, _, mode_weights, drops = self._bets[11:17]
+        weights, group, _, _, mode_weights, drops, *_ = self._bets[11:19]
         kernel.grouped(found, state["r"], weights, group, state["sums"], state["r_modes"], mode_weights, drops)
         return found
 
@@ -321,10 +336,10 @@ class EDetector(Latching):
         cells: Int64[ndarray, "n"],
         samples: ndarray,
         *,
-        index: int,
+        index: int | Int64[ndarray, "n"],
         classes: Int64[ndarray, "n"] | None = None,
     ) -> Float64[ndarray, "n"]:
-        """Feed n samples, the first of which has number `index`; returns the total evidence after each.
+        """Feed n samples, the first of which has number `index`, or which have these numbers; returns the total evidence after each.
 
         classes: those that clients asked for; None where the samples were drawn by the whole law. Any split of a stream into
         updates comes to the same. Raises ValueError for a class that the certificate does not know.
@@ -338,8 +353,8 @@ class EDetector(Latching):
             self._state["block"] = np.zeros((DUPLICATE_BLOCK, rows.shape[1]), np.uint8)
         crossed = -1 if self.crossed is None else self.crossed
         seen = np.ascontiguousarray(scores, np.float64), np.ascontiguousarray(features, np.float64), np.ascontiguousarray(cells), np.zeros(len(cells), np.int64) if classes is None else classes + 1, rows
-        totals, crossed = kernel.eat(*seen, index, float(self.threshold), *self._bets, *self._state.values(), crossed)
-        self.crossed = None if crossed < 0 else crossed
+        totals, crossed = kernel.eat(*seen, _numbers(index, len(cells)), float(self.threshold), *self._bets, *self._state.values(), crossed)
+        self.crossed = None if crossed < 0 else int(crossed)
         return totals
 
     def family_evidence(self) -> dict[str, float]:
@@ -358,7 +373,15 @@ class EDetector(Latching):
             self._state[name] = np.minimum(self._state[name] + other._state[name], kernel.CAP)
         self._state["block_joined"] = np.minimum(self._state["block_joined"] + other._duplicates, kernel.CAP)
         self._state["sums"] += other._state["sums"]
+        rings = [np.roll(d._state["newest"], -seen % NEWEST if seen > NEWEST else 0)[: min(seen, NEWEST)] for d in (self, other) for seen in d._state["newest_seen"].tolist()]
+        ages = np.concatenate([np.arange(len(ring), 0, -1) for ring in rings])
+        newest = np.concatenate(rings)[np.argsort(-ages, kind="stable")][-NEWEST:]  # as if they had taken turns
+        self._state["newest"][: len(newest)], self._state["newest_seen"][:] = newest, len(newest)
         self.joined(other, index=index)
+
+    def _name(self, group: int) -> None:
+        state, (mode_weights, drops, bound, rho) = self._state, self._bets[15:19]
+        kernel.name(group, True, state["named"], state["r_modes"], mode_weights, drops, bound, rho, state["newest"], int(state["newest_seen"][0]))
 
     @property
     def _duplicates(self) -> Float64[ndarray, "b"]:
@@ -367,22 +390,20 @@ class EDetector(Latching):
         return self._state["block_start"] * ((win if repeated else lose) if length else 1.0) + length + self._state["block_joined"]
 
 
-class Fakes(Latching):
-    """Bets that samples of a class which clients asked for lie off the manifold more often than certified; group c: class c.
+class Events(Latching):
+    """Bets that an event happens more often than certified, in rows: each is fed with samples of its own.
 
-    Off the manifold the bets on modes abstain, in `EDetector` for every class, so a class that makes nothing but junk would be no
-    evidence. Each R grows by at most 1 in expectation with a sample of its own class and not at all with others. A part of the mixture
-    that is held against the same threshold alone: where it reaches it, the mixture does.
+    Each R grows by at most 1 in expectation with a sample of its own row and not at all with others. A part of the mixture that is held
+    against the same threshold alone: where it reaches it, the mixture does.
     """
 
-    def __init__(self, certificate: Certificate, *, threshold: float) -> None:
-        counts = certificate.class_cell_count.reshape(-1, len(certificate.cell_count))
-        bound = np.array([[certificate.upper(int(row[-1]), int(row.sum()))] for row in counts]).reshape(-1, 1)
-        allowed = (theta := np.array(TAIL_BETS)) > bound
+    def __init__(self, groups: tuple[str, ...], bound: Float64[ndarray, "g"], *, weight: float, threshold: float) -> None:
+        """bound: an upper one on the chance of the event in each row; weight: of all bets together."""
+        allowed, bound = (theta := np.array(TAIL_BETS)) > bound[:, None], bound[:, None]
         bound = np.where(allowed, bound, 0.5)
-        self._bets = theta / bound, (1 - theta) / (1 - bound), RISE_WEIGHT * allowed / max(1, allowed.sum())
-        self.threshold, self.groups = threshold, tuple(f"upper:{c}" for c in range(len(counts)))
-        self._state = {"r": np.zeros(allowed.shape), "named": np.zeros(len(counts), bool)}
+        self._bets = theta / bound, (1 - theta) / (1 - bound), weight * allowed / max(1, allowed.sum())
+        self.threshold, self.groups = threshold, groups
+        self._state = {"r": np.zeros(allowed.shape), "named": np.zeros(len(groups), bool)}
         self._blank = self.state()
         self.update(np.empty(0, np.int64), np.empty(0, bool), index=0)  # compiles now, not while a sample waits
 
@@ -390,13 +411,45 @@ class Fakes(Latching):
     def evidence(self) -> Float64[ndarray, "g"]:
         return (self._bets[-1] * self._state["r"]).sum(axis=1)
 
-    def update(self, classes: Int64[ndarray, "n"], fake: Bool[ndarray, "n"], *, index: int) -> None:
-        """Feed n samples of these classes, the first of which has number `index`; fake: those off the manifold."""
+    def update(self, rows: Int64[ndarray, "n"], happened: Bool[ndarray, "n"], *, index: int | Int64[ndarray, "n"]) -> None:
+        """Feed n samples of these rows, the first of which has number `index`, or which have these numbers."""
         crossed = -1 if self.crossed is None else self.crossed
-        crossed = kernel.fakes(classes, fake, index, float(self.threshold), *self._bets, *self._state.values(), crossed)
-        self.crossed = None if crossed < 0 else crossed
+        crossed = kernel.events(rows, happened, _numbers(index, len(rows)), float(self.threshold), *self._bets, *self._state.values(), crossed)
+        self.crossed = None if crossed < 0 else int(crossed)
 
-    def merge(self, other: Fakes, *, index: int) -> None:
+    def merge(self, other: Events, *, index: int) -> None:
         """As of EDetector: R adds up."""
         self._state["r"] = np.minimum(self._state["r"] + other._state["r"], kernel.CAP)
         self.joined(other, index=index)
+
+
+class Fakes(Events):
+    """Bets that samples of a class which clients asked for lie off the manifold more often than certified; row c: class c.
+
+    Off the manifold the bets on modes abstain, in `EDetector` for every class, so a class that makes nothing but junk would be no evidence.
+    """
+
+    def __init__(self, certificate: Certificate, *, threshold: float) -> None:
+        counts = certificate.class_cell_count.reshape(-1, len(certificate.cell_count))
+        bound = np.array([float(certificate.upper(int(row[-1]), int(row.sum()))) for row in counts])
+        super().__init__(tuple(f"upper:{c}" for c in range(len(counts))), bound, weight=RISE_WEIGHT, threshold=threshold)
+
+
+class NoNumbers(Events):
+    """Bets that what comes as a sample is none: not finite, or so large that its features or scores are not. Row 0: draws of the whole law;
+    row c + 1: those of class c.
+
+    Certification refuses a generator that makes such a thing, so its chance is bounded as that of an event of which none in `count` came,
+    or none of a class' own. All other bets look at numbers only, and leave R as it is where there are none: given that a
+    sample is one, its law is the certified one, whose bounds were counted on nothing else. So sum w R less all samples, those among them that are none, stays a
+    supermartingale, and the samples that E[tau] >= A counts are all of these.
+    """
+
+    def __init__(self, certificate: Certificate, *, threshold: float) -> None:
+        counts = [certificate.count, *certificate.class_cell_count.sum(axis=1).tolist()]
+        bound = np.array([float(certificate.upper(0, n)) if n else 1.0 for n in counts])
+        super().__init__(("nan", *(f"nan:{c}" for c in range(len(counts) - 1))), bound, weight=KINDS["nan"][1], threshold=threshold)
+
+
+def _numbers(index: int | Int64[ndarray, "n"], n: int) -> Int64[ndarray, "n"]:
+    return np.broadcast_to(index, n) + (np.arange(n) if np.ndim(index) == 0 else 0)

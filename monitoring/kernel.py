@@ -17,6 +17,8 @@ from numba import njit
 from training.bundle import DUPLICATE_BLOCK
 
 CAP = 1e150  # of every R: far above every threshold, far below overflow
+LEFT = 0.5  # of the evidence that a mode is gone: what must be left of it among the samples of all other modes but one, for that one not to explain it
+EVERY = 64  # samples of the whole law after which it is looked at again
 
 
 def compiled(function):  # noqa: ANN001, ANN201
@@ -121,18 +123,18 @@ def repeats(row, block, marks, start, joined, win, lose, weights):
 
 
 @compiled
-def fakes(given, fake, index, threshold, hit, miss, weights, r, named, crossed):
-    """Bets [class, b] that samples of a class are fakes, each fed with those of its own: the evidence of each class, and where its sum
-    crossed the threshold, or `crossed` if it had before."""
+def events(row, happened, number, threshold, hit, miss, weights, r, named, crossed):
+    """Bets [row, b] on one event, each row fed with samples of its own, which have the numbers `number`: the evidence of each row, and where
+    its sum crossed the threshold, or `crossed` if it had before."""
     evidence = (weights * r).sum(axis=1)
-    for i in range(len(given)):
-        c = given[i]
+    for i in range(len(row)):
+        c = row[i]
         evidence[c] = 0.0
         for b in range(r.shape[1]):
-            r[c, b] = min((1 + r[c, b]) * (hit[c, b] if fake[i] else miss[c, b]), CAP)
+            r[c, b] = min((1 + r[c, b]) * (hit[c, b] if happened[i] else miss[c, b]), CAP)
             evidence[c] += weights[c, b] * r[c, b]
         if crossed < 0 and evidence.sum() >= threshold:
-            crossed = index + i
+            crossed = number[i]
             named[evidence.argmax()] = True
         if crossed >= 0:
             named |= evidence >= threshold
@@ -140,30 +142,92 @@ def fakes(given, fake, index, threshold, hit, miss, weights, r, named, crossed):
 
 
 @compiled
+def riser(k, bound, rho, newest, seen):
+    """The mode whose coming too often explains that mode k looks lost, -1 where none does; newest: a ring of the last on-manifold samples'
+    modes, of which `seen` ever came; bound [K]: lower ones of the certified shares; rho: what each bet says is left of k.
+
+    The bet and the start are those with most to say: log L = n_k log rho + (n - n_k) log((1 - rho m) / (1 - m)) over the samples since. Of
+    the same samples, those that are not of mode j say what is left of it: given that, k has m / (1 - m_j). If j has risen and the others share
+    the rest as ever, that is as certified, and next to nothing is left, while of what was lost to j most is: -log(1 - .11) of 80 %
+    of all samples against -log(1 - .1), where one of ten modes has taken the mass of another. Where k and j are all there is, no
+    other samples could tell, and j explains nothing.
+    """
+    modes, held = len(bound), min(max(seen, 0), len(newest))
+    counts, since, best, most, bet = np.zeros(modes), np.zeros(modes), 0, 0.0, 0
+    for b in range(len(rho)):
+        gain, miss = 0.0, np.log((1 - rho[b] * bound[k]) / (1 - bound[k]))
+        for i in range(held):
+            if newest[(seen - 1 - i) % len(newest)] == k:
+                if rho[b] == 0.0:
+                    break
+                gain += np.log(rho[b])
+            else:
+                gain += miss
+            if gain > most:
+                most, best, bet = gain, i + 1, b
+    for i in range(best):
+        c = newest[(seen - 1 - i) % len(newest)]
+        if 0 <= c < modes:
+            counts[c] += 1
+    found, least = -1, LEFT * most
+    for j in range(modes):
+        given = bound[k] / (1 - bound[j]) if j != k and bound[j] < 1 else 1.0
+        if given < 0.9:
+            left = (best - counts[j] - counts[k]) * np.log((1 - rho[bet] * given) / (1 - given))
+            left += counts[k] * np.log(rho[bet]) if counts[k] > 0 else 0.0
+            if left < least:
+                found, least = j, left
+    return found
+
+
+@compiled
+def name(group, now, named, r_modes, mode_weights, drops, bound, rho, newest, seen):
+    """Name a group; but in place of a mode that is accused of being lost by draws of the whole law, and only looks so beside another one that
+    comes too often, that other one; unless it is not looked at `now`. Given a class, what it makes is asked for by name: that another mode
+    takes its place is its loss."""
+    modes = r_modes.shape[2]
+    k = group - (len(named) - 2 * modes - 1)
+    if 0 <= k < modes:
+        whole = given = 0.0
+        for b in range(drops):
+            whole += mode_weights[0, b] * r_modes[0, b, k]
+            for c in range(1, len(r_modes)):
+                given += mode_weights[c, b] * r_modes[c, b, k]
+        if whole >= given:
+            if not now:
+                return
+            risen = riser(k, bound, rho, newest, seen)
+            if risen >= 0:
+                named[group + modes + risen - k] = True
+                return
+    named[group] = True
+
+
+@compiled
 def grouped(evidence, r, weights, group, sums, r_modes, mode_weights, drops):
-    """evidence [g]: sum of w R for each of the few kinds, duplicates, the loss of each mode, inflate, quality."""
+    """evidence [g]: sum of w R for each of the few kinds, duplicates, the loss of each mode, the rise of each, quality."""
     evidence[:] = 0.0
     for b in range(len(r)):
         evidence[group[b]] += weights[b] * r[b]
     modes = r_modes.shape[2]
-    first = len(evidence) - modes - 2
+    first = len(evidence) - 2 * modes - 1
     evidence[first - 1], evidence[-1] = sums[1], sums[2]
     for given in range(len(r_modes)):
         for b in range(r_modes.shape[1]):
             for k in range(modes):
-                evidence[first + k if b < drops else first + modes] += mode_weights[given, b] * r_modes[given, b, k]
+                evidence[first + k if b < drops else first + modes + k] += mode_weights[given, b] * r_modes[given, b, k]
 
 
 @compiled
 def eat(
-    scores, features, cell, given, rows, index, threshold,
+    scores, features, cell, given, rows, number, threshold,
     edges, table, centre, scale, radius, mean, rates, moments, prior, share_bound, share_rates, weights, group,
-    hit, miss, mode_weights, drops, quality_hit, quality_miss, quality_weights, win, lose, repeat_weights,
-    r, m, counts, totals, r_modes, r_quality, sums, start, joined, block, marks, named, crossed,
+    hit, miss, mode_weights, drops, bound, rho, quality_hit, quality_miss, quality_weights, win, lose, repeat_weights,
+    r, m, counts, totals, r_modes, r_quality, sums, start, joined, block, marks, newest, seen, named, crossed,
 ):  # fmt: skip
     """Feed n samples; returns the total evidence after each, and where it crossed the threshold, or `crossed` if it had before.
 
-    given: 0 for a draw of the whole law, c + 1 for one of class c, which the bets given that class alone look at.
+    given: 0 for a draw of the whole law, c + 1 for one of class c, which the bets given that class alone look at; number [n]: of each sample.
     """
     found = np.empty(len(cell))
     payoffs, y, evidence = np.empty(len(r)), np.empty(len(mean)), np.empty(len(named))
@@ -187,11 +251,17 @@ def eat(
             sums[2] = cells(r_quality, cell[i], quality_hit, quality_miss, quality_weights)
         if cell[i] < modes:  # elsewhere R stays
             sums[3 + given[i]] = cells(r_modes[given[i]], cell[i], hit[given[i]], miss[given[i]], mode_weights[given[i]])
+            if given[i] == 0:
+                newest[seen[0] % len(newest)] = cell[i]
+                seen[0] += 1
         found[i] = sums.sum()
         if crossed >= 0 or found[i] >= threshold:
             grouped(evidence, r, weights, group, sums, r_modes, mode_weights, drops)
             if crossed < 0:
-                crossed = index + i
-                named[evidence.argmax()] = True
-            named |= evidence >= threshold
+                crossed = number[i]
+                name(evidence.argmax(), True, named, r_modes, mode_weights, drops, bound, rho, newest, seen[0])
+            looks = given[i] == 0 and cell[i] < modes and seen[0] % EVERY == 0
+            for g in range(len(named)):
+                if evidence[g] >= threshold and not named[g]:
+                    name(g, looks, named, r_modes, mode_weights, drops, bound, rho, newest, seen[0])
     return found, crossed

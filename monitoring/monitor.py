@@ -24,9 +24,9 @@ from monitoring.asymptotic import READINGS, Real, Spread, frechet_interval, mome
 from monitoring.audit import Compared
 from monitoring.calibration import SAMPLES, Calibration
 from monitoring.coverage import covered, mode_coverage, mode_status
-from monitoring.diagnosis import VERDICTS, Verdict, detectable, diagnose, replaced, wrong_model
+from monitoring.diagnosis import VERDICTS, Verdict, detectable, diagnose, replaced, warming_up, wrong_model
 from monitoring.divergences import DIVERGENCES, INTERVALS, ShareSet, smoothed, total_variation
-from monitoring.edetectors import FAMILIES, NULLS, EDetector, Fakes
+from monitoring.edetectors import FAMILIES, NULLS, EDetector, Fakes, NoNumbers
 from monitoring.features import Eye, Seen
 from monitoring.latents import LatentDetector
 from monitoring.points import LEAST, POINT_GAUGES, Cloud, Embedding
@@ -47,14 +47,14 @@ AUDIT_PATIENCE = 4096  # samples tested for which a failed replay audit waits fo
 SHORT_PATIENCE = 512  # ... where no failure that needs longer is possible
 DIFFERING = 2  # golden samples of a replay that must differ: one latent may lie on the very edge of a decision in the graph
 RECENT_RERUNS = 128  # samples run again, of which two must differ: a latent on the very edge of a decision in the graph may
-WARM_UP = 512  # samples tested before silence is called health
+WARM_UP = 512  # samples of the whole law tested before silence is called health
 FLOOR_DRAWS = 64
 GAUGE_DELTA = 0.05  # chance that an interval fails at any sample of a block
 _COUNTS = (  # what a Monitor counts over its whole life
-    *("monitored", "given", "served", "frechet_clipped", "replay_checked", "replay_mismatched"),
+    *("monitored", "given", "no_numbers", "served", "frechet_clipped", "replay_checked", "replay_mismatched"),
     *("rerun_checked", "rerun_mismatched", "latents_checked", "latents_wrong"),
 )
-_MARKS = ("slack", "alarmed_at", "_since", "_suspected", "_wrong", "_golden", "_again", "_near", "_misdrawn")  # when something happened to it
+_MARKS = ("slack", "alarmed_at", "_since", "_given_since", "_suspected", "_wrong", "_golden", "_again", "_near", "_misdrawn")  # when something happened to it
 PRIOR_SAMPLES = 1024  # how strongly one of the two priors of the intervals believes in the certificate
 
 TOLERANCES = {"forward_kl": 0.1, "reverse_kl": 0.08, "js": 0.02, "chi_squared": 0.08, "tv": 0.08, "frechet": 0.05}
@@ -89,8 +89,9 @@ class Monitor:
     """Watches one bundle. arl: least mean number of samples eaten to a false alarm; share: this version's part of that budget.
 
     verdict; first_alarm: 0-based number among the samples eaten of the one at which the alarm was raised; alarmed_at: the `at`
-    of its update; monitored: fresh samples eaten; given: samples eaten of classes that were asked for; served: all samples looked
-    at; demand [classes]: how many of each were asked for, the older the less they weigh; rejected: reason -> samples; tolerance:
+    of its update; monitored: fresh samples eaten; given: samples eaten of classes that were asked for; no_numbers: what came in place of
+    either and is none, which is eaten too; served: all samples looked at; demand [classes]: of which class what clients got is, the
+    older the less it weighs, and what they named no class for as the certified model draws it; rejected: reason -> samples; tolerance:
     divergence -> its value for the certified generator and the threshold above which it deserves a look.
     """
 
@@ -105,6 +106,7 @@ class Monitor:
         self._detector = EDetector(certificate, reference, bundle.card.modes, threshold=arl / share, scores=bundle.card.scores)
         self._latents = LatentDetector(bundle.card.latent, threshold=arl / share)
         self._fakes = Fakes(certificate, threshold=arl / share)
+        self._no_numbers = NoNumbers(certificate, threshold=arl / share)
         self._bounds = drop_bounds(certificate)  # kept, since states are restored again and again where shards are summed up
         cells, features = len(bundle.card.modes) + 1, len(reference.feature_mean)
         rng = np.random.default_rng(0)  # which of the real points: the same ones in every process
@@ -122,20 +124,20 @@ class Monitor:
         self._certified = certificate.cell_count / certificate.count
         self.tolerance = self._tolerance()
         self._priors = np.stack([np.full(cells, 0.5), 0.5 + PRIOR_SAMPLES * self._certified])
-        self.monitored = self.given = self.served = 0
+        self.monitored = self.given = self.no_numbers = self.served = 0
         self.demand = np.zeros(len(certificate.class_cell_count))
         self.rejected = {"nan": 0, "shape": 0, "dtype": 0, "class": 0}
         self.frechet_clipped = 0  # eigenvalues below zero that rounding cannot explain, over all Frechet gauges read
-        self._since = 0  # samples tested at the last restart of the detectors
+        self._since = self._given_since = 0  # monitored and given at the last restart of the detectors
         self.replay_checked = self.replay_mismatched = 0  # golden samples asked for again, and those that came back different
-        self._suspected: int | None = None  # samples tested when the replay audit failed, None while it last passed
+        self._suspected: int | None = None  # samples eaten when the replay audit failed, None while it last passed
         self._golden = [0, 0]  # golden samples compared in the last replay, the worst since an alarm, and those that differed
-        self._wrong: int | None = None  # number of the tested sample with which that became the verdict
+        self._wrong: int | None = None  # number of the sample with which that became the verdict
         self.rerun_checked = self.rerun_mismatched = 0  # served samples run again, and those that came out different
         self.latents_checked = self.latents_wrong = 0  # latents in use, and those that were not of their seed
         self._again: dict[str, float] | None = None  # since the first that differed; what is right after an alarm is left out: Compared without `near`, `rerun_checked` at the newest, whether two came close together
         self._near = True  # whether all that differed, golden or served, were near what they should have been
-        self._misdrawn: int | None = None  # number of the newest tested sample when a latent was not of its seed
+        self._misdrawn: int | None = None  # number of the newest sample when a latent was not of its seed
         self.alarmed_at: float | None = None
         self.passed_as: str | None = None  # a version of the same generator that was good enough by another reference
         self.verdict = VERDICTS["warming_up"]
@@ -143,8 +145,13 @@ class Monitor:
 
     @property
     def tested(self) -> int:
-        """Samples that the detectors have eaten."""
+        """Samples that the detectors have eaten and could look at."""
         return self.monitored + self.given
+
+    @property
+    def eaten(self) -> int:
+        """All that the detectors have eaten: the number of the next sample."""
+        return self.tested + self.no_numbers
 
     @property
     def first_alarm(self) -> int | None:
@@ -173,7 +180,9 @@ class Monitor:
         fed: Fed | None = None,
         received: Bool[ndarray, "n"] | None = None,
     ) -> None:
-        """Look at n samples [n, *sample_shape], n >= 0; `at`: Unix seconds. What is no sample is counted, never an error.
+        """Look at n samples [n, *sample_shape], n >= 0; `at`: Unix seconds. What is no sample is counted, never an error; where it should
+        have been a fresh one and is no number, it is evidence. A wrong shape or dtype is none: that is no draw of any law, but how
+        whoever sends a whole array has made it.
 
         fresh: independent draws of the model's law, or of `classes`, those that clients asked for (None: they named none).
         Samples of given classes are tested given these, and are no part of the fresh population. fed: latents that the model was
@@ -187,46 +196,53 @@ class Monitor:
         seen = self._eye.look(samples)
         for reason, count in seen.rejected.items():
             self.rejected[reason] += count
-        if not len(seen.cells):
-            return
         self.served += len(seen.cells)
         embedded = self._embedding(seen.features)
         got = np.full(len(rows), True) if received is None else received[rows]
         got = got[seen.rows]
         self._blocks["served"].add(seen.cells[got], seen.features[got], embedded[got])
-        if classes is not None:
-            self._asked(seen, classes[seen.rows], fresh=fresh, at=at, fed=fed, rows=rows[seen.rows])
-        elif fresh:
-            self._eat_latents(fed, rows[seen.rows])
-            self._blocks["fresh"].add(seen.cells, seen.features, embedded)
-            self._recent.add(seen.cells, seen.features, embedded)
-            self._newest.add(seen.features)
-            self._detector.update(seen.scores, seen.features, seen.cells, seen.samples, index=self.tested)
-            self.monitored += len(seen.cells)
+        if self.demand.size:
+            self._demanded(int(got.sum()) if classes is None else classes[seen.rows][got])
+        certified = classes is None or self.demand.size > 0  # before classes were counted, nothing was known of them
+        if fresh and certified and not seen.rejected.keys() - {"nan"}:
+            self._eat(seen, classes, embedded, fed, rows)
+        if len(rows):
             self._judge(at)
 
-    def _asked(self, seen: Seen, classes: Int64[ndarray, "n"], *, fresh: bool, at: float, fed: Fed | None, rows: Int64[ndarray, "n"]) -> None:
-        """Samples of given classes: their modes are evidence given the class, the classes themselves are demand."""
-        if not self.demand.size:
-            return  # certified before classes were counted: nothing is known of them
-        self.demand = self.demand * 0.5 ** (len(classes) / BLOCK) + np.bincount(classes, minlength=self.demand.size)
-        if fresh:
-            self._eat_latents(fed, rows)
-            self._detector.update(seen.scores, seen.features, seen.cells, seen.samples, index=self.tested, classes=classes)
-            self._fakes.update(classes, seen.cells == len(self.bundle.card.modes), index=self.tested)
-            self.given += len(classes)
-        self._judge(at)
+    def _demanded(self, got: Int64[ndarray, "n"] | int) -> None:
+        """Clients got samples of these classes, or so many that they named none for: of those the model has drawn the classes."""
+        n = got if isinstance(got, int) else len(got)
+        asked = n * np.array(self.bundle.card.class_shares) if isinstance(got, int) else np.bincount(got, minlength=self.demand.size)
+        self.demand = self.demand * 0.5 ** (n / BLOCK) + asked
 
-    def _eat_latents(self, fed: Fed | None, rows: Int64[ndarray, "n"]) -> None:
-        """Test the latents of those samples that are about to be tested, which were the `rows` of their batch. No class tells anything of
-        them. A sample that could not be looked at takes its latents with it: both count, or neither."""
+    def _eat(self, seen: Seen, classes: Int64[ndarray, "n"] | None, embedded: Float32[ndarray, "m e"], fed: Fed | None, rows: Int64[ndarray, "n"]) -> None:
+        """Test n fresh samples, which were the `rows` of their batch and of which m were looked at: of given classes, their modes and fakes
+        are evidence given these; else they are of the fresh population, too."""
+        numbers = self.eaten + seen.rows
+        self._no_numbers.update(np.zeros(len(rows), np.int64) if classes is None else classes + 1, ~np.isin(np.arange(len(rows)), seen.rows), index=self.eaten)
+        self.no_numbers += len(rows) - len(seen.rows)
+        self._eat_latents(fed, rows[seen.rows], numbers)
+        given = None if classes is None else classes[seen.rows]
+        self._detector.update(seen.scores, seen.features, seen.cells, seen.samples, index=numbers, classes=given)
+        if given is not None:
+            self._fakes.update(given, seen.cells == len(self.bundle.card.modes), index=numbers)
+            self.given += len(given)
+            return
+        self._blocks["fresh"].add(seen.cells, seen.features, embedded)
+        self._recent.add(seen.cells, seen.features, embedded)
+        self._newest.add(seen.features)
+        self.monitored += len(seen.cells)
+
+    def _eat_latents(self, fed: Fed | None, rows: Int64[ndarray, "m"], numbers: Int64[ndarray, "m"]) -> None:
+        """Test the latents of those samples that are about to be tested, which were the `rows` of their batch and have these numbers. No
+        class tells anything of them. A sample that could not be looked at takes its latents with it: both count, or neither."""
         if fed is not None and len(fed.rows):
             tested = np.isin(fed.rows, rows)
-            self._latents.update(fed.z[tested], self.tested + np.searchsorted(rows, fed.rows[tested]))
+            self._latents.update(fed.z[tested], numbers[np.searchsorted(rows, fed.rows[tested])])
 
     @property
     def demand_shifted(self) -> bool:
-        """Whether clients ask for other classes than the model draws: by more than the tolerance and what chance would explain."""
+        """Whether clients get other classes than the model draws: by more than the tolerance and what chance would explain."""
         drawn, n = np.array(self.bundle.card.class_shares), self.demand.sum()
         if n < WARM_UP:
             return False
@@ -266,7 +282,7 @@ class Monitor:
         self.latents_checked += latents
         self.latents_wrong += wrong
         if wrong and self._misdrawn is None:
-            self._misdrawn = max(0, self.tested - 1)
+            self._misdrawn = max(0, self.eaten - 1)
         self.rerun_checked += found.checked
         self.rerun_mismatched += found.different
         if found.different:
@@ -290,7 +306,7 @@ class Monitor:
     def _suspect(self, near: bool) -> None:
         self._near &= near
         if self._suspected is None:
-            self._suspected = self.tested
+            self._suspected = self.eaten
 
     @property
     def _replaced(self) -> bool:
@@ -308,7 +324,7 @@ class Monitor:
     @property
     def _detectors(self) -> dict[str, Any]:
         """All that latches an alarm, under the names in states."""
-        return {"detector": self._detector, "latents": self._latents, "fakes": self._fakes}
+        return {"detector": self._detector, "latents": self._latents, "fakes": self._fakes, "no_numbers": self._no_numbers}
 
     def _parts(self) -> dict[str, Any]:
         """Whatever has a state of its own."""
@@ -366,15 +382,15 @@ class Monitor:
         """
         if self.identity() != other.identity():
             raise ValueError("the monitors are of different bundles, thresholds or bets: only shards of one version can be merged")
-        waited = [monitor.tested - monitor._suspected for monitor in (self, other) if monitor._suspected is not None]
+        waited = [monitor.eaten - monitor._suspected for monitor in (self, other) if monitor._suspected is not None]
         for name in _COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self._suspected = self.tested - max(waited) if waited else None  # each has waited for a clean replay of its own
+        self._suspected = self.eaten - max(waited) if waited else None  # each has waited for a clean replay of its own
         self.rejected = {reason: count + other.rejected[reason] for reason, count in self.rejected.items()}
-        self._since += other._since
+        self._since, self._given_since = self._since + other._since, self._given_since + other._given_since
         theirs = other._parts()
         for name, owner in self._parts().items():
-            owner.merge(theirs[name], **({"index": self.tested - 1} if name in self._detectors else {}))
+            owner.merge(theirs[name], **({"index": self.eaten - 1} if name in self._detectors else {}))
         self.demand = self.demand + other.demand
         for name in ("_wrong", "_misdrawn", "alarmed_at"):
             setattr(self, name, _earliest(getattr(self, name), getattr(other, name)))
@@ -418,7 +434,7 @@ class Monitor:
         """Hold the evidence against arl / share / slack from now on: measured (`calibration.py`) in place of guaranteed. None: guaranteed."""
         self.slack: float | None = slack  # by which the threshold lies below the guaranteed one; None: it does not
         self._detector.threshold = self.arl / self.share / (slack or 1.0)
-        self._latents.threshold = self._fakes.threshold = self.arl / self.share  # no samples were simulated through these
+        self._latents.threshold = self._fakes.threshold = self._no_numbers.threshold = self.arl / self.share  # no samples were simulated through these
         self._delays = delay_of_loss(self.bundle.certificate, self._bounds, np.ones(1), threshold=self._detector.threshold)[0]  # samples until the loss of each mode is seen, about
 
     def calibration(self, samples: int = SAMPLES) -> Calibration:
@@ -433,13 +449,14 @@ class Monitor:
             detector.restart()
         self.alarmed_at = self._suspected = self._wrong = self._misdrawn = self._again = None
         self._golden, self._near = [0, 0], True
-        self._since = self.tested
+        self._since, self._given_since = self.monitored, self.given
         self._judge()
 
     def evidence(self) -> dict[str, float]:
         """Family -> log10 of its weighted evidence, -inf before the first sample. The evidence adds up to that of the alarm."""
         found = self._detector.family_evidence() | {"latents": float(self._latents.evidence.sum())}
         found["modes"] += float(self._fakes.evidence.sum())
+        found["tails"] += float(self._no_numbers.evidence.sum())
         return {family: math.log10(e) if e > 0 else -math.inf for family, e in found.items()}
 
     def gauges(self, population: str) -> dict[str, Gauge]:
@@ -596,7 +613,7 @@ class Monitor:
         """Everything there is to show of this version, JSON-able; what is not finite is None."""
         card, verdict = self.bundle.card, self.verdict
         gauges = {population: {name: asdict(g) for name, g in self.gauges(population).items()} for population in POPULATIONS}
-        seen, threshold = self.tested - self._since, self._detector.threshold
+        counted = {"monitored": self.monitored - self._since, "given": self.given - self._given_since, "threshold": self._detector.threshold}
         return _jsonable(
             {
                 "model": card.model,
@@ -618,7 +635,7 @@ class Monitor:
                 "coverage": self.coverage(),
                 "replay": {"checked": self.replay_checked, "mismatched": self.replay_mismatched, "suspect": self.suspect},
                 "rerun": {"checked": self.rerun_checked, "mismatched": self.rerun_mismatched, "latents": self.latents_checked, "latents_wrong": self.latents_wrong},
-                "detectable": detectable(self.bundle.certificate, self._bounds, card.modes, monitored=seen, threshold=threshold),
+                "detectable": detectable(self.bundle.certificate, self._bounds, card.modes, **counted),
             }
         )
 
@@ -626,7 +643,7 @@ class Monitor:
         """The verdict as of now; `at` is the time of an alarm that is raised by it."""
         if self.first_alarm is None and self._suspected is not None:
             patience = SHORT_PATIENCE if self._near or self._replaced else AUDIT_PATIENCE
-            self._wrong = self._suspected + patience - 1 if self.tested - self._suspected >= patience else None
+            self._wrong = self._suspected + patience - 1 if self.eaten - self._suspected >= patience else None
         if self.first_alarm is not None and self.alarmed_at is None:
             self.alarmed_at = at
         groups = [g for d in self._detectors.values() for g, named in zip(d.groups, d.named, strict=True) if named]
@@ -637,8 +654,8 @@ class Monitor:
                 self.verdict = replaced(self.verdict, self._wrong_model())
         elif self._wrong is not None:
             self.verdict = self._wrong_model()
-        elif self.tested - self._since < WARM_UP:
-            self.verdict = VERDICTS["warming_up"]
+        elif self.monitored - self._since < WARM_UP:
+            self.verdict = warming_up(given=self.given > self._given_since)
         else:
             self.verdict = VERDICTS["demand_shift" if self.demand_shifted else "healthy"]
 

@@ -249,8 +249,8 @@ class Certificate:
     @property
     def bounds(self) -> int:
         """How many bounds share delta: both sides of every tail on both sides, both sides of every mode's part of the on-manifold
-        samples, given each class too, the upper side of every cell's share and of the off-manifold one given each class, the duplicates,
-        three of the whitened moments. The count is never too low."""
+        samples, given each class too, the upper side of every cell's share and of the off-manifold one given each class, that of what is
+        no number, given each class too, the duplicates, three of the whitened moments. The count is never too low."""
         return 4 * self.upper_hits.size + 3 * self.cell_count.size + 2 * self.class_cell_count.size + 1 + 3
 
     def upper(self, hits: Int64[ndarray, "..."] | int, count: int) -> Float64[ndarray, "..."]:

@@ -179,8 +179,11 @@ class Source:
         return sample_classes(shares, seed=seed, offset=offset, count=count) if len(shares) else np.zeros(count, np.int64)
 
     def see(self, samples: ndarray) -> tuple[ndarray, ndarray, ndarray]:
-        """features [n, p], scores [n, s], mode [n]."""
-        return tuple(self.features.run(["features", "scores", "mode"], {"x": samples}))
+        """features [n, p], scores [n, s], mode [n]. Raises ExportError where anything is not finite, as no certificate counts such a sample."""
+        features, scores, mode = self.features.run(["features", "scores", "mode"], {"x": samples})
+        if bad := sum(len(x) - np.isfinite(x).reshape(len(x), -1).all(axis=1).sum() for x in (samples, features, scores)):
+            raise ExportError(f"model.onnx makes NaN, infinity or numbers too large to be looked at: {bad} among {len(samples):,} samples")
+        return features, scores, mode
 
 
 def open_source(directory: Path, card: Card) -> Source:

@@ -133,7 +133,7 @@ def prometheus(make_bundle: Callable[..., Any], tmp_path: Path, free_ports: Call
             # The first is more than the tap shows to a monitor in a second, so that it counts what it leaves out.
             for body, status in (({"n": 5000}, 200), ({"n": 500, "seed": 7}, 200), ({"n": -1}, 422)):
                 assert client.post("/v1/models/grid/sample", json=body).status_code == status
-        broken = Record("grid", "v1", "server_seed", 1, 0, np.full((8, 2), np.nan, np.float32), time.time())
+        broken = Record("grid", "v1", "server_seed", 1, 0, np.zeros((8, 3), np.float32), time.time())
         heartbeat = Heartbeat("broken", time.time(), (broken,), {}).encode()
         assert httpx.post(f"{monitor_url}/api/records", content=heartbeat, trust_env=False).status_code == 204
         command = [binary, f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'tsdb'}"]

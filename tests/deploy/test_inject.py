@@ -251,9 +251,12 @@ def test_replay_counts_the_samples_that_it_could_not_look_at(registry: Registry,
     np.save(tmp_path / "stream.npy", stream)
     first = replay(broken.path, tmp_path / "stream.npy", 1e4)["first_alarm"]
     for bad in (np.nan, 3e38):  # finite, but not what is made of it
-        np.save(tmp_path / "stream.npy", np.concatenate([np.full((100, 2), bad, np.float32), stream]))
+        np.save(tmp_path / "stream.npy", np.insert(stream, 5, bad, axis=0))  # one says nothing, but has a number
         report = replay(broken.path, tmp_path / "stream.npy", 1e4)
-        assert report["first_alarm"] == first + 100 and report["rejected"]["nan"] == 100
+        assert report["first_alarm"] == first + 1 and report["rejected"]["nan"] == 1
+        np.save(tmp_path / "stream.npy", np.insert(stream, [5] * 100, bad, axis=0))
+        report = replay(broken.path, tmp_path / "stream.npy", 1e4)
+        assert report["first_alarm"] in (6, 7) and report["rejected"]["nan"] == 100 and "NaN" in report["words"]
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ class Oracle:
             found["duplicates"] = np.log(self.duplicated)
             modes = self.log_modes + np.log(self.cells.weights)[..., None]
             found |= {f"drop:{name}": logsumexp(modes[:, : len(DROP_BETS), k]) for k, name in enumerate(self.names)}
-            found["inflate"] = logsumexp(modes[:, len(DROP_BETS) :])
+            found |= {f"inflate:{name}": logsumexp(modes[:, len(DROP_BETS) :, k]) for k, name in enumerate(self.names)}
             allowed = np.array(TAIL_BETS) > self.fake[:, None]
             found |= {f"upper:{c}": logsumexp(r[a]) + np.log(RISE_WEIGHT / allowed.sum()) for c, (r, a) in enumerate(zip(self.log_fakes, allowed, strict=True))}
             found["quality"] = logsumexp(self.log_quality + np.log(self.cells.quality_weights)[:, None])

@@ -111,7 +111,7 @@ def test_a_class_that_is_answered_with_another_is_found_in_any_demand(law):
         feed(found, cells, classes, index=3000)
         if demand[1] > 0.01:
             delays.append((classes[: found.crossed - 3000] == 1).sum())
-            assert "drop:b" in (named := {g for g, is_named in zip(found.groups, found.named, strict=True) if is_named}) <= {"drop:b", "inflate"}
+            assert "drop:b" in (named := {g for g, is_named in zip(found.groups, found.named, strict=True) if is_named}) <= {"drop:b", *(f"inflate:{name}" for name in "abcd")}
     # Each asked-for sample of the class brings about kl(.5, .97) = 1.4 nats; log(1e6 * 8 / .12) = 18.
     assert len(delays) > 20 and np.mean(delays) < 20
 
@@ -141,19 +141,53 @@ def conditional(make_bundle, draw):
     return bundle, ask
 
 
-def test_demand_shift_is_a_verdict_and_no_alarm(conditional):
+def test_demand_shift_is_a_verdict_and_no_alarm(conditional, draw):
     bundle, ask = conditional
     monitor = Monitor(bundle, arl=1e4)
+    monitor.update(draw(bundle, WARM_UP), fresh=True, at=START)
     for step, demand in enumerate([bundle.card.class_shares, *np.eye(10)[[3, 3, 7]], np.linspace(1, 9, 10)]):
         for i in range(4):
             samples, classes = ask(demand, 1000, seed=10 * step + i)
             monitor.update(samples, fresh=True, at=START, classes=classes)
         assert monitor.first_alarm is None
         assert monitor.verdict.id == ("demand_shift" if step else "healthy")
-    assert (monitor.monitored, monitor.given, monitor.served) == (0, 20_000, 20_000)
-    assert monitor.gauges("fresh")["js"].n == 0 and monitor.snapshot()["verdict"]["id"] == "demand_shift"
+    assert (monitor.monitored, monitor.given, monitor.served) == (WARM_UP, 20_000, 20_000 + WARM_UP)
+    assert monitor.gauges("fresh")["js"].n == WARM_UP and monitor.snapshot()["verdict"]["id"] == "demand_shift"
     shown = VERDICTS["demand_shift"]
-    assert shown.null is None and shown.id in QUIET and "Nothing is wrong" in shown.advice
+    assert shown.null is None and shown.id in QUIET and "modes and fakes were looked at" in shown.words
+
+
+def test_samples_of_classes_alone_never_prove_health(conditional, draw):
+    """Only modes and fakes are looked at given a class: one vector for ever passes, and so does a mode that has shrunk to a point."""
+    bundle, ask = conditional
+    samples, classes = ask(np.ones(10), 4096)
+    for made, of in ((samples[classes == 3][:1].repeat(4096, axis=0), np.full(4096, 3)), (samples, classes)):
+        monitor = Monitor(bundle)
+        for _ in range(10):
+            monitor.update(made, fresh=True, at=START, classes=of)
+        assert monitor.verdict.id == "warming_up" and "that the model drew by itself" in monitor.verdict.words and monitor.first_alarm is None
+        detectable = monitor.snapshot()["detectable"]
+        assert "0 were monitored. The 40,960 of classes" in detectable and "would have been seen" not in detectable
+        monitor.update(draw(bundle, WARM_UP), fresh=True, at=START)
+        assert monitor.verdict.id == ("healthy" if made is samples else "demand_shift")
+        monitor.acknowledge()
+        assert monitor.verdict == VERDICTS["warming_up"] and "0 were monitored." in (said := monitor.snapshot()["detectable"]) and "do not count" not in said
+
+
+def test_what_clients_name_no_class_for_is_asked_for_as_the_model_draws_it(conditional, draw):
+    bundle, ask = conditional
+    monitor, plain, probe = Monitor(bundle), draw(bundle, 20_480), np.zeros(20_480, bool)
+    monitor.update(plain, fresh=True, at=START)
+    monitor.update(*(asked := ask(np.eye(10)[3], 600))[:1], fresh=True, at=START, classes=asked[1])
+    assert monitor.verdict.id == "healthy"
+    for _ in range(10):
+        monitor.update(*(asked := ask(np.eye(10)[3], 1000))[:1], fresh=True, at=START, classes=asked[1])
+    assert monitor.verdict.id == "demand_shift"
+    monitor.update(plain, fresh=True, at=START, received=probe)  # nobody got these
+    assert monitor.verdict.id == "demand_shift"
+    for _ in range(4):
+        monitor.update(plain, fresh=False, at=START)
+    assert monitor.verdict.id == "healthy" and monitor.first_alarm is None
 
 
 def test_few_samples_and_old_certificates_say_nothing_of_demand(conditional, make_bundle):
@@ -190,10 +224,11 @@ def test_an_incident_names_each_class_that_makes_junk(tmp_path, make_bundle):
 
 
 @pytest.mark.parametrize("part", [1.0, 0.2])
-def test_a_class_that_makes_junk_is_off_the_manifold_and_named_within_the_computed_delay(conditional, part):
+def test_a_class_that_makes_junk_is_off_the_manifold_and_named_within_the_computed_delay(conditional, draw, part):
     """... also where it makes nothing else, so that no bet on a mode ever looks at its samples; none of the others is accused."""
     bundle, ask = conditional
     monitor, rng = Monitor(bundle), np.random.default_rng(7)
+    monitor.update(draw(bundle, WARM_UP), fresh=True, at=START)
     for i in range(4):
         monitor.update(*(pair := ask(np.ones(10), 500, seed=i))[:1], fresh=True, at=START, classes=pair[1])
     assert (monitor.verdict.id, monitor.first_alarm) == ("healthy", None) and monitor.evidence()["modes"] < 3
@@ -205,7 +240,7 @@ def test_a_class_that_makes_junk_is_off_the_manifold_and_named_within_the_comput
     hit, miss, weights = monitor._fakes._bets
     growth = part * np.log(hit[3]) + (1 - part) * np.log(miss[3])
     delay = np.log(monitor.arl / weights[3].max()) / growth.max()
-    assert (classes[: monitor.first_alarm - 2000] == 3).sum() < 1.5 * delay + 1 and delay < 100
+    assert (classes[: monitor.first_alarm - 2000 - WARM_UP] == 3).sum() < 1.5 * delay + 1 and delay < 100
     resumed, older = Monitor(bundle), Monitor(bundle)
     resumed.restore(monitor.state())
     assert resumed.snapshot() == monitor.snapshot()
@@ -252,15 +287,19 @@ def test_classes_that_nobody_knows_are_counted_and_rows_that_are_rejected_take_t
     samples[:5], classes[5:10] = np.nan, [-1, 10, 99, 11, -7]
     monitor.update(samples, fresh=True, at=START, classes=classes)
     assert monitor.rejected == {"nan": 5, "shape": 0, "dtype": 0, "class": 5} and monitor.given == 290
-    assert monitor.evidence() == clean.evidence()
+    assert all(np.array_equal(monitor._detectors[name].evidence, clean._detectors[name].evidence) for name in ("detector", "fakes"))
+    bad = np.bincount(classes[:5], minlength=10) > 0
+    assert np.array_equal(monitor._no_numbers.evidence > clean._no_numbers.evidence, np.append(False, bad)) and monitor.no_numbers == 5
     with pytest.raises(ValueError, match="classes lie in 0 .. 10; the certificate knows 10"):
         feed_classes = np.array([0, 10])
         monitor._detector.update(np.zeros((2, 2)), np.zeros((2, 2)), feed_classes, np.zeros((2, 2)), index=0, classes=feed_classes)
 
 
-def test_state_and_merging_know_demand(conditional):
+def test_state_and_merging_know_demand(conditional, draw):
     bundle, ask = conditional
     whole, parts = Monitor(bundle), [Monitor(bundle), Monitor(bundle)]
+    for seed, monitor in enumerate((whole, *parts)):
+        monitor.update(draw(bundle, WARM_UP // 2 if seed else WARM_UP, seed=seed), fresh=True, at=START)
     samples, classes = ask(np.eye(10)[3] + 0.05, 2000)
     for i in range(0, 2000, 100):
         for monitor in (whole, parts[i // 100 % 2]):
@@ -288,6 +327,6 @@ def test_records_that_name_classes_reach_the_monitor_as_such(conditional, tmp_pa
     watch.eat(records, START)
     monitor = watch._watched["grid", "v1"].monitor
     assert (monitor.monitored, monitor.given, monitor.served) == (30, 30 + len(one), 90 + len(one))
-    expected = np.bincount(np.concatenate([classes[:30], classes[one], classes[60:]]), minlength=10)
+    expected = np.bincount(np.concatenate([classes[:30], classes[one], classes[60:]]), minlength=10) + 30 * np.array(bundle.card.class_shares)
     assert monitor.demand == pytest.approx(expected, rel=0.05)
     assert [count for _, count in watch._watched["grid", "v1"].drawn] == [30]  # probes are still called for where these are few

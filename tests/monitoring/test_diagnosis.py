@@ -16,13 +16,13 @@ MODES = tuple(str(k) for k in range(10))
     ("groups", "id", "modes", "null"),
     [
         (["drop:8", "drop:3"], "mode_dropping", ("3", "8"), "A"),
-        (["drop:3", "inflate", "upper", "lower", "quality"], "mode_dropping", ("3",), "A"),
+        (["drop:3", "inflate:8", "upper", "lower", "quality"], "mode_dropping", ("3",), "A"),
         (["duplicates", "drop:3", "lower"], "latent_fault", ("3",), "A"),
         (["copies", "lower", "narrower"], "memorisation", (), "A"),
         (["upper", "lower", "quality"], "off_manifold", (), "A"),
-        (["lower", "inflate", "quality"], "within_mode_collapse", (), "A"),
-        (["quality", "inflate"], "quality_outside_tolerance", (), "B"),
-        (["inflate"], "drift", (), "A"),
+        (["lower", "inflate:8", "quality"], "within_mode_collapse", (), "A"),
+        (["quality", "inflate:8"], "quality_outside_tolerance", (), "B"),
+        (["inflate:8"], "drift", (), "A"),
     ],
 )
 def test_diagnosis(groups, id, modes, null):
@@ -39,6 +39,15 @@ def test_the_same_generator_that_once_passed_is_not_to_blame():
 
 def test_the_words_name_the_modes():
     assert "3, 8" in diagnose(["drop:3", "drop:8"], MODES).words
+    risen = diagnose(["inflate:8", "moved", "inflate:3"], MODES)
+    assert (risen.id, risen.modes) == ("drift", ()) and risen.words.endswith("These come too often: 3, 8.")
+    assert "too often" not in diagnose(["moved"], MODES).words
+
+
+def test_what_is_no_number_is_called_so_and_given_a_class_that_is_named():
+    verdict = diagnose(["nan", "drop:3", "upper:1", "nan:2"], MODES, classes=("a", "b", "c"))
+    assert (verdict.id, verdict.modes, verdict.classes) == ("off_manifold", ("3",), ("c",)) and "NaN" in verdict.words and verdict.words.endswith("asked for: c.")
+    assert diagnose(["nan", "duplicates"], MODES).id == "latent_fault"
 
 
 def test_every_kind_of_evidence_has_an_explanation():

@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.special import ndtri
 
 from monitoring import kernel
-from monitoring.edetectors import FAMILIES, KINDS, SCORE_PARTS, TILTS, Cells, Duplicates, EDetector, Fakes, Modes, Scores, tail_levels, tilted
+from monitoring.edetectors import FAMILIES, KINDS, SCORE_PARTS, TILTS, Cells, Duplicates, EDetector, Fakes, Modes, NoNumbers, Scores, tail_levels, tilted
 from monitoring.features import Eye, Seen
 from training.bundle import AMBIGUITY, DUPLICATE_BLOCK, NEARER_TRAIN, NEAREST_TRAIN, Certificate, Reference
 from training.drops import mode_bounds
@@ -124,7 +124,7 @@ def test_the_budget_is_spent_once(healthy):
     state["r"][:], state["r_modes"][:] = 1.0, bets.shares.allowed
     state["sums"][1:3] = duplicates.weights.sum(), bets.quality_weights @ bets.quality.allowed.sum(axis=1)
     found.restore(state)
-    spent, unseen = dict.fromkeys(KINDS, 0.0), {"copies": 0.0, "nearer": 0.0, "latents": 0.0}  # no score here looks for training data, and latents have a detector of their own
+    spent, unseen = dict.fromkeys(KINDS, 0.0), {"copies": 0.0, "nearer": 0.0, "latents": 0.0, "nan": 0.0}  # no score here looks for training data; latents and what is no number have detectors of their own
     for group, weight in zip(found.groups, found.evidence, strict=True):
         spent[group.partition(":")[0]] += weight
     assert spent == pytest.approx({kind: weight for kind, (_, weight) in KINDS.items() if kind not in unseen} | unseen)
@@ -231,6 +231,38 @@ def test_any_split_of_a_stream_comes_to_the_same(healthy, make_bundle, draw):
     any_split()
 
 
+@pytest.mark.parametrize(
+    ("risen", "to", "lost", "left"),
+    [(1, 0.2, 0, 1.0), (1, 0.3, 0, 1.0), (1, 0.5, 0, 1.0), (1, None, 1, 0.0), (1, None, 3, 0.0), (1, None, 1, 0.3), (0, None, 1, 0.0), (0, None, 2, 0.0)],
+)
+def test_a_mode_is_accused_of_being_lost_unless_it_only_looks_so_beside_one_that_comes_too_often(healthy, draw, risen, to, lost, left):
+    """Six runs each. to: the risen mode's share, the others keep their proportions; None: it has what the lost ones had."""
+    seen, rng = Eye(healthy).look(draw(healthy, 2**16, seed=41)), np.random.default_rng(11)
+    pools = [np.flatnonzero(seen.cells == k) for k in range(11)]
+    certified = healthy.certificate.cell_count / healthy.certificate.count
+    for run in range(6):
+        share, gone = certified.copy(), [(run + 1 + 3 * i) % 10 for i in range(lost)]
+        share[gone] *= left
+        share[run] = (to * (1 - share[run]) / (1 - to) if to else 1 - np.delete(share, run).sum()) if risen else share[run]
+        cells = np.concatenate([rng.choice(11, 500, p=certified), rng.choice(11, 4000, p=share / share.sum())])
+        rows = np.array([rng.choice(pools[c]) for c in cells])
+        found = detector(healthy, 1e6)
+        for start in range(0, len(rows), 100):
+            part = rows[start : start + 100]
+            found.update(seen.scores[part], seen.features[part], cells[start : start + 100], seen.samples[part], index=start)
+            if found.crossed is not None and start > found.crossed + 1000:
+                break
+        named = {group for group, is_named in zip(found.groups, found.named, strict=True) if is_named}
+        assert {f"drop:{k}" for k in gone} == {group for group in named if group.startswith("drop")}, run
+        assert (f"inflate:{run}" in named) or not to
+
+
+def test_where_there_are_two_modes_the_loss_of_one_is_no_rise_of_the_other():
+    bound, rho = np.array([0.5, 0.5]), np.array([0.0, 0.5])
+    assert kernel.riser(0, bound, rho, np.ones(64, np.int64), 40) == -1
+    assert kernel.riser(0, np.array([0.3, 0.3, 0.3]), rho, np.ones(64, np.int64), 40) == 1  # nothing but mode 1: of the others nobody knows
+
+
 def run_length(found: EDetector, seen: Seen) -> tuple[float, int]:
     """Samples per alarm, restarting after each, and the number of alarms."""
     step, alarms, start, position = int(found.threshold), 0, 0, 0
@@ -242,6 +274,26 @@ def run_length(found: EDetector, seen: Seen) -> tuple[float, int]:
             position = start
             found.restart()
     return start / alarms, alarms
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_bets_on_what_is_no_number_hold_at_the_bound_and_see_what_is_beyond(small, row):
+    """Run lengths, numbers or not, at the largest chance that the certificate allows; a stream of the like takes a few."""
+    certificate = replace(small, class_cell_count=small.cell_count[None] // 40)
+    bound, rng, lengths = certificate.upper(0, [certificate.count, int(certificate.class_cell_count.sum())][row]), np.random.default_rng(9), []
+    found = NoNumbers(certificate, threshold=1e9)
+    hit, miss, weights = found._bets
+    found.threshold = 50 * weights[row].sum()  # as if these bets were all there is
+    assert bound * hit[row] + (1 - bound) * miss[row] == pytest.approx(np.ones(3)) and weights.sum() * len(hit) / 2 == pytest.approx(KINDS["nan"][1])
+    for _ in range(300):
+        found.restart()
+        bad = rng.random(20_000) < bound
+        found.update(np.full(20_000, row), bad, index=0)
+        lengths.append(20_000 if found.crossed is None else found.crossed + 1)
+    assert np.mean(lengths) > 50 + 3 * np.std(lengths) / np.sqrt(300)
+    surely = NoNumbers(certificate, threshold=2.6e9)
+    surely.update(np.full(20, row), np.ones(20, bool), index=7)
+    assert surely.crossed < 16 and surely.groups[surely.named.argmax()] == ("nan", "nan:0")[row]
 
 
 @pytest.mark.slow

@@ -157,19 +157,50 @@ def test_constant_fresh_samples_alarm(make_bundle, draw):
     assert monitor.verdict.id == "latent_fault" and all(math.isfinite(e) for family, e in monitor.evidence().items() if family not in ("copies", "latents"))
 
 
-def test_what_is_no_sample_is_counted_and_changes_nothing(make_bundle, draw):
+def test_what_has_another_form_or_is_no_fresh_sample_is_counted_and_changes_nothing(make_bundle, draw):
     bundle = make_bundle()
     samples = draw(bundle, 2000)
     plain, pestered = Monitor(bundle), Monitor(bundle)
     for i in range(0, 2000, 100):
         plain.update(samples[i : i + 100], fresh=True, at=0.0)
-        pestered.update(np.full((3, 2), np.nan, np.float32), fresh=True, at=0.0)
-        pestered.update(np.insert(samples[i : i + 100], 50, np.inf, axis=0), fresh=True, at=0.0)
+        pestered.update(np.full((4, 2), np.nan, np.float32), fresh=False, at=0.0)
+        pestered.update(samples[i : i + 100], fresh=True, at=0.0)
         pestered.update(np.zeros((2, 5), np.float32), fresh=True, at=0.0)
         pestered.update(np.zeros((4, 2)), fresh=True, at=0.0)
         pestered.update(np.zeros((0, 2), np.float32), fresh=True, at=0.0)
     assert pestered.rejected == {"nan": 20 * 4, "shape": 20 * 2, "dtype": 20 * 4, "class": 0}
-    assert pestered.evidence() == plain.evidence() and pestered.monitored == plain.monitored == 2000
+    assert pestered.evidence() == plain.evidence() and pestered.eaten == pestered.monitored == plain.monitored == 2000
+
+
+@pytest.mark.parametrize("step", [1, 100, 20_000])
+def test_what_is_no_number_is_evidence_and_takes_a_number(make_bundle, draw, step):
+    """... the same one however the stream is cut; other bets see what is left."""
+    bundle = make_bundle()
+    samples = draw(bundle, 20_000)
+    samples[1000:19_040] = np.nan
+    samples[5000:10_000] = 3e38  # finite, but not what is made of it
+    monitor, clean = watch(bundle, samples[: 20_000 if step > 1 else 1100], step=step), watch(bundle, samples[:1000])
+    assert monitor.verdict.id == "off_manifold" and "NaN" in monitor.verdict.words and monitor.verdict.null == "A"
+    assert monitor.first_alarm == 1002  # 2.6e9 is two or three of the like, of which the certificate had none among 2^18
+    if step > 1:
+        assert (monitor.monitored, monitor.no_numbers, monitor.eaten, monitor.rejected["nan"]) == (1960, 18_040, 20_000, 18_040)
+    else:
+        assert np.array_equal(monitor._detector.evidence, clean._detector.evidence)
+    resumed, other = Monitor(bundle), Monitor(bundle)
+    resumed.restore(monitor.state())
+    assert resumed.snapshot() == monitor.snapshot()
+    other.merge(resumed, at=4.0)
+    assert (other.verdict.id, other.first_alarm) == ("off_manifold", 1002)
+    monitor.acknowledge()
+    assert monitor.verdict.id == "warming_up" and monitor._no_numbers.evidence.sum() == 0
+    monitor.update(draw(make_bundle(lost=(3, 8)), 1000), fresh=True, at=5.0)
+    assert monitor.verdict.id == "mode_dropping" and monitor.eaten > monitor.first_alarm > monitor.eaten - 1000
+
+
+def test_a_rare_sample_that_is_no_number_raises_nothing(make_bundle, draw):
+    bundle = make_bundle()
+    monitor = watch(bundle, np.insert(draw(bundle, 3000), [500, 1500], np.nan, axis=0))
+    assert monitor.verdict.id == "healthy" and monitor.rejected["nan"] == 2
 
 
 def test_warming_up_ends(make_bundle, draw):
@@ -287,7 +318,7 @@ def test_snapshot_is_json_and_complete(make_bundle, draw):
         *("model", "version", "verdict", "monitored", "given", "served", "rejected", "frechet_clipped", "evidence", "log10_threshold", "arl"),
         *("budget", "gauges", "tolerance", "modes", "coverage", "replay", "rerun", "detectable", "slack"),
     }
-    assert set(snapshot["verdict"]) == {"id", "words", "advice", "modes", "null", "stays", "since_sample", "since"}
+    assert set(snapshot["verdict"]) == {"id", "words", "advice", "modes", "classes", "null", "stays", "since_sample", "since"}
     assert snapshot["verdict"]["modes"] == ["3", "8"] and snapshot["gauges"]["fresh"]["forward_kl"]["high"] is None
     assert set(snapshot["evidence"]) == set(FAMILIES) and sum(FAMILIES.values()) == pytest.approx(1)
     assert [m["name"] for m in snapshot["modes"]] == [*bundle.card.modes, "off-manifold"]
