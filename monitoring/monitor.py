@@ -113,8 +113,8 @@ class Monitor:
         self._recent, self._newest = Decayed(cells, features, self._embedding.size), Newest(features)
         self._gauges: dict[str, tuple[int, dict[str, Gauge]]] = {}  # as last read, and at how many samples
         self._floors: dict[int, dict[str, float]] = {}
-        self._point_gauges: dict[str, tuple[int, dict[str, Gauge]]] = {}  # by population, and at how many monitored samples they were read
-        self._spread: tuple[int, Spread | None] = (0, None)  # of the newest points, and at how many monitored samples
+        self._point_gauges: dict[str, tuple[int, dict[str, Gauge]]] = {}  # by population, and of how many samples they were read
+        self._spread: tuple[int, Spread | None] = (0, None)  # of the newest points, and of how many samples
         self._real = reference.cell_share
         if not (self._real > 0).all():  # a cell without real data has some share all the same
             self._real = smoothed(np.rint(self._real * reference.count).astype(np.int64))
@@ -334,12 +334,14 @@ class Monitor:
                 _check_array(name, state[name], own)
             elif name in _COUNTS and not (type(state[name]) is int and state[name] >= 0):
                 raise ValueError(f"{name} is {state[name]!r}; expected a count")
+        if "newest.count" in state and len(state["newest.points"]) != min(count := int(state["newest.count"]), NEWEST):
+            raise ValueError(f"newest.points are {len(state['newest.points'])}; expected {NEWEST} at most of {count} samples")
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where the monitor stood whose `state` this is, without a false alarm and with any latched one. It may have had
-        another arl or share, as with `reshare`; then it is judged by the guaranteed threshold. The gauges of a state that was saved
-        before sums of monitors counted their streams rest on another kernel: they begin anew. So do bets on the fakes of a class that
-        the state does not know; all other evidence is kept.
+        another arl or share, as with `reshare`; then it is judged by the guaranteed threshold. The gauges of a state that does not say of
+        how many samples its points are, so that no sum could tell what to keep of them, begin anew. So do bets on the fakes of a class
+        that the state does not know; all other evidence is kept.
 
         Raises ValueError where it watched another bundle or with other bets, or where the state is damaged.
         """
@@ -512,7 +514,7 @@ class Monitor:
                     bounds[name] = (*interval(values[name], points, delta=delta), len(points), ci)
             none = (math.nan, math.nan, len(points), "none")
             found = {name: Gauge(value, *bounds.get(name, none), floors[name]) for name, value in values.items()}
-            self._point_gauges[population] = (self.monitored, found)
+            self._point_gauges[population] = (self._newest.count, found)
         return found
 
     def _newest_spread(self) -> Spread | None:
@@ -521,13 +523,13 @@ class Monitor:
         if self._outdated(read, BLOCK):
             points = self._newest.points
             spread = moments_spread(points) if len(points) >= LEAST else None
-            self._spread = (self.monitored, spread)
+            self._spread = (self._newest.count, spread)
         return spread
 
     def _outdated(self, read: int, after: int) -> bool:
-        """Whether what was read of the newest points at `read` monitored samples is to be read again: `after` samples later, or once
-        there are twice as many."""
-        return not read <= self.monitored < min(2 * read, read + after)
+        """Whether what was read of the newest points of `read` samples is to be read again: `after` samples later, or once there are
+        twice as many."""
+        return not read <= self._newest.count < min(2 * read, read + after)
 
     def _floor(self, n: int) -> dict[str, float]:
         """What n samples of the real data itself would read, n rounded down to a power of two. Shares: the mean over FLOOR_DRAWS
@@ -661,9 +663,9 @@ class Monitor:
 
 
 def _begins_anew(name: str, state: Mapping[str, Any]) -> bool:
-    """Whether this is of the gauges of a state that knows no streams, or of bets that it does not know, see `Monitor.restore`."""
+    """Whether this is of the gauges of a state that does not count what its points are of, or of bets that it does not know, see `Monitor.restore`."""
     part = name.partition(".")[0]
-    return (part in ("fresh", "served", "recent") and "fresh.streams" not in state) or (part == "fakes" and "fakes.named" not in state)
+    return (part in ("fresh", "served", "recent", "newest") and "newest.count" not in state) or (part == "fakes" and "fakes.named" not in state)
 
 
 def _check_array(name: str, found: Any, own: ndarray) -> None:
@@ -676,6 +678,8 @@ def _check_array(name: str, found: Any, own: ndarray) -> None:
         raise ValueError(f"{name} holds NaN or infinity")
     if name.endswith(".streams") and found < 1:
         raise ValueError(f"{name} is {found}; expected how many monitors are summed up")
+    if name == "newest.count" and found < 0:
+        raise ValueError(f"{name} is {found}; expected a count")
     if name.rpartition(".")[2].removeprefix("closed_").removeprefix("open_") in ("cells", "r", "r_modes", "r_quality") and (found < 0).any():
         raise ValueError(f"{name} is negative somewhere")
 

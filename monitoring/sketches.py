@@ -152,25 +152,33 @@ class Decayed:
 
 
 class Newest:
-    """The newest NEWEST features, oldest first."""
+    """The newest NEWEST features, oldest first, of `count` that there were."""
 
     def __init__(self, features: int) -> None:
         self.points: Float32[ndarray, "n p"] = np.empty((0, features), np.float32)
+        self.count = 0
 
     def add(self, features: Float32[ndarray, "n p"]) -> None:
         self.points = np.concatenate([self.points, features])[-NEWEST:]
+        self.count += len(features)
 
     def merge(self, other: Newest) -> None:
         """Of each stream its newest, as many as its part of both."""
-        total = len(self.points) + len(other.points)
-        if total > NEWEST:
-            ours = NEWEST * len(self.points) // total
-            self.points = np.concatenate([self.points[len(self.points) - ours :], other.points[len(other.points) - (NEWEST - ours) :]])
-        else:
-            self.points = np.concatenate([self.points, other.points])
+        self.points = joined(self.points[::-1], self.count, other.points[::-1], other.count)[::-1]
+        self.count += other.count
 
     def state(self) -> dict[str, ndarray]:
-        return {"points": self.points}
+        return {"points": self.points, "count": np.array(self.count)}
 
     def restore(self, state: Mapping[str, ndarray]) -> None:
-        self.points = state["points"]
+        self.points, self.count = state["points"], int(state["count"])
+
+
+def joined(ours: Float32[ndarray, "n p"], our_count: int, theirs: Float32[ndarray, "m p"], their_count: int) -> Float32[ndarray, "k p"]:
+    """NEWEST points at most of two streams of so many samples, whose points are given with those first that are to be kept longest.
+
+    They take turns by rank over count. So either stream has its part of both here and in every head of what is returned, which
+    makes it the same, but for one point or so of each, whatever the order in which several are joined.
+    """
+    turn = np.concatenate([(np.arange(len(points)) + 0.5) / max(1, count) for points, count in ((ours, our_count), (theirs, their_count))])
+    return np.concatenate([ours, theirs])[np.argsort(turn, kind="stable")[:NEWEST]]

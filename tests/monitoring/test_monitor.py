@@ -273,7 +273,7 @@ def test_snapshot_is_json_and_complete(make_bundle, draw):
         *("model", "version", "verdict", "monitored", "given", "served", "rejected", "frechet_clipped", "evidence", "log10_threshold", "arl"),
         *("budget", "gauges", "tolerance", "modes", "coverage", "replay", "rerun", "detectable", "slack"),
     }
-    assert set(snapshot["verdict"]) == {"id", "words", "advice", "modes", "null", "stays", "since_sample", "since"}
+    assert set(snapshot["verdict"]) == {"id", "words", "advice", "modes", "classes", "null", "stays", "since_sample", "since"}
     assert snapshot["verdict"]["modes"] == ["3", "8"] and snapshot["gauges"]["fresh"]["forward_kl"]["high"] is None
     assert set(snapshot["evidence"]) == set(FAMILIES) and sum(FAMILIES.values()) == pytest.approx(1)
     assert [m["name"] for m in snapshot["modes"]] == [*bundle.card.modes, "off-manifold"]

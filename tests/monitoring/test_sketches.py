@@ -141,6 +141,42 @@ def test_the_newest_are_kept(sizes, ours, theirs):
     one.add(FEATURES[:ours])
     other.add(FEATURES[5000 : 5000 + theirs])
     one.merge(other)
-    kept = {row.tobytes() for row in one.points}
-    assert len(kept) == min(NEWEST, min(ours, NEWEST) + min(theirs, NEWEST))
-    assert not theirs or FEATURES[5000 + theirs - 1].tobytes() in kept or min(theirs, NEWEST) * 2 < ours
+    kept = [*map(bytes, one.points)]
+    total = ours + theirs
+    assert len({*kept}) == len(kept) == min(NEWEST, total) and one.count == total
+    of_ours, of_theirs = ([bytes(row) for row in FEATURES[a:b] if bytes(row) in {*kept}] for a, b in ((0, ours), (5000, 5000 + theirs)))
+    assert of_ours == [bytes(row) for row in FEATURES[ours - len(of_ours) : ours]]  # the newest of each
+    assert of_theirs == [bytes(row) for row in FEATURES[5000 + theirs - len(of_theirs) : 5000 + theirs]]
+    assert abs(len(of_ours) - len(kept) * ours / max(1, total)) <= 1
+    assert [row for row in kept if row in {*of_ours}] == of_ours  # oldest first
+
+
+@pytest.mark.parametrize("counts", [(2048,) * 8, (600, 1200, 3000), (40, 5000, 100), (100, 100, 100), (9000,) + (300,) * 20, (1000,) * 256])
+def test_a_sum_holds_of_each_part_what_it_is_of_the_whole(counts):
+    """In whatever order and however the parts are put together; and so does what is left of it once others came in."""
+    rng, parts = np.random.default_rng(4), range(len(counts))
+
+    def part(i):
+        newest = Newest(1)
+        newest.add(np.full((counts[i], 1), i, np.float32))
+        return newest
+
+    orders = [[*parts], [*reversed(parts)], *(rng.permutation(len(counts)) for _ in range(4))]
+    sums = []
+    for order in orders:
+        chain = [part(i) for i in order]
+        for other in chain[1:]:
+            chain[0].merge(other)
+        pairs = [part(i) for i in order]
+        while len(pairs) > 1:
+            for one, other in zip(pairs[::2], pairs[1::2], strict=False):
+                one.merge(other)
+            pairs = pairs[::2]
+        sums += [chain[0], pairs[0]]
+    for found in sums:
+        assert len(found.points) == min(NEWEST, sum(counts)) and found.count == sum(counts)
+        for left in (len(found.points), 256):
+            held = np.bincount(found.points[len(found.points) - min(left, len(found.points)) :, 0].astype(int), minlength=len(counts))
+            assert np.abs(held - held.sum() * np.array(counts) / sum(counts)).max() <= 2 + held.sum() / 100
+        found.add(np.full((100, 1), -1, np.float32))
+        assert (found.points[-100:] == -1).all() and len(found.points) == min(NEWEST, sum(counts) + 100)
