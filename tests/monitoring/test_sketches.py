@@ -69,6 +69,29 @@ def test_what_a_block_shows(seen, shown):
     assert same(blocks.view, Sketch.of(*(x[seen - shown : seen] for x in (CELLS, FEATURES, EMBEDDED)), size=4))
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, BLOCK + READABLE - 1), st.integers(1, 700))
+def test_points_of_a_block_speak_of_all_of_it(seen, step):
+    blocks = Blocks(1, 1)
+    for i in range(0, seen, step):
+        rows = np.arange(i, min(i + step, seen), dtype=np.float32)[:, None]
+        blocks.add(np.zeros(len(rows), np.int64), rows, np.empty((len(rows), 0), np.float32))
+    points = np.sort(blocks.view.points[:, 0])
+    assert len(np.unique(points)) == len(points) == min(NEWEST, seen)
+    share = np.arange(0, seen, 64) / seen  # of all samples that came before the i-th, and of the points
+    assert np.abs(np.searchsorted(points, np.arange(0, seen, 64)) / len(points) - share).max() < 0.03
+    whole = Blocks(1, 1)
+    whole.add(np.zeros(seen, np.int64), np.arange(seen, dtype=np.float32)[:, None], np.empty((seen, 0), np.float32))
+    assert np.array_equal(whole.view.points, blocks.view.points)
+
+
+def test_points_of_a_sum_of_blocks_are_of_each_as_many_as_its_part():
+    parts = [Sketch.of(np.zeros(n, np.int64), np.full((n, 1), i, np.float32), np.empty((n, 0), np.float32), size=1) for i, n in enumerate((4096, 1024, 2048, 700))]
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)):
+        held = np.bincount(sum((parts[i] for i in order), Sketch.empty(1, 1, 0)).points[:, 0].astype(int), minlength=4)
+        assert np.abs(held - 512 * np.array([4096, 1024, 2048, 700]) / 7868).max() <= 2
+
+
 @pytest.mark.parametrize("rates", [(1, 1, 1), (5, 2, 1)])
 def test_a_block_of_a_sum_is_read_since_as_many_starts_as_streams(rates):
     """What every stream shows, none left out; and as the streams go on to their next blocks, another start once in BLOCK samples of all."""
