@@ -27,7 +27,7 @@ from scipy.sparse.linalg import eigsh
 
 from monitoring.points import DIRECTIONS, directions, kernel, reach, reach_now
 
-READINGS = 8  # moments of a block at which gauges of the newest points are read, at most: at 64, 128 .. 4,096 samples, and once more
+READINGS = 8  # moments of a block at which gauges of its points are read, at most: at 64, 128 .. 4,096 samples, and once more
 
 
 class Spread(NamedTuple):

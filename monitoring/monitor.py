@@ -39,8 +39,7 @@ POPULATIONS = ("fresh", "recent", "served")
 """fresh: the block of fresh samples now being filled; recent: fresh samples, the older the less they weigh; served: the block
 of whatever clients got."""
 GAUGES = (*DIVERGENCES, "mode_coverage", "off_manifold", "frechet")
-ALL_GAUGES = (*GAUGES, "mmd", *POINT_GAUGES)  # the latter of independent draws only, and only where the bundle has real points
-POINTS_AFTER = {"fresh": BLOCK, "recent": NEWEST}  # samples, at most, after which a population's POINT_GAUGES are read again
+ALL_GAUGES = (*GAUGES, "mmd", *POINT_GAUGES)  # the latter only where the bundle has real points
 REAL_POINTS = 1024  # real points that served ones are compared with
 WIDTH_POINTS = 512  # training points that set the width of the kernel
 AUDIT_PATIENCE = 4096  # samples tested for which a failed replay audit waits for the samples to say which failure it is
@@ -116,8 +115,8 @@ class Monitor:
         self._recent, self._newest = Decayed(cells, features, self._embedding.size), Newest(features)
         self._gauges: dict[str, tuple[int, dict[str, Gauge]]] = {}  # as last read, and at how many samples
         self._floors: dict[int, dict[str, float]] = {}
-        self._point_gauges: dict[str, tuple[int, dict[str, Gauge]]] = {}  # by population, and at how many monitored samples they were read
-        self._spread: tuple[int, Spread | None] = (0, None)  # of the newest points, and at how many monitored samples
+        self._point_gauges: dict[str, tuple[int, dict[str, Gauge]]] = {}  # by population, and how many samples its clock counted when they were read
+        self._spread: tuple[int, Spread | None] = (0, None)  # of the newest points, and of how many samples
         self._real = reference.cell_share
         if not (self._real > 0).all():  # a cell without real data has some share all the same
             self._real = smoothed(np.rint(self._real * reference.count).astype(np.int64))
@@ -351,12 +350,18 @@ class Monitor:
                 _check_array(name, state[name], own)
             elif name in _COUNTS and not (type(state[name]) is int and state[name] >= 0):
                 raise ValueError(f"{name} is {state[name]!r}; expected a count")
+        if "newest.count" not in state:
+            return
+        counts = {"newest.points": state["newest.count"]} | {f"{b}.{s}_points": state[f"{b}.{s}_cells"].sum() for b in self._blocks for s in ("closed", "open")}
+        for name, count in counts.items():
+            if len(state[name]) != min(int(count), NEWEST):
+                raise ValueError(f"{name} are {len(state[name])}; expected {NEWEST} at most of {count} samples")
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where the monitor stood whose `state` this is, without a false alarm and with any latched one. It may have had
-        another arl or share, as with `reshare`; then it is judged by the guaranteed threshold. The gauges of a state that was saved
-        before sums of monitors counted their streams rest on another kernel: they begin anew. So do bets on the fakes of a class that
-        the state does not know; all other evidence is kept.
+        another arl or share, as with `reshare`; then it is judged by the guaranteed threshold. The gauges of a state that does not say of
+        how many samples its points are, so that no sum could tell what to keep of them, begin anew. So do bets on the fakes of a class
+        that the state does not know; all other evidence is kept.
 
         Raises ValueError where it watched another bundle or with other bets, or where the state is damaged.
         """
@@ -462,7 +467,8 @@ class Monitor:
     def gauges(self, population: str) -> dict[str, Gauge]:
         """The estimates of a population against the real data. NaN before the first sample.
 
-        What else is served is no independent draw (a seed may be asked for twice), so "served" has no intervals.
+        What else is served is no independent draw (a seed may be asked for twice), so "served" has no intervals, and what comes
+        again counts as often as it was got, but in intrinsic_dimension.
         """
         if self._gauges.get(population, (None,))[0] != self.served:
             self._gauges[population] = (self.served, self._estimate(population))
@@ -488,7 +494,7 @@ class Monitor:
         sketch = self._sketch(population)
         n, real = sketch.count, self._real
         if n == 0:
-            return {name: Gauge(math.nan, math.nan, math.nan, 0, "none") for name in (GAUGES if population == "served" else ALL_GAUGES)}
+            return {name: Gauge(math.nan, math.nan, math.nan, 0, "none") for name in ALL_GAUGES}
         shares = self._shares(sketch)
         values = self._divergences(sketch.cells)
         coverage = mode_coverage(real, shares)
@@ -506,7 +512,8 @@ class Monitor:
         self.frechet_clipped += clipped
         found["frechet"] = Gauge(distance, math.nan, math.nan, n, "none", floors["frechet"])
         if population == "served":
-            return found
+            mmd = self._embedding.mmd(sketch.embedded_sum, n, delta=self._delta)[0]
+            return found | {"mmd": Gauge(mmd, math.nan, math.nan, n, "none", floors["mmd"])} | self._points(population, sketch.points, n)
         if (spread := self._newest_spread()) is not None:
             error = spread.reach(n, delta=self._delta) if isinstance(sketch, Sketch) else spread.reach_now(sketch.effective, delta=GAUGE_DELTA)
             found["frechet"] = Gauge(distance, *frechet_interval(distance, error), n, "asymptotic" if isinstance(sketch, Sketch) else "pointwise", floors["frechet"])
@@ -515,37 +522,31 @@ class Monitor:
         else:
             mmd = self._embedding.mmd_now(sketch.embedded_sum, sketch.weight, sketch.squares, delta=GAUGE_DELTA)
         found["mmd"] = Gauge(*mmd, n, ci if math.isfinite(mmd[0]) else "none", floors["mmd"])
-        return found | self._points(population)
+        return found | (self._points(population, sketch.points, n) if isinstance(sketch, Sketch) else self._points(population, self._newest.points, self._newest.count))
 
-    def _points(self, population: str) -> dict[str, Gauge]:
-        """The gauges from the newest points themselves, which are quadratic in these. Of a block they are read so seldom that all
-        readings can share GAUGE_DELTA; the recent ones anew as soon as every point is another one."""
+    def _points(self, population: str, points: Float32[ndarray, "n p"], count: int) -> dict[str, Gauge]:
+        """The gauges from points themselves, in which they are quadratic. Those of a block are read when another one begins and when it
+        has doubled, so seldom that all readings can share GAUGE_DELTA; the recent ones anew as soon as every point is another one."""
         read, found = self._point_gauges.get(population, (0, {}))
-        if self._outdated(read, POINTS_AFTER[population]):
-            points = self._newest.points
+        if _outdated(read, count, NEWEST if population == "recent" else math.inf):
             floors, values, bounds = self._floor(len(points)), self._cloud.gauges(points), {}
             delta, ci = (self._delta / READINGS, "asymptotic") if population == "fresh" else (GAUGE_DELTA, "pointwise")
-            if math.isfinite(values["kid"]):
+            if math.isfinite(values["kid"]) and population != "served":
                 for name, interval in (("kid", self._real_points.kid_interval), ("sliced_wasserstein", self._real_points.sliced_wasserstein_interval)):
                     bounds[name] = (*interval(values[name], points, delta=delta), len(points), ci)
             none = (math.nan, math.nan, len(points), "none")
             found = {name: Gauge(value, *bounds.get(name, none), floors[name]) for name, value in values.items()}
-            self._point_gauges[population] = (self.monitored, found)
+            self._point_gauges[population] = (count, found)
         return found
 
     def _newest_spread(self) -> Spread | None:
         """That of the newest points, once a block: in 64 dimensions it takes as long as all gauges of points together."""
         read, spread = self._spread
-        if self._outdated(read, BLOCK):
+        if _outdated(read, self._newest.count, BLOCK):
             points = self._newest.points
             spread = moments_spread(points) if len(points) >= LEAST else None
-            self._spread = (self.monitored, spread)
+            self._spread = (self._newest.count, spread)
         return spread
-
-    def _outdated(self, read: int, after: int) -> bool:
-        """Whether what was read of the newest points at `read` monitored samples is to be read again: `after` samples later, or once
-        there are twice as many."""
-        return not read <= self.monitored < min(2 * read, read + after)
 
     def _floor(self, n: int) -> dict[str, float]:
         """What n samples of the real data itself would read, n rounded down to a power of two. Shares: the mean over FLOOR_DRAWS
@@ -678,15 +679,21 @@ class Monitor:
         return {name: v if math.isfinite(v) else DIVERGENCES[name](self._real, finite) for name, v in values.items()}
 
 
+def _outdated(read: int, count: int, after: int | float) -> bool:
+    """Whether what was read at `read` samples is to be read again at `count`: `after` samples later, once there are twice as many, or
+    as they are counted from another start."""
+    return not read <= count < min(2 * read, read + after)
+
+
 def _begins_anew(name: str, state: Mapping[str, Any]) -> bool:
-    """Whether this is of the gauges of a state that knows no streams, or of bets that it does not know, see `Monitor.restore`."""
+    """Whether this is of the gauges of a state that does not count what its points are of, or of bets that it does not know, see `Monitor.restore`."""
     part = name.partition(".")[0]
-    return (part in ("fresh", "served", "recent") and "fresh.streams" not in state) or (part == "fakes" and "fakes.named" not in state)
+    return (part in ("fresh", "served", "recent", "newest") and "newest.count" not in state) or (part == "fakes" and "fakes.named" not in state)
 
 
 def _check_array(name: str, found: Any, own: ndarray) -> None:
     """Raise ValueError where `found` could not have been in the place of `own`."""
-    free = {"newest.points": 1, "detector.block": own.ndim}.get(name, 0)  # leading axes that grow with what was seen
+    free = own.ndim if name == "detector.block" else int(name.endswith("points"))  # leading axes that grow with what was seen
     if not isinstance(found, ndarray) or found.dtype != own.dtype or found.ndim != own.ndim or found.shape[free:] != own.shape[free:]:
         about = f"{found.dtype} {list(found.shape)}" if isinstance(found, ndarray) else repr(found)[:50]
         raise ValueError(f"{name} is {about}; expected {own.dtype} {list(own.shape)}")
@@ -694,6 +701,8 @@ def _check_array(name: str, found: Any, own: ndarray) -> None:
         raise ValueError(f"{name} holds NaN or infinity")
     if name.endswith(".streams") and found < 1:
         raise ValueError(f"{name} is {found}; expected how many monitors are summed up")
+    if name == "newest.count" and found < 0:
+        raise ValueError(f"{name} is {found}; expected a count")
     if name.rpartition(".")[2].removeprefix("closed_").removeprefix("open_") in ("cells", "r", "r_modes", "r_quality") and (found < 0).any():
         raise ValueError(f"{name} is negative somewhere")
 

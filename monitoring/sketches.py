@@ -1,7 +1,7 @@
 """Mergeable statistics of a stream in constant memory, on two clocks.
 
 A sketch knows no order and no time; `Blocks` cuts a stream into tumbling blocks of `BLOCK` samples, `Decayed` lets what is past
-weigh ever less, `Newest` keeps the newest features themselves.
+weigh ever less. Some features are kept as they are: of a block `NEWEST` spread over all of it, and by `Newest` the newest.
 """
 
 from __future__ import annotations
@@ -19,29 +19,45 @@ BLOCK = 4096  # samples
 HALF_LIFE = 1024  # samples after which a sample weighs half as much
 NEWEST = 512  # features kept as they are
 READABLE = 512  # a block with fewer samples is read together with the one before it
+TURNS = np.array([int(f"{i:0{BLOCK.bit_length() - 1}b}"[::-1], 2) for i in range(BLOCK)])  # bits reversed: the samples of any first turns lie evenly
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """Sufficient statistics of `count` samples. a + b is the sketch of both streams; addition commutes."""
+    """Sufficient statistics of `count` samples. a + b is the sketch of both streams; addition commutes, but for ties among points."""
 
     cells: Int64[ndarray, "k1"]  # samples per mode, off-manifold last
     feature_sum: Float64[ndarray, "p"]
     feature_outer: Float64[ndarray, "p p"]  # sum of x x^T
     embedded_sum: Float64[ndarray, "e"]  # sum of what a kernel makes of the features
+    points: Float32[ndarray, "m p"]  # features of NEWEST samples, or of all while there are fewer, by TURNS: evenly spread over them
 
     @classmethod
     def empty(cls, cells: int, features: int, embedded: int) -> Sketch:
-        return cls(np.zeros(cells, np.int64), np.zeros(features), np.zeros((features, features)), np.zeros(embedded))
+        return cls(np.zeros(cells, np.int64), np.zeros(features), np.zeros((features, features)), np.zeros(embedded), np.empty((0, features), np.float32))
 
     @classmethod
     def of(cls, cells: Int64[ndarray, "n"], features: Float[ndarray, "n p"], embedded: Float[ndarray, "n e"], *, size: int) -> Sketch:
         """The sketch of n samples, `size` = K + 1 cells."""
-        x = features.astype(np.float64)
-        return cls(np.bincount(cells, minlength=size), x.sum(axis=0), x.T @ x, embedded.sum(axis=0, dtype=np.float64))
+        return cls.empty(size, features.shape[1], embedded.shape[1]).fed(cells, features, embedded)
+
+    def fed(self, cells: Int64[ndarray, "n"], features: Float[ndarray, "n p"], embedded: Float[ndarray, "n e"]) -> Sketch:
+        """The sketch of the same stream n samples later."""
+        x, begun = features.astype(np.float64), self.count
+        turns = TURNS[np.arange(begun + len(cells)) % BLOCK]
+        turn = np.concatenate([np.sort(turns[:begun])[: len(self.points)], turns[begun:]])
+        return Sketch(
+            self.cells + np.bincount(cells, minlength=len(self.cells)),
+            self.feature_sum + x.sum(axis=0),
+            self.feature_outer + x.T @ x,
+            self.embedded_sum + embedded.sum(axis=0, dtype=np.float64),
+            np.concatenate([self.points, features.astype(np.float32)])[np.argsort(turn, kind="stable")[:NEWEST]],
+        )
 
     def __add__(self, other: Sketch) -> Sketch:
-        return Sketch(*(ours + theirs for ours, theirs in zip(self.state().values(), other.state().values(), strict=True)))
+        *sums, points = self.state().values()
+        *others, other_points = other.state().values()
+        return Sketch(*(ours + theirs for ours, theirs in zip(sums, others, strict=True)), joined(points, self.count, other_points, other.count))
 
     def state(self) -> dict[str, ndarray]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -73,7 +89,7 @@ class Blocks:
             if self._open.count >= BLOCK:
                 self._closed, self._open = self._open, self._empty
             room = BLOCK - self._open.count
-            self._open += Sketch.of(cells[:room], features[:room], embedded[:room], size=len(self._empty.cells))
+            self._open = self._open.fed(cells[:room], features[:room], embedded[:room])
             cells, features, embedded = cells[room:], features[room:], embedded[room:]
 
     def merge(self, other: Blocks) -> None:
@@ -152,25 +168,33 @@ class Decayed:
 
 
 class Newest:
-    """The newest NEWEST features, oldest first."""
+    """The newest NEWEST features, oldest first, of `count` that there were."""
 
     def __init__(self, features: int) -> None:
         self.points: Float32[ndarray, "n p"] = np.empty((0, features), np.float32)
+        self.count = 0
 
     def add(self, features: Float32[ndarray, "n p"]) -> None:
         self.points = np.concatenate([self.points, features])[-NEWEST:]
+        self.count += len(features)
 
     def merge(self, other: Newest) -> None:
         """Of each stream its newest, as many as its part of both."""
-        total = len(self.points) + len(other.points)
-        if total > NEWEST:
-            ours = NEWEST * len(self.points) // total
-            self.points = np.concatenate([self.points[len(self.points) - ours :], other.points[len(other.points) - (NEWEST - ours) :]])
-        else:
-            self.points = np.concatenate([self.points, other.points])
+        self.points = joined(self.points[::-1], self.count, other.points[::-1], other.count)[::-1]
+        self.count += other.count
 
     def state(self) -> dict[str, ndarray]:
-        return {"points": self.points}
+        return {"points": self.points, "count": np.array(self.count)}
 
     def restore(self, state: Mapping[str, ndarray]) -> None:
-        self.points = state["points"]
+        self.points, self.count = state["points"], int(state["count"])
+
+
+def joined(ours: Float32[ndarray, "n p"], our_count: int, theirs: Float32[ndarray, "m p"], their_count: int) -> Float32[ndarray, "k p"]:
+    """NEWEST points at most of two streams of so many samples, whose points are given with those first that are to be kept longest.
+
+    They take turns by rank over count. So either stream has its part of both here and in every head of what is returned, which
+    makes it the same, but for one point or so of each, whatever the order in which several are joined.
+    """
+    turn = np.concatenate([(np.arange(len(points)) + 0.5) / max(1, count) for points, count in ((ours, our_count), (theirs, their_count))])
+    return np.concatenate([ours, theirs])[np.argsort(turn, kind="stable")[:NEWEST]]

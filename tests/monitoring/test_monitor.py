@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from monitoring.divergences import DIVERGENCES
-from monitoring.monitor import ALL_GAUGES, AUDIT_PATIENCE, FAMILIES, GAUGES, POPULATIONS, VERDICTS, WARM_UP, Monitor
+from monitoring.monitor import ALL_GAUGES, AUDIT_PATIENCE, FAMILIES, POPULATIONS, VERDICTS, WARM_UP, Monitor
 from monitoring.points import LEAST, POINT_GAUGES
 from monitoring.sketches import BLOCK, HALF_LIFE, NEWEST
 from training.export import law
@@ -243,7 +243,7 @@ def test_what_is_recent_forgets(make_bundle, draw):
     healthy, lossy = make_bundle(), make_bundle(lost=(3, 8))
     monitor = watch(healthy, np.concatenate([draw(lossy, 3000), draw(healthy, 1000)]))
     recent, fresh = monitor.gauges("recent"), monitor.gauges("fresh")
-    assert tuple(recent) == tuple(fresh) == ALL_GAUGES and tuple(monitor.gauges("served")) == GAUGES
+    assert tuple(recent) == tuple(fresh) == tuple(monitor.gauges("served")) == ALL_GAUGES
     for name, gauge in recent.items():
         assert gauge.ci == ("none" if math.isnan(gauge.low) else "pointwise") and (gauge.low <= max(gauge.value, 0) <= gauge.high or gauge.ci == "none")
         assert (gauge.ci == "none") == (fresh[name].ci == "none")
@@ -259,8 +259,9 @@ def test_what_is_recent_forgets(make_bundle, draw):
 
 
 def test_gauges_of_points_follow_their_clock(make_bundle, draw):
-    """Of a block they are read once, the recent ones when no point is what it was; while there are few, whenever they have doubled."""
-    bundle, read = make_bundle(), {"fresh": [], "recent": []}
+    """Of a block they are read when it begins to be read alone and when it has doubled, the recent ones when no point is what it was; while
+    there are few, whenever they have doubled."""
+    bundle, read = make_bundle(), {"fresh": [], "recent": [], "served": []}
     monitor, samples = Monitor(bundle), draw(bundle, 2 * BLOCK, seed=3)
     for part in np.split(samples, [*range(LEAST, NEWEST, LEAST), *range(NEWEST, 2 * BLOCK, NEWEST // 2)]):
         monitor.update(part, fresh=True, at=0.0)
@@ -269,12 +270,28 @@ def test_gauges_of_points_follow_their_clock(make_bundle, draw):
             if not times or times[-1][1] is not gauge:
                 times.append((monitor.monitored, gauge))
     early = [64, 128, 256, 512]
-    assert [n for n, _ in read["fresh"]] == [*early, 1024, 2048, 4096, 8192]
+    for population in ("fresh", "served"):
+        assert [n for n, _ in read[population]] == [*early, 1024, 2048, 4096, BLOCK + 512, BLOCK + 1024, BLOCK + 2048, 2 * BLOCK]
     assert [n for n, _ in read["recent"]] == [*early, *range(1024, 2 * BLOCK + 1, NEWEST)]
     faulty = make_bundle(fakes=0.5)
-    monitor.update(draw(faulty, NEWEST), fresh=True, at=0.0)
-    recent, fresh = monitor.gauges("recent"), monitor.gauges("fresh")
-    assert recent["precision"].value < 0.7 < fresh["precision"].value and recent["kid"].low > 0 == fresh["kid"].low
+    for part in (draw(bundle, 1024), draw(faulty, 1024)):
+        monitor.update(part, fresh=True, at=0.0)
+        recent, fresh = monitor.gauges("recent"), monitor.gauges("fresh")
+    assert recent["precision"].value < 0.6 < fresh["precision"].value - 0.05 < 0.8  # half of the newest, a quarter of the block
+    assert recent["kid"].low > 0
+
+
+def test_points_of_what_clients_got_are_its_own(make_bundle, draw):
+    """Of samples that were asked for and of nothing else, without an interval."""
+    bundle, faulty = make_bundle(), make_bundle(fakes=0.5)
+    monitor = Monitor(bundle)
+    monitor.update(draw(bundle, 2000), fresh=True, at=0.0, received=np.full(2000, False))
+    assert all(gauge.n == 0 for gauge in monitor.gauges("served").values())
+    monitor.update(draw(faulty, 1000), fresh=False, at=0.0)
+    served, fresh = monitor.gauges("served"), monitor.gauges("fresh")
+    assert all(gauge.ci == "none" and math.isnan(gauge.low) and math.isfinite(gauge.floor) for gauge in served.values())
+    assert served["precision"].value < 0.7 < fresh["precision"].value and served["kid"].n == NEWEST and served["mmd"].n == 1000
+    assert served["intrinsic_dimension"].value == pytest.approx(2, abs=0.5) and served["mmd"].value > fresh["mmd"].value
 
 
 def test_a_floor_is_what_real_data_reads(make_bundle, draw):
@@ -295,7 +312,7 @@ def test_without_real_points_their_gauges_say_so(make_bundle, draw, monkeypatch)
     for name in ("train_points", "held_out_points"):
         monkeypatch.setitem(bundle.reference.__dict__, name, bundle.reference.held_out_points[:0])
     monitor = watch(bundle, draw(bundle, 2000))
-    for gauges in (monitor.gauges("fresh"), monitor.gauges("recent")):
+    for gauges in map(monitor.gauges, POPULATIONS):
         for name in ("mmd", *POINT_GAUGES):
             assert gauges[name].ci == "none" and math.isnan(gauges[name].value)
         assert math.isfinite(gauges["frechet"].value)

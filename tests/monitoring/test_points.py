@@ -68,8 +68,11 @@ def test_neighbours_are_their_definitions():
 def test_the_offline_measuring_stick_says_the_same():
     assert Cloud(REAL).neighbours(SERVED) == pytest.approx(evaluation.prdc(REAL, SERVED), abs=1e-6)
     assert kernel_distance(SERVED, REAL[:90]) == pytest.approx(evaluation.kid(REAL[:90], SERVED, subsets=1)[0], abs=1e-6)
-    lines = zip(directions(7) @ REAL.T, directions(7) @ SERVED.T, strict=True)
-    assert sliced_wasserstein(SERVED, REAL) == pytest.approx(np.mean([evaluation.wasserstein(x, y) for x, y in lines]), abs=1e-6)
+    assert sliced_wasserstein(SERVED, REAL) == pytest.approx(evaluation.sliced_wasserstein1(REAL, SERVED, directions=directions(7)), abs=1e-6)
+    assert sliced_wasserstein(SERVED, REAL) == pytest.approx(evaluation.sliced_wasserstein1(REAL, SERVED), abs=1e-6)
+    for points in (SERVED, REAL, np.repeat(SERVED, 2, axis=0)):
+        assert intrinsic_dimension(points) == pytest.approx(evaluation.intrinsic_dimension(points), abs=1e-6)
+    assert math.isnan(evaluation.intrinsic_dimension(SERVED[: LEAST - 1])) and math.isfinite(evaluation.intrinsic_dimension(SERVED[:LEAST]))
     embedding = Embedding(REAL, width_from=WIDTH)
     real, served = (embedding(x).astype(np.float64) for x in (REAL, SERVED))
     width = float(np.median(pdist(WIDTH)))

@@ -69,6 +69,29 @@ def test_what_a_block_shows(seen, shown):
     assert same(blocks.view, Sketch.of(*(x[seen - shown : seen] for x in (CELLS, FEATURES, EMBEDDED)), size=4))
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, BLOCK + READABLE - 1), st.integers(1, 700))
+def test_points_of_a_block_speak_of_all_of_it(seen, step):
+    blocks = Blocks(1, 1)
+    for i in range(0, seen, step):
+        rows = np.arange(i, min(i + step, seen), dtype=np.float32)[:, None]
+        blocks.add(np.zeros(len(rows), np.int64), rows, np.empty((len(rows), 0), np.float32))
+    points = np.sort(blocks.view.points[:, 0])
+    assert len(np.unique(points)) == len(points) == min(NEWEST, seen)
+    share = np.arange(0, seen, 64) / seen  # of all samples that came before the i-th, and of the points
+    assert np.abs(np.searchsorted(points, np.arange(0, seen, 64)) / len(points) - share).max() < 0.03
+    whole = Blocks(1, 1)
+    whole.add(np.zeros(seen, np.int64), np.arange(seen, dtype=np.float32)[:, None], np.empty((seen, 0), np.float32))
+    assert np.array_equal(whole.view.points, blocks.view.points)
+
+
+def test_points_of_a_sum_of_blocks_are_of_each_as_many_as_its_part():
+    parts = [Sketch.of(np.zeros(n, np.int64), np.full((n, 1), i, np.float32), np.empty((n, 0), np.float32), size=1) for i, n in enumerate((4096, 1024, 2048, 700))]
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)):
+        held = np.bincount(sum((parts[i] for i in order), Sketch.empty(1, 1, 0)).points[:, 0].astype(int), minlength=4)
+        assert np.abs(held - 512 * np.array([4096, 1024, 2048, 700]) / 7868).max() <= 2
+
+
 @pytest.mark.parametrize("rates", [(1, 1, 1), (5, 2, 1)])
 def test_a_block_of_a_sum_is_read_since_as_many_starts_as_streams(rates):
     """What every stream shows, none left out; and as the streams go on to their next blocks, another start once in BLOCK samples of all."""
@@ -141,6 +164,42 @@ def test_the_newest_are_kept(sizes, ours, theirs):
     one.add(FEATURES[:ours])
     other.add(FEATURES[5000 : 5000 + theirs])
     one.merge(other)
-    kept = {row.tobytes() for row in one.points}
-    assert len(kept) == min(NEWEST, min(ours, NEWEST) + min(theirs, NEWEST))
-    assert not theirs or FEATURES[5000 + theirs - 1].tobytes() in kept or min(theirs, NEWEST) * 2 < ours
+    kept = [*map(bytes, one.points)]
+    total = ours + theirs
+    assert len({*kept}) == len(kept) == min(NEWEST, total) and one.count == total
+    of_ours, of_theirs = ([bytes(row) for row in FEATURES[a:b] if bytes(row) in {*kept}] for a, b in ((0, ours), (5000, 5000 + theirs)))
+    assert of_ours == [bytes(row) for row in FEATURES[ours - len(of_ours) : ours]]  # the newest of each
+    assert of_theirs == [bytes(row) for row in FEATURES[5000 + theirs - len(of_theirs) : 5000 + theirs]]
+    assert abs(len(of_ours) - len(kept) * ours / max(1, total)) <= 1
+    assert [row for row in kept if row in {*of_ours}] == of_ours  # oldest first
+
+
+@pytest.mark.parametrize("counts", [(2048,) * 8, (600, 1200, 3000), (40, 5000, 100), (100, 100, 100), (9000,) + (300,) * 20, (1000,) * 256])
+def test_a_sum_holds_of_each_part_what_it_is_of_the_whole(counts):
+    """In whatever order and however the parts are put together; and so does what is left of it once others came in."""
+    rng, parts = np.random.default_rng(4), range(len(counts))
+
+    def part(i):
+        newest = Newest(1)
+        newest.add(np.full((counts[i], 1), i, np.float32))
+        return newest
+
+    orders = [[*parts], [*reversed(parts)], *(rng.permutation(len(counts)) for _ in range(4))]
+    sums = []
+    for order in orders:
+        chain = [part(i) for i in order]
+        for other in chain[1:]:
+            chain[0].merge(other)
+        pairs = [part(i) for i in order]
+        while len(pairs) > 1:
+            for one, other in zip(pairs[::2], pairs[1::2], strict=False):
+                one.merge(other)
+            pairs = pairs[::2]
+        sums += [chain[0], pairs[0]]
+    for found in sums:
+        assert len(found.points) == min(NEWEST, sum(counts)) and found.count == sum(counts)
+        for left in (len(found.points), 256):
+            held = np.bincount(found.points[len(found.points) - min(left, len(found.points)) :, 0].astype(int), minlength=len(counts))
+            assert np.abs(held - held.sum() * np.array(counts) / sum(counts)).max() <= 2 + held.sum() / 100
+        found.add(np.full((100, 1), -1, np.float32))
+        assert (found.points[-100:] == -1).all() and len(found.points) == min(NEWEST, sum(counts) + 100)

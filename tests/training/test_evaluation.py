@@ -20,6 +20,7 @@ from training.evaluation import (
     compare,
     divergences,
     fid,
+    intrinsic_dimension,
     kid,
     kid_excess,
     law_of,
@@ -31,6 +32,7 @@ from training.evaluation import (
     nearest_ratio,
     prdc,
     sliced_wasserstein,
+    sliced_wasserstein1,
     vendi,
     vendi_ratio,
     wasserstein,
@@ -121,6 +123,27 @@ def test_prdc_is_that_of_its_authors(arrays, capsys):
 def test_sliced_wasserstein_is_that_of_pot(arrays):
     ot = pytest.importorskip("ot")
     assert sliced_wasserstein(*arrays, seed=3) == pytest.approx(ot.sliced_wasserstein_distance(*arrays, n_projections=50, p=2, seed=3), abs=1e-6)
+
+
+def test_the_mean_distance_along_directions_is_that_of_scipy(arrays):
+    x, y = arrays
+    ways = np.eye(5)[:3]
+    assert sliced_wasserstein1(x, y, directions=ways) == pytest.approx(np.mean([wasserstein_distance(x[:, i], y[:, i]) for i in range(3)]), abs=1e-9)
+    random = np.random.RandomState(0).randn(5, 50)  # as sliced_wasserstein draws them
+    assert 0 < sliced_wasserstein1(x, y, directions=(random / np.linalg.norm(random, axis=0)).T) <= sliced_wasserstein(x, y)
+    assert sliced_wasserstein1(x, y) == pytest.approx(sliced_wasserstein1(y, x)) and sliced_wasserstein1(x, x[::-1]) == 0
+
+
+def test_the_dimension_is_that_of_the_manifold():
+    rng = np.random.default_rng(0)
+    turned = rng.uniform(size=(2000, 3)) @ np.linalg.qr(rng.standard_normal((12, 12)))[0][:3]
+    assert intrinsic_dimension(turned) == pytest.approx(3, abs=0.3)
+    assert intrinsic_dimension(np.repeat(turned, 3, axis=0)) == intrinsic_dimension(turned)  # what comes again says nothing of the dimension
+    distances = np.sort(np.linalg.norm(turned[:100, None] - turned[:100], axis=2), axis=1)
+    assert intrinsic_dimension(turned[:100]) == pytest.approx(99 / np.log(distances[:, 2] / distances[:, 1]).sum())
+    assert math.isnan(intrinsic_dimension(np.repeat(turned[:63], 3, axis=0))) and math.isnan(intrinsic_dimension(np.ones((200, 2))))
+    grid = np.stack(np.meshgrid(np.arange(10.0), np.arange(10.0)), axis=-1).reshape(-1, 2)  # all neighbours are as far, so no ratio says anything
+    assert math.isnan(intrinsic_dimension(grid))
 
 
 @given(st.integers(1, 30), st.integers(1, 30))
@@ -222,8 +245,10 @@ def test_a_bundle_is_judged_beside_a_perfect_sampler(ring):
     assert rows["mixture_modes"] == [8, 8] and rows["confident_modes"] == [8] and rows["modes"][1] == pytest.approx(8)
     assert rows["mixture_high_quality"][0] < rows["mixture_high_quality"][1] == pytest.approx(0.9889, abs=1e-4)
     assert rows["mixture_reverse_kl"][1] == pytest.approx(7 / (2 * 2000 * 0.9889), rel=1e-3)
-    for name in ("fid", "kid", "mmd", "precision", "recall", "density", "coverage", "ndb", "bin_js", "vendi_ratio", "sliced_wasserstein", "nearest_ratio"):
+    for name in ("fid", "kid", "mmd", "precision", "recall", "density", "coverage", "ndb", "bin_js", "vendi_ratio", "nearest_ratio"):
         assert len(rows[name]) == 2, name
+    assert all(len(rows[name]) == 2 for name in ("sliced_wasserstein", "sliced_wasserstein1", "intrinsic_dimension"))
+    assert rows["real_intrinsic_dimension"][0] == rows["real_intrinsic_dimension"][1]
     assert rows["fid"][1] < rows["fid"][0] and rows["precision"][0] < rows["precision"][1] and rows["nearest_ratio"][1] == 1
     reference = open_bundle(ring).reference
     assert rows["coverage"][1] == pytest.approx(prdc(reference.held_out_points[:5000], reference.train_points[:2000])["coverage"], rel=1e-5)
