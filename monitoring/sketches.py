@@ -43,16 +43,24 @@ class Sketch:
 
     def fed(self, cells: Int64[ndarray, "n"], features: Float[ndarray, "n p"], embedded: Float[ndarray, "n e"]) -> Sketch:
         """The sketch of the same stream n samples later."""
-        x, begun = features.astype(np.float64), self.count
-        turns = TURNS[np.arange(begun + len(cells)) % BLOCK]
-        turn = np.concatenate([np.sort(turns[:begun])[: len(self.points)], turns[begun:]])
+        x = features.astype(np.float64)
         return Sketch(
             self.cells + np.bincount(cells, minlength=len(self.cells)),
             self.feature_sum + x.sum(axis=0),
             self.feature_outer + x.T @ x,
             self.embedded_sum + embedded.sum(axis=0, dtype=np.float64),
-            np.concatenate([self.points, features.astype(np.float32)])[np.argsort(turn, kind="stable")[:NEWEST]],
+            self._kept(features.astype(np.float32)),
         )
+
+    def _kept(self, features: Float32[ndarray, "n p"]) -> Float32[ndarray, "m p"]:
+        """The points n samples later: those of the least turns."""
+        begun, end = self.count, self.count + len(features)
+        new = TURNS[np.arange(begun, end) % BLOCK]
+        least = NEWEST * BLOCK >> begun.bit_length() - 1 if begun else BLOCK  # of the first 2^k turns, as many as there is room for lie below
+        if (new >= least).all():
+            return self.points
+        turn = np.concatenate([np.sort(TURNS[np.arange(begun) % BLOCK])[: len(self.points)], new])
+        return np.concatenate([self.points, features])[np.argsort(turn, kind="stable")[:NEWEST]]
 
     def __add__(self, other: Sketch) -> Sketch:
         *sums, points = self.state().values()
