@@ -71,7 +71,7 @@ INFLATE_BETS = (1.5, 3.0)  # theta / m
 QUALITY_BETS = (0.0, 0.25, 0.5)  # theta / m: what is left of the least share that null B allows, RHO of the real one
 EXCESS_BETS = (0.1, 0.3, 0.7)  # (theta - m) / (1 - m) for off-manifold samples under null B
 SHARE_RATES = (1 / 256, 1 / 2048)  # at which `shares` forget
-NEWEST = 2048  # samples among which a mode that comes too often is looked for
+NEWEST = 8192  # samples among which a mode that comes too often is looked for
 LEAST_EXPECTED_HITS = 10  # a tail level is usable where the certificate expects at least as many hits
 
 
@@ -381,7 +381,7 @@ class EDetector(Latching):
 
     def _name(self, group: int) -> None:
         state, (mode_weights, drops, bound, rho) = self._state, self._bets[15:19]
-        kernel.name(group, True, state["named"], state["r_modes"], mode_weights, drops, bound, rho, state["newest"], int(state["newest_seen"][0]))
+        kernel.name(group, True, float(self.threshold), state["named"], state["r_modes"], mode_weights, drops, bound, rho, state["newest"], int(state["newest_seen"][0]))
 
     @property
     def _duplicates(self) -> Float64[ndarray, "b"]:

@@ -181,10 +181,35 @@ def riser(k, bound, rho, newest, seen):
 
 
 @compiled
-def name(group, now, named, r_modes, mode_weights, drops, bound, rho, newest, seen):
+def lost_beside(k, risen, bound, rho, newest, seen):
+    """The most that the newest samples say for the loss of mode k, those of the modes `risen` [K] left out: given that a sample is of none of these,
+    k has m_k / (1 - sum m_j) at least. The largest log L over bets and starts, a CUSUM, which rises to x as rarely as every e^x samples."""
+    left, most = 1.0, 0.0
+    for j in range(len(bound)):
+        left -= bound[j] if risen[j] else 0.0
+    if risen[k] or bound[k] >= left:
+        return most
+    m = bound[k] / left
+    for b in range(len(rho)):
+        gain, miss = 0.0, np.log((1 - rho[b] * m) / (1 - m))
+        for i in range(min(max(seen, 0), len(newest))):
+            c = newest[(seen - 1 - i) % len(newest)]
+            if c == k:
+                if rho[b] == 0.0:
+                    break
+                gain += np.log(rho[b])
+            elif not (0 <= c < len(bound) and risen[c]):
+                gain += miss
+            most = max(most, gain)
+    return most
+
+
+@compiled
+def name(group, now, threshold, named, r_modes, mode_weights, drops, bound, rho, newest, seen):
     """Name a group; but in place of a mode that is accused of being lost by draws of the whole law, and only looks so beside another one that
-    comes too often, that other one; unless it is not looked at `now`. Given a class, what it makes is asked for by name: that another mode
-    takes its place is its loss."""
+    comes too often, that other one; unless it is not looked at `now`. Once modes are known to have risen, it takes as much as the alarm itself, for
+    each of the modes, from the samples of all others to accuse one. Given a class, what it makes is asked for by name: that another mode takes its place
+    is its loss."""
     modes = r_modes.shape[2]
     k = group - (len(named) - 2 * modes - 1)
     if 0 <= k < modes:
@@ -195,6 +220,11 @@ def name(group, now, named, r_modes, mode_weights, drops, bound, rho, newest, se
                 given += mode_weights[c, b] * r_modes[c, b, k]
         if whole >= given:
             if not now:
+                return
+            rises = named[len(named) - modes - 1 : len(named) - 1]
+            if rises.any():
+                if lost_beside(k, rises, bound, rho, newest, seen) >= np.log(threshold * modes):
+                    named[group] = True
                 return
             risen = riser(k, bound, rho, newest, seen)
             if risen >= 0:
@@ -259,9 +289,9 @@ def eat(
             grouped(evidence, r, weights, group, sums, r_modes, mode_weights, drops)
             if crossed < 0:
                 crossed = number[i]
-                name(evidence.argmax(), True, named, r_modes, mode_weights, drops, bound, rho, newest, seen[0])
+                name(evidence.argmax(), True, threshold, named, r_modes, mode_weights, drops, bound, rho, newest, seen[0])
             looks = given[i] == 0 and cell[i] < modes and seen[0] % EVERY == 0
             for g in range(len(named)):
                 if evidence[g] >= threshold and not named[g]:
-                    name(g, looks, named, r_modes, mode_weights, drops, bound, rho, newest, seen[0])
+                    name(g, looks, threshold, named, r_modes, mode_weights, drops, bound, rho, newest, seen[0])
     return found, crossed

@@ -257,6 +257,20 @@ def test_a_mode_is_accused_of_being_lost_unless_it_only_looks_so_beside_one_that
         assert (f"inflate:{run}" in named) or not to
 
 
+@pytest.mark.parametrize("gone", [None, 5])
+def test_beside_a_mode_that_rose_only_what_is_lost_besides_is_accused(small, gone):
+    """... of a hundred modes, at any later time: as rarely wrong as an alarm."""
+    certificate = replace(small, cell_count=np.append(np.full(100, 10_000), 100), count=1_000_100, duplicate_blocks=31_000)
+    reference = Reference(1, np.full(101, 1 / 101), np.zeros(0), np.zeros((0, 0)), *np.zeros((2, 0, 0), np.float32))
+    found = EDetector(certificate, reference, tuple(map(str, range(100))), threshold=1e6)
+    rng, n = np.random.default_rng(3), 20_000
+    cells = np.where(rng.random(n) < 0.6 if gone is None else rng.random(n) < 0.3, 0, rng.integers(100, size=n))
+    cells[cells == gone] = 6
+    found.update(np.full((n, 1), 0.5), np.zeros((n, 2)), cells, np.arange(n)[:, None], index=0)
+    named = {group for group, is_named in zip(found.groups, found.named, strict=True) if is_named}
+    assert "inflate:0" in named and {group for group in named if group.startswith("drop")} == ({f"drop:{gone}"} if gone else set())
+
+
 def test_where_there_are_two_modes_the_loss_of_one_is_no_rise_of_the_other():
     bound, rho = np.array([0.5, 0.5]), np.array([0.0, 0.5])
     assert kernel.riser(0, bound, rho, np.ones(64, np.int64), 40) == -1
