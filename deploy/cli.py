@@ -763,7 +763,7 @@ def _summary(model: dict[str, Any]) -> dict[str, Any]:
     snapshot = model["snapshot"]
     verdict = snapshot["verdict"]
     return {
-        "version": model["version"], "verdict": verdict["id"], "words": verdict["words"], "modes": verdict["modes"], "classes": verdict["classes"],
+        "version": model["version"], "verdict": verdict["id"], "words": verdict["words"], "modes": verdict["modes"], "classes": verdict["classes"], "risen": verdict["risen"],
         "stale": model["stale"], "monitored": snapshot["monitored"], "detectable": snapshot["detectable"],
     }  # fmt: skip
 

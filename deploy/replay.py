@@ -17,9 +17,10 @@ from deploy.stack import StackError
 from monitoring.budget import Budget
 from monitoring.calibration import Healthy
 from monitoring.monitor import Monitor
+from monitoring.watch import CHUNK
 from training.bundle import Card, open_bundle
 
-BATCH = 4096
+BATCH = CHUNK  # as the live tap, to the last digit
 
 
 def replay(bundle: Path, samples: Path, arl: float | str, *, test_rate: float | None = None, calibrated: bool = False) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def replay(bundle: Path, samples: Path, arl: float | str, *, test_rate: float | 
     return {
         "first_alarm": monitor.first_alarm,
         "verdict": snapshot["verdict"]["id"],
-        **{name: snapshot["verdict"][name] for name in ("words", "advice", "modes", "classes")},
+        **{name: snapshot["verdict"][name] for name in ("words", "advice", "modes", "classes", "risen")},
         "gauges": snapshot["gauges"]["fresh"],
         "samples": count,
         "arl_seconds": budget.seconds,

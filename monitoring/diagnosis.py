@@ -20,7 +20,7 @@ from training.drops import DropBounds, delay_of_loss
 
 @dataclass(frozen=True)
 class Verdict:
-    """id: one of VERDICTS; words, advice: a sentence each; modes: those dropped; classes: those whose samples are fakes, where that shows
+    """id: one of VERDICTS; words, advice: a sentence each; modes: those dropped; risen: those that come too often, where these are known; classes: those whose samples are fakes, where that shows
     class by class; null: the hypothesis that was refuted; stays: why another version would serve no better, where that is so."""
 
     id: str
@@ -28,6 +28,7 @@ class Verdict:
     advice: str
     modes: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+    risen: tuple[str, ...] = ()
     null: Literal["A", "B"] | None = None
     stays: str | None = None
 
@@ -189,15 +190,16 @@ def diagnose(
         return replace(moved, words=moved.words.format(version=passed_as), advice=moved.advice.format(version=passed_as))
     dropped, risen = (tuple(name for name in modes if f"{kind}:{name}" in groups) for kind in ("drop", "inflate"))
     words = verdict.words.format(modes=", ".join(dropped))
-    if verdict.id == "drift" and risen:
-        words = f"{words} These come too often: {', '.join(risen)}."
     if "nan" in kinds and verdict.id == "off_manifold":
         words = NO_NUMBERS
+    risen = risen if verdict.id in ("drift", "off_manifold", "within_mode_collapse") else ()
+    if risen:  # what is usual of one mode may be odd of all
+        words = f"{words} These come too often{'' if verdict.id == 'drift' else ', which may be all there is to it'}: {', '.join(risen)}."
     fault = "nan" if "nan" in kinds else "upper"
     asked = tuple(name for c, name in enumerate(classes) if f"{fault}:{c}" in groups) if verdict.id == "off_manifold" else ()
     if asked:
         words = f"{words} So it is where these are asked for: {', '.join(asked)}."
-    return replace(verdict, words=words, modes=dropped, classes=asked)
+    return replace(verdict, words=words, modes=dropped, classes=asked, risen=risen)
 
 
 def replaced(verdict: Verdict, other: Verdict) -> Verdict:
@@ -207,7 +209,7 @@ def replaced(verdict: Verdict, other: Verdict) -> Verdict:
     """
     if verdict.id in ("latent_fault", "memorisation"):
         return verdict
-    return replace(other, words=f"{other.words} What shows: {verdict.words}", modes=verdict.modes, classes=verdict.classes, null=verdict.null)
+    return replace(other, words=f"{other.words} What shows: {verdict.words}", modes=verdict.modes, classes=verdict.classes, risen=verdict.risen, null=verdict.null)
 
 
 def detectable(certificate: Certificate, bounds: DropBounds, modes: tuple[str, ...], *, monitored: int, threshold: float, given: int = 0) -> str:

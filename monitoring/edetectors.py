@@ -373,15 +373,22 @@ class EDetector(Latching):
             self._state[name] = np.minimum(self._state[name] + other._state[name], kernel.CAP)
         self._state["block_joined"] = np.minimum(self._state["block_joined"] + other._duplicates, kernel.CAP)
         self._state["sums"] += other._state["sums"]
-        rings = [np.roll(d._state["newest"], -seen % NEWEST if seen > NEWEST else 0)[: min(seen, NEWEST)] for d in (self, other) for seen in d._state["newest_seen"].tolist()]
-        ages = np.concatenate([np.arange(len(ring), 0, -1) for ring in rings])
-        newest = np.concatenate(rings)[np.argsort(-ages, kind="stable")][-NEWEST:]  # as if they had taken turns
-        self._state["newest"][: len(newest)], self._state["newest_seen"][:] = newest, len(newest)
+        rings, total = [self._newest, other._newest], int(self._state["newest_seen"][0] + other._state["newest_seen"][0])
+        turns = np.concatenate([(np.arange(len(ring)) + 0.5) / max(1, int(d._state["newest_seen"][0])) for d, ring in zip((self, other), rings, strict=True)])
+        newest = np.concatenate(rings)[np.argsort(turns, kind="stable")][:NEWEST]  # of each its part, as `sketches.joined` has it
+        self._state["newest"][(total - 1 - np.arange(len(newest))) % NEWEST] = newest
+        self._state["newest_seen"][:] = total
         self.joined(other, index=index)
 
     def _name(self, group: int) -> None:
         state, (mode_weights, drops, bound, rho) = self._state, self._bets[15:19]
         kernel.name(group, True, float(self.threshold), state["named"], state["r_modes"], mode_weights, drops, bound, rho, state["newest"], int(state["newest_seen"][0]))
+
+    @property
+    def _newest(self) -> Int64[ndarray, "n"]:
+        """The modes of the newest samples, newest first."""
+        seen = int(self._state["newest_seen"][0])
+        return self._state["newest"][(seen - 1 - np.arange(min(seen, NEWEST))) % NEWEST]
 
     @property
     def _duplicates(self) -> Float64[ndarray, "b"]:

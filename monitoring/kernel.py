@@ -18,7 +18,8 @@ from training.bundle import DUPLICATE_BLOCK
 
 CAP = 1e150  # of every R: far above every threshold, far below overflow
 LEFT = 0.5  # of the evidence that a mode is gone: what must be left of it among the samples of all other modes but one, for that one not to explain it
-EVERY = 64  # samples of the whole law after which it is looked at again
+EXPECTED = 5  # samples of a mode that there should be, at least, among those that tell whether it is gone
+EVERY = 64  # samples after which it is looked at again
 
 
 def compiled(function):  # noqa: ANN001, ANN201
@@ -142,17 +143,20 @@ def events(row, happened, number, threshold, hit, miss, weights, r, named, cross
 
 
 @compiled
-def riser(k, bound, rho, newest, seen):
+def riser(k, enough, bound, rho, newest, seen):
     """The mode whose coming too often explains that mode k looks lost, -1 where none does; newest: a ring of the last on-manifold samples'
     modes, of which `seen` ever came; bound [K]: lower ones of the certified shares; rho: what each bet says is left of k.
 
     The bet and the start are those with most to say: log L = n_k log rho + (n - n_k) log((1 - rho m) / (1 - m)) over the samples since. Of
     the same samples, those that are not of mode j say what is left of it: given that, k has m / (1 - m_j). If j has risen and the others share
     the rest as ever, that is as certified, and next to nothing is left, while of what was lost to j most is: -log(1 - .11) of 80 %
-    of all samples against -log(1 - .1), where one of ten modes has taken the mass of another. Where k and j are all there is, no
-    other samples could tell, and j explains nothing.
+    of all samples against -log(1 - .1), where one of ten modes has taken the mass of another. What is `enough` by itself is never next to
+    nothing, and where less than EXPECTED of k would be among the other samples, they cannot tell, and j explains nothing; nor does the
+    other one of two modes.
     """
     modes, held = len(bound), min(max(seen, 0), len(newest))
+    if modes < 3:
+        return -1
     counts, since, best, most, bet = np.zeros(modes), np.zeros(modes), 0, 0.0, 0
     for b in range(len(rho)):
         gain, miss = 0.0, np.log((1 - rho[b] * bound[k]) / (1 - bound[k]))
@@ -169,13 +173,13 @@ def riser(k, bound, rho, newest, seen):
         c = newest[(seen - 1 - i) % len(newest)]
         if 0 <= c < modes:
             counts[c] += 1
-    found, least = -1, LEFT * most
+    found, least = -1, min(LEFT * most, enough)
     for j in range(modes):
         given = bound[k] / (1 - bound[j]) if j != k and bound[j] < 1 else 1.0
         if given < 0.9:
             left = (best - counts[j] - counts[k]) * np.log((1 - rho[bet] * given) / (1 - given))
             left += counts[k] * np.log(rho[bet]) if counts[k] > 0 else 0.0
-            if left < least:
+            if left < least and (best - counts[j]) * given >= EXPECTED:
                 found, least = j, left
     return found
 
@@ -221,12 +225,12 @@ def name(group, now, threshold, named, r_modes, mode_weights, drops, bound, rho,
         if whole >= given:
             if not now:
                 return
-            rises = named[len(named) - modes - 1 : len(named) - 1]
+            rises, enough = named[len(named) - modes - 1 : len(named) - 1], np.log(threshold * modes)
             if rises.any():
-                if lost_beside(k, rises, bound, rho, newest, seen) >= np.log(threshold * modes):
+                if lost_beside(k, rises, bound, rho, newest, seen) >= enough:
                     named[group] = True
                 return
-            risen = riser(k, bound, rho, newest, seen)
+            risen = riser(k, enough, bound, rho, newest, seen)
             if risen >= 0:
                 named[group + modes + risen - k] = True
                 return
@@ -290,7 +294,7 @@ def eat(
             if crossed < 0:
                 crossed = number[i]
                 name(evidence.argmax(), True, threshold, named, r_modes, mode_weights, drops, bound, rho, newest, seen[0])
-            looks = given[i] == 0 and cell[i] < modes and seen[0] % EVERY == 0
+            looks = number[i] % EVERY == 0
             for g in range(len(named)):
                 if evidence[g] >= threshold and not named[g]:
                     name(g, looks, threshold, named, r_modes, mode_weights, drops, bound, rho, newest, seen[0])

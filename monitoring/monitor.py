@@ -115,7 +115,7 @@ class Monitor:
         self._recent, self._newest = Decayed(cells, features, self._embedding.size), Newest(features)
         self._gauges: dict[str, tuple[int, dict[str, Gauge]]] = {}  # as last read, and at how many samples
         self._floors: dict[int, dict[str, float]] = {}
-        self._point_gauges: dict[str, tuple[int, dict[str, Gauge]]] = {}  # by population, and how many samples its clock counted when they were read
+        self._point_gauges: dict[str, tuple[int, int, dict[str, Gauge]]] = {}  # by population: since which sample they were read, of how many, and as what
         self._spread: tuple[int, Spread | None] = (0, None)  # of the newest points, and of how many samples
         self._real = reference.cell_share
         if not (self._real > 0).all():  # a cell without real data has some share all the same
@@ -217,11 +217,14 @@ class Monitor:
     def _eat(self, seen: Seen, classes: Int64[ndarray, "n"] | None, embedded: Float32[ndarray, "m e"], fed: Fed | None, rows: Int64[ndarray, "n"]) -> None:
         """Test n fresh samples, which were the `rows` of their batch and of which m were looked at: of given classes, their modes and fakes
         are evidence given these; else they are of the fresh population, too."""
-        numbers = self.eaten + seen.rows
-        self._no_numbers.update(np.zeros(len(rows), np.int64) if classes is None else classes + 1, ~np.isin(np.arange(len(rows)), seen.rows), index=self.eaten)
+        begin, missing = self.eaten, np.ones(len(rows), bool)
+        missing[seen.rows] = False
+        self._no_numbers.update(np.zeros(len(rows), np.int64) if classes is None else classes + 1, missing, index=begin)
         self.no_numbers += len(rows) - len(seen.rows)
-        self._eat_latents(fed, rows[seen.rows], numbers)
-        given = None if classes is None else classes[seen.rows]
+        if fed is not None and len(fed.rows):  # of whatever became of them: to leave out those of what is no number would make another law of the rest
+            tested = np.isin(fed.rows, rows)
+            self._latents.update(fed.z[tested], begin + np.searchsorted(rows, fed.rows[tested]))
+        given, numbers = None if classes is None else classes[seen.rows], begin + seen.rows
         self._detector.update(seen.scores, seen.features, seen.cells, seen.samples, index=numbers, classes=given)
         if given is not None:
             self._fakes.update(given, seen.cells == len(self.bundle.card.modes), index=numbers)
@@ -231,13 +234,6 @@ class Monitor:
         self._recent.add(seen.cells, seen.features, embedded)
         self._newest.add(seen.features)
         self.monitored += len(seen.cells)
-
-    def _eat_latents(self, fed: Fed | None, rows: Int64[ndarray, "m"], numbers: Int64[ndarray, "m"]) -> None:
-        """Test the latents of those samples that are about to be tested, which were the `rows` of their batch and have these numbers. No
-        class tells anything of them. A sample that could not be looked at takes its latents with it: both count, or neither."""
-        if fed is not None and len(fed.rows):
-            tested = np.isin(fed.rows, rows)
-            self._latents.update(fed.z[tested], numbers[np.searchsorted(rows, fed.rows[tested])])
 
     @property
     def demand_shifted(self) -> bool:
@@ -352,6 +348,9 @@ class Monitor:
                 raise ValueError(f"{name} is {state[name]!r}; expected a count")
         if "newest.count" not in state:
             return
+        for name, blocks in self._blocks.items():
+            if state[f"{name}.total"] < sum(int(state[f"{name}.{part}_cells"].sum()) for part in ("closed", "open")):
+                raise ValueError(f"{name}.total is {state[f'{name}.total']}; expected the samples of its blocks at least")
         counts = {"newest.points": state["newest.count"]} | {f"{b}.{s}_points": state[f"{b}.{s}_cells"].sum() for b in self._blocks for s in ("closed", "open")}
         for name, count in counts.items():
             if len(state[name]) != min(int(count), NEWEST):
@@ -527,8 +526,9 @@ class Monitor:
     def _points(self, population: str, points: Float32[ndarray, "n p"], count: int) -> dict[str, Gauge]:
         """The gauges from points themselves, in which they are quadratic. Those of a block are read when another one begins and when it
         has doubled, so seldom that all readings can share GAUGE_DELTA; the recent ones anew as soon as every point is another one."""
-        read, found = self._point_gauges.get(population, (0, {}))
-        if _outdated(read, count, NEWEST if population == "recent" else math.inf):
+        start = 0 if population == "recent" else self._blocks[population].start
+        since, read, found = self._point_gauges.get(population, (start, 0, {}))
+        if since != start or _outdated(read, count, NEWEST if population == "recent" else math.inf):
             floors, values, bounds = self._floor(len(points)), self._cloud.gauges(points), {}
             delta, ci = (self._delta / READINGS, "asymptotic") if population == "fresh" else (GAUGE_DELTA, "pointwise")
             if math.isfinite(values["kid"]) and population != "served":
@@ -536,7 +536,7 @@ class Monitor:
                     bounds[name] = (*interval(values[name], points, delta=delta), len(points), ci)
             none = (math.nan, math.nan, len(points), "none")
             found = {name: Gauge(value, *bounds.get(name, none), floors[name]) for name, value in values.items()}
-            self._point_gauges[population] = (count, found)
+            self._point_gauges[population] = (start, count, found)
         return found
 
     def _newest_spread(self) -> Spread | None:
@@ -681,7 +681,7 @@ class Monitor:
 
 def _outdated(read: int, count: int, after: int | float) -> bool:
     """Whether what was read at `read` samples is to be read again at `count`: `after` samples later, once there are twice as many, or
-    as they are counted from another start."""
+    where there are fewer than there were."""
     return not read <= count < min(2 * read, read + after)
 
 

@@ -350,8 +350,8 @@ class Service:
         self._save()
 
     def _save(self) -> None:
-        self._saved = time.monotonic()
         self._step(self.watch.save)
+        self._saved = time.monotonic()  # a slow disk does not keep everything from being judged
 
     def _save_when_due(self) -> None:
         """However much there is to judge and however slow the eye: what was judged is not lost with what waits."""

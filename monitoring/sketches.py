@@ -57,10 +57,12 @@ class Sketch:
         begun, end = self.count, self.count + len(features)
         new = TURNS[np.arange(begun, end) % BLOCK]
         least = NEWEST * BLOCK >> begun.bit_length() - 1 if begun else BLOCK  # of the first 2^k turns, as many as there is room for lie below
-        if (new >= least).all():
+        come = new < least
+        if not come.any():
             return self.points
-        turn = np.concatenate([np.sort(TURNS[np.arange(begun) % BLOCK])[: len(self.points)], new])
-        return np.concatenate([self.points, features])[np.argsort(turn, kind="stable")[:NEWEST]]
+        held = np.flatnonzero(TURNS[:least] < begun)[: len(self.points)]  # bits reversed twice are what they were: those that had a turn of these
+        turn = np.concatenate([held, new[come]])
+        return np.concatenate([self.points, features[come]])[np.argsort(turn, kind="stable")[:NEWEST]]
 
     def __add__(self, other: Sketch) -> Sketch:
         *sums, points = self.state().values()
@@ -85,14 +87,16 @@ class Sketch:
 
 
 class Blocks:
-    """The block now being filled and the one closed before it. streams: how many of them are summed up here, each with blocks of its own."""
+    """The block now being filled and the one closed before it. streams: how many of them are summed up here, each with blocks of its own;
+    total: samples there ever were."""
 
     def __init__(self, cells: int, features: int, embedded: int = 0) -> None:
         self._empty = Sketch.empty(cells, features, embedded)
         self._closed = self._open = self._empty
-        self.streams = 1
+        self.streams, self.total = 1, 0
 
     def add(self, cells: Int64[ndarray, "n"], features: Float[ndarray, "n p"], embedded: Float[ndarray, "n e"]) -> None:
+        self.total += len(cells)
         while len(cells):
             if self._open.count >= BLOCK:
                 self._closed, self._open = self._open, self._empty
@@ -106,14 +110,14 @@ class Blocks:
         Whenever one of them goes on to its next block, the sum is read since another start: once in BLOCK samples of all, so that a
         block of the sum, `streams` times as many, is read since `streams` starts. Bounds must hold for all of these."""
         self._closed, self._open = self._empty, self.view + other.view
-        self.streams += other.streams
+        self.streams, self.total = self.streams + other.streams, self.total + other.total
 
     def state(self) -> dict[str, ndarray]:
         sketches = {f"{name}_{k}": v for name, sketch in (("closed", self._closed), ("open", self._open)) for k, v in sketch.state().items()}
-        return sketches | {"streams": np.array(self.streams)}
+        return sketches | {"streams": np.array(self.streams), "total": np.array(self.total)}
 
     def restore(self, state: Mapping[str, ndarray]) -> None:
-        self.streams = int(state["streams"])
+        self.streams, self.total = int(state["streams"]), int(state["total"])
         self._closed, self._open = (Sketch(*(state[f"{name}_{k}"] for k in self._empty.state())) for name in ("closed", "open"))
 
     @property
@@ -121,6 +125,11 @@ class Blocks:
         """The open block, or while that is short the closed one with it: in both cases a stream read since its first sample,
         so bounds that hold at every sample of a stream hold here."""
         return self._open if self._open.count >= READABLE else self._closed + self._open
+
+    @property
+    def start(self) -> int:
+        """Samples before those that are shown: it moves when a block begins to be read, of a sum whenever one of its streams' does."""
+        return self.total - self.view.count
 
 
 class Decayed:

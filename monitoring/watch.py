@@ -66,7 +66,7 @@ class Watched:
     share: float
     last_sample_at: float | None = None
     last_fresh_at: float | None = None  # of a sample that the detectors ate: without those, silence means nothing
-    recorded: tuple[str, tuple[str, ...], tuple[str, ...]] | None = None  # verdict, modes and classes of the open incident, as last written down
+    recorded: tuple[Any, ...] | None = None  # verdict, modes, classes and risen modes of the open incident, as last written down
     newest: deque[ndarray] = field(default_factory=deque)  # newest samples, probes too, a few arrays, newest last
     since: float = 0.0  # when an alias first named it, Unix seconds
     drawn: deque[tuple[float, int]] = field(default_factory=deque)  # (at, samples) that clients drew with the server's seeds
@@ -678,14 +678,14 @@ class Watch:
 
     def _update(self, name: str, version: str, samples: ndarray, fresh: bool, at: float, classes: ndarray | None, fed: Fed | None, received: ndarray) -> None:
         watched = self._watched[name, version]
-        served, tested, rejected = watched.monitor.served, watched.monitor.tested, dict(watched.monitor.rejected)
+        served, eaten, rejected = watched.monitor.served, watched.monitor.eaten, dict(watched.monitor.rejected)
         watched.monitor.update(samples, fresh=fresh, at=at, classes=classes, fed=fed, received=received)
         for reason, count in watched.monitor.rejected.items():
             self._rejected[name, reason] += count - rejected.get(reason, 0)
         if watched.monitor.served > served:  # samples of which none could be looked at leave the estimates as old as they are
             watched.last_sample_at = at
             watched.show(samples)
-        if watched.monitor.tested > tested:
+        if watched.monitor.eaten > eaten:
             watched.last_fresh_at = at
         self._raise_alarm(name, version, at)
 
@@ -693,7 +693,7 @@ class Watch:
         """Write an alarm down before anybody can read of it, and follow its verdict while that sharpens."""
         watched = self._watched[name, version]
         monitor, verdict = watched.judged, watched.judged.verdict
-        told = (verdict.id, verdict.modes, verdict.classes)  # words hold counts, which grow with every sample
+        told = (verdict.id, verdict.modes, verdict.classes, verdict.risen)  # words hold counts, which grow with every sample
         if monitor.first_alarm is None or watched.recorded == told:
             return
         try:

@@ -9,6 +9,7 @@ theirs that they picked for one mode where there are no classes, or for the same
 in 100 is run again on the certified generator; the golden rows, of which it is the turn once a minute, are asked for again half a
 second, 500 samples, after that has raised a suspicion, as the service does it. Where a mode is dropped, it must be named, and nothing that has not lost a fifth of its share or more. A run ends 1,000 samples after the alarm, when its verdict is read, or at the budget: 5,000 samples
 after the change, 20,000 for copies and for a tenth of the spread. A run without an alarm counts as wrong, unless none should be.
+Where one swells, it and no other must be named as coming too often, by whatever verdict: what is usual of one may be odd of all.
 `truncated` has two right answers: it narrows the modes, where the normal latents matter; where signs carry nearly all, as
 in the digits recipe, only golden rows can tell, and then it is a wrong model.
 
@@ -74,7 +75,7 @@ SCENARIOS = {
     "collapse within modes": Scenario(("within_mode_collapse",), "collapse"),
     "truncated latents": Scenario(("within_mode_collapse", "wrong_model"), "truncated"),
     "variance x 0.8": Scenario(("within_mode_collapse",), None, 20_000, squeeze=0.8**0.5),
-    "one mode swells": Scenario(("drift",), None, kept=0.26),  # from a tenth to three tenths
+    "one mode swells": Scenario(("drift", "within_mode_collapse", "off_manifold"), None, kept=0.26),  # from a tenth to three tenths
     "1 % copies": Scenario(("memorisation",), "copies", 20_000),
     "repeating latents": Scenario(("latent_fault",), "latent-fault"),
     "int8 weights": Scenario(("wrong_model",), "int8"),
@@ -184,6 +185,8 @@ class Stage:
         verdict = watch.publish(0.0).models[self.model].snapshot["verdict"]
         incidents.close()
         named = {self.names[run % len(self.names)]} <= set(verdict["modes"]) <= lost if self.scenario.fault == "drop-modes" else True
+        if self.scenario.kept != 1.0:
+            named = tuple(verdict["risen"]) == (self.names[run % len(self.names)],)
         right = verdict["id"] in self.right and named and not (alarm is not None and alarm < WARM)
         return {"run": run, "fed": FED, "verdict": verdict["id"], "delay": None if alarm is None else alarm + 1 - WARM, "right": right}
 

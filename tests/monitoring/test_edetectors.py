@@ -272,9 +272,38 @@ def test_beside_a_mode_that_rose_only_what_is_lost_besides_is_accused(small, gon
 
 
 def test_where_there_are_two_modes_the_loss_of_one_is_no_rise_of_the_other():
-    bound, rho = np.array([0.5, 0.5]), np.array([0.0, 0.5])
-    assert kernel.riser(0, bound, rho, np.ones(64, np.int64), 40) == -1
-    assert kernel.riser(0, np.array([0.3, 0.3, 0.3]), rho, np.ones(64, np.int64), 40) == 1  # nothing but mode 1: of the others nobody knows
+    rho = np.array([0.0, 0.5])
+    for bound in ([0.5, 0.5], [0.96, 0.02]):
+        assert kernel.riser(0, 16.0, np.array(bound), rho, np.ones(64, np.int64), 40) == -1
+    assert kernel.riser(0, 16.0, np.array([0.3, 0.3, 0.3]), rho, np.ones(64, np.int64), 40) == -1  # nothing but mode 1: of the others nobody knows
+
+
+@pytest.mark.parametrize("held", [60, 600, 8000])
+def test_a_large_mode_that_is_lost_is_no_rise_of_one_that_is_larger(held):
+    """Where nearly all samples are of either, the few others say little for its loss, but say it."""
+    shares, rng = np.array([0.65, 0.3, *[0.00625] * 8]), np.random.default_rng(2)
+    gone = shares * (np.arange(10) != 1)
+    newest = rng.choice(10, 8192, p=gone / gone.sum())
+    assert kernel.riser(1, 16.0, shares, np.array([0.0, 0.5]), newest, held) == -1
+    risen = np.where(np.arange(10) == 0, 0.93, 0.07 * shares / 0.35)
+    assert kernel.riser(1, 16.0, shares, np.array([0.0, 0.5]), rng.choice(10, 8192, p=risen), held) in ((-1,) if held == 60 else (0,))
+
+
+def test_a_sum_remembers_modes_of_each_part_as_many_as_its_part(healthy):
+    """... in whatever order, the newest last."""
+    names, sizes = healthy.card.modes, [9000, 100, 9000, 18_000, 9000, 3]
+    parts = []
+    for mode, size in enumerate(sizes):
+        part = detector(healthy, 1e300)
+        part.update(np.zeros((size, 2)), np.zeros((size, 2)), np.full(size, mode), np.arange(size)[:, None], index=0)
+        parts.append(part)
+    for order in (range(6), [5, 3, 1, 0, 2, 4]):
+        found = detector(healthy, 1e300)
+        for i in order:
+            found.merge(parts[i], index=0)
+        assert np.abs(np.bincount(found._newest, minlength=len(names))[:6] - 8192 * np.array(sizes) / sum(sizes)).max() < 6
+        found.update(np.zeros((1, 2)), np.zeros((1, 2)), np.array([7]), np.zeros((1, 1)), index=0)
+        assert found._newest[0] == 7 and len(found._newest) == 8192
 
 
 def run_length(found: EDetector, seen: Seen) -> tuple[float, int]:

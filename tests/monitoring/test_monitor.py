@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from monitoring.divergences import DIVERGENCES
-from monitoring.monitor import ALL_GAUGES, AUDIT_PATIENCE, FAMILIES, POPULATIONS, VERDICTS, WARM_UP, Monitor
+from monitoring.monitor import ALL_GAUGES, AUDIT_PATIENCE, FAMILIES, POPULATIONS, VERDICTS, WARM_UP, Fed, Monitor
 from monitoring.points import LEAST, POINT_GAUGES
 from monitoring.sketches import BLOCK, HALF_LIFE, NEWEST
 from training.export import law
@@ -281,6 +281,44 @@ def test_gauges_of_points_follow_their_clock(make_bundle, draw):
     assert recent["kid"].low > 0
 
 
+def test_gauges_of_points_are_read_anew_with_another_block_however_long_nobody_looked(make_bundle, draw):
+    """... and of a sum whenever one of its parts begins one."""
+    bundle, faulty = make_bundle(), make_bundle(fakes=0.5)
+    healthy, broken = draw(bundle, 2100, seed=5), draw(faulty, 2 * BLOCK, seed=6)
+    parts = [Monitor(bundle) for _ in range(5)]
+    for monitor in parts:
+        monitor.update(healthy, fresh=True, at=0.0)
+    assert parts[0].gauges("fresh")["precision"].value > 0.9
+    total = Monitor(bundle)
+
+    def summed():
+        total.restore(parts[0].state())
+        for part in parts[1:]:
+            total.merge(part, at=0.0)
+        return total.gauges("fresh")["precision"].value
+
+    assert summed() > 0.9
+    for monitor in parts:
+        monitor.update(broken[: BLOCK + 100], fresh=True, at=0.0)
+    assert parts[0].gauges("fresh")["precision"].value < 0.7 and summed() < 0.7
+
+
+def test_latents_are_tested_whatever_became_of_them(make_bundle, draw):
+    """Those of what is no number, too: a law of what is left would be another."""
+    bundle = make_bundle()
+    monitor, samples = Monitor(bundle), draw(bundle, 64, seed=5)
+    samples[::4] = np.nan
+    fed = Fed(np.arange(64), bundle.card.latents(seed=5, offset=0, count=64))
+    before = monitor._latents.state()
+    monitor.update(samples, fresh=True, at=0.0, fed=fed)
+    alone = Monitor(bundle)._latents
+    alone.update(fed.z, np.arange(64))
+    assert (monitor.no_numbers, monitor.monitored) == (16, 48)
+    assert any(not np.array_equal(before[name], value) for name, value in alone.state().items())
+    for name, value in alone.state().items():
+        np.testing.assert_array_equal(monitor._latents.state()[name], value)
+
+
 def test_points_of_what_clients_got_are_its_own(make_bundle, draw):
     """Of samples that were asked for and of nothing else, without an interval."""
     bundle, faulty = make_bundle(), make_bundle(fakes=0.5)
@@ -335,7 +373,7 @@ def test_snapshot_is_json_and_complete(make_bundle, draw):
         *("model", "version", "verdict", "monitored", "given", "served", "rejected", "frechet_clipped", "evidence", "log10_threshold", "arl"),
         *("budget", "gauges", "tolerance", "modes", "coverage", "replay", "rerun", "detectable", "slack"),
     }
-    assert set(snapshot["verdict"]) == {"id", "words", "advice", "modes", "classes", "null", "stays", "since_sample", "since"}
+    assert set(snapshot["verdict"]) == {"id", "words", "advice", "modes", "classes", "risen", "null", "stays", "since_sample", "since"}
     assert snapshot["verdict"]["modes"] == ["3", "8"] and snapshot["gauges"]["fresh"]["forward_kl"]["high"] is None
     assert set(snapshot["evidence"]) == set(FAMILIES) and sum(FAMILIES.values()) == pytest.approx(1)
     assert [m["name"] for m in snapshot["modes"]] == [*bundle.card.modes, "off-manifold"]

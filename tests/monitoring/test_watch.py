@@ -362,7 +362,7 @@ def test_a_silent_hour_leaves_verdict_and_evidence_as_they_were(scene: Scene) ->
     assert not state["stale"] and state["snapshot"]["monitored"] == 4000 and state["snapshot"]["verdict"]["id"] == "healthy"
 
 
-def test_a_stream_of_nan_is_an_alarm_and_never_called_fresh_news(scene: Scene) -> None:
+def test_a_stream_of_nan_is_an_alarm_and_makes_no_estimate_newer(scene: Scene) -> None:
     scene.alias("production", "v1")
     scene.serve("v1", 600)
     for _ in range(15):
@@ -371,7 +371,7 @@ def test_a_stream_of_nan_is_an_alarm_and_never_called_fresh_news(scene: Scene) -
     view = scene.watch.publish(scene.now)
     shown = view.models["grid"]
     assert shown.snapshot["rejected"]["nan"] == view.rejected["grid", "nan"] == 750
-    assert shown.stale and shown.last_sample_at == START and shown.snapshot["monitored"] == 600 and shown.snapshot["verdict"]["id"] == "off_manifold"
+    assert not shown.stale and shown.last_sample_at == START and shown.snapshot["monitored"] == 600 and shown.snapshot["verdict"]["id"] == "off_manifold"
 
 
 def test_constant_samples_are_a_latent_fault(scene: Scene) -> None:
