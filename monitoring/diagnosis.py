@@ -20,7 +20,8 @@ from training.drops import DropBounds, delay_of_loss
 
 @dataclass(frozen=True)
 class Verdict:
-    """id: one of VERDICTS; words, advice: a sentence each; modes: those dropped; risen: those that come too often, where these are known; classes: those whose samples are fakes, where that shows
+    """id: one of VERDICTS; words, advice: a sentence each; modes: those dropped; risen: those that come too often, where these are known and may be what
+    is wrong; classes: those whose samples are fakes, where that shows
     class by class; null: the hypothesis that was refuted; stays: why another version would serve no better, where that is so."""
 
     id: str
@@ -192,11 +193,11 @@ def diagnose(
     words = verdict.words.format(modes=", ".join(dropped))
     if "nan" in kinds and verdict.id == "off_manifold":
         words = NO_NUMBERS
-    risen = risen if verdict.id in ("drift", "off_manifold", "within_mode_collapse") else ()
-    if risen:  # what is usual of one mode may be odd of all
-        words = f"{words} These come too often{'' if verdict.id == 'drift' else ', which may be all there is to it'}: {', '.join(risen)}."
     fault = "nan" if "nan" in kinds else "upper"
     asked = tuple(name for c, name in enumerate(classes) if f"{fault}:{c}" in groups) if verdict.id == "off_manifold" else ()
+    risen = risen if verdict.id in ("drift", "off_manifold", "within_mode_collapse") and "nan" not in kinds and not asked else ()
+    if risen:  # what is usual of one mode may be odd of all
+        words = f"{words} These come too often{'' if verdict.id == 'drift' else ', which may be all there is to it'}: {', '.join(risen)}."
     if asked:
         words = f"{words} So it is where these are asked for: {', '.join(asked)}."
     return replace(verdict, words=words, modes=dropped, classes=asked, risen=risen)

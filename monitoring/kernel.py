@@ -19,7 +19,8 @@ from training.bundle import DUPLICATE_BLOCK
 CAP = 1e150  # of every R: far above every threshold, far below overflow
 LEFT = 0.5  # of the evidence that a mode is gone: what must be left of it among the samples of all other modes but one, for that one not to explain it
 EXPECTED = 5  # samples of a mode that there should be, at least, among those that tell whether it is gone
-EVERY = 64  # samples after which it is looked at again
+CONVINCING = 100.0  # evidence in the other samples, for each mode, that a mode is gone: none explains that
+EVERY = 64  # samples, and as many for each 16 modes more, after which it is looked at again
 
 
 def compiled(function):  # noqa: ANN001, ANN201
@@ -225,12 +226,12 @@ def name(group, now, threshold, named, r_modes, mode_weights, drops, bound, rho,
         if whole >= given:
             if not now:
                 return
-            rises, enough = named[len(named) - modes - 1 : len(named) - 1], np.log(threshold * modes)
+            rises = named[len(named) - modes - 1 : len(named) - 1]
             if rises.any():
-                if lost_beside(k, rises, bound, rho, newest, seen) >= enough:
+                if lost_beside(k, rises, bound, rho, newest, seen) >= np.log(threshold * modes * len(rho)):
                     named[group] = True
                 return
-            risen = riser(k, enough, bound, rho, newest, seen)
+            risen = riser(k, np.log(CONVINCING * modes), bound, rho, newest, seen)
             if risen >= 0:
                 named[group + modes + risen - k] = True
                 return
@@ -294,7 +295,7 @@ def eat(
             if crossed < 0:
                 crossed = number[i]
                 name(evidence.argmax(), True, threshold, named, r_modes, mode_weights, drops, bound, rho, newest, seen[0])
-            looks = number[i] % EVERY == 0
+            looks = number[i] % (EVERY * max(1, modes // 16)) == 0
             for g in range(len(named)):
                 if evidence[g] >= threshold and not named[g]:
                     name(g, looks, threshold, named, r_modes, mode_weights, drops, bound, rho, newest, seen[0])

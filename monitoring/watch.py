@@ -502,6 +502,8 @@ class Watch:
         found, (scratch, _) = watched.sum or self._monitor(watched.bundle, watched.share), self._scratch(watched)
         try:
             found.restore(watched.monitor.state())
+            if alarm is not None:  # what is named already has a say in what is named next
+                found.keep_alarm(alarm)
             for state in watched.shards.values():
                 scratch.restore(state)
                 found.merge(scratch, at=at)
@@ -703,6 +705,7 @@ class Watch:
             self._notices.append((at, f"the alarm of {name} {version} is not on the disk: {error}"))
         snapshot = monitor.snapshot()
         evidence = {key: snapshot[key] for key in ("evidence", "log10_threshold", "arl", "gauges", "modes", "replay", "rerun")}
+        evidence |= {name: list(getattr(verdict, name)) for name in ("classes", "risen")}
         try:
             opened = self.incidents.record(
                 name,
