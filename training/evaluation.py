@@ -209,7 +209,7 @@ def intrinsic_dimension(points: Float[ndarray, "n d"]) -> float:
     if len(points) < 64:
         return math.nan
     nearest = np.concatenate([np.partition(cdist(part, points), 2, axis=1)[:, 1:3] for part in _parts(points)])  # column 0 is the point itself
-    total = float(np.log(nearest[:, 1] / nearest[:, 0]).sum())
+    total = float(np.log(nearest[:, 1] / np.maximum(nearest[:, 0], 1e-150)).sum())
     return (len(points) - 1) / total if total > 0 else math.nan
 
 
