@@ -32,6 +32,7 @@ from scipy.special import ndtri
 from monitoring import kernel
 from monitoring.bulk import RATES, Moments
 from monitoring.coverage import RHO
+from monitoring.sketches import joined
 from training.bundle import AMBIGUITY, DUPLICATE_BLOCK, NEARER_TRAIN, NEAREST_TRAIN, OFF_MANIFOLD_EXCESS, Certificate, Reference
 from training.drops import DROP_BETS, DROP_WEIGHT, RISE_WEIGHT, drop_bounds, mode_bounds
 
@@ -373,9 +374,8 @@ class EDetector(Latching):
             self._state[name] = np.minimum(self._state[name] + other._state[name], kernel.CAP)
         self._state["block_joined"] = np.minimum(self._state["block_joined"] + other._duplicates, kernel.CAP)
         self._state["sums"] += other._state["sums"]
-        rings, total = [self._newest, other._newest], int(self._state["newest_seen"][0] + other._state["newest_seen"][0])
-        turns = np.concatenate([(np.arange(len(ring)) + 0.5) / max(1, int(d._state["newest_seen"][0])) for d, ring in zip((self, other), rings, strict=True)])
-        newest = np.concatenate(rings)[np.argsort(turns, kind="stable")][:NEWEST]  # of each its part, as `sketches.joined` has it
+        ours, theirs = (int(detector._state["newest_seen"][0]) for detector in (self, other))
+        newest, total = joined(self._newest, ours, other._newest, theirs, most=NEWEST), ours + theirs
         self._state["newest"][(total - 1 - np.arange(len(newest))) % NEWEST] = newest
         self._state["newest_seen"][:] = total
         self.joined(other, index=index)

@@ -144,6 +144,32 @@ def events(row, happened, number, threshold, hit, miss, weights, r, named, cross
 
 
 @compiled
+def lost(k, risen, bound, rho, newest, seen):
+    """The most that the newest samples say for the loss of mode k, those of the modes `risen` [K] left out, over how many samples, and by which bet:
+    given that a sample is of none of these, k has m_k / (1 - sum m_j) at least. The largest log L over bets and starts, a CUSUM, which rises to x as
+    rarely as every e^x samples. bound, rho, newest, seen: as of `riser`."""
+    left, most, best, bet = 1.0, 0.0, 0, 0
+    for j in range(len(bound)):
+        left -= bound[j] if risen[j] else 0.0
+    if risen[k] or bound[k] >= left:
+        return most, best, bet
+    m = bound[k] / left
+    for b in range(len(rho)):
+        gain, miss = 0.0, np.log((1 - rho[b] * m) / (1 - m))
+        for i in range(min(max(seen, 0), len(newest))):
+            c = newest[(seen - 1 - i) % len(newest)]
+            if c == k:
+                if rho[b] == 0.0:
+                    break
+                gain += np.log(rho[b])
+            elif not (0 <= c < len(bound) and risen[c]):
+                gain += miss
+            if gain > most:
+                most, best, bet = gain, i + 1, b
+    return most, best, bet
+
+
+@compiled
 def riser(k, enough, bound, rho, newest, seen):
     """The mode whose coming too often explains that mode k looks lost, -1 where none does; newest: a ring of the last on-manifold samples'
     modes, of which `seen` ever came; bound [K]: lower ones of the certified shares; rho: what each bet says is left of k.
@@ -155,21 +181,10 @@ def riser(k, enough, bound, rho, newest, seen):
     nothing, and where less than EXPECTED of k would be among the other samples, they cannot tell, and j explains nothing; nor does the
     other one of two modes.
     """
-    modes, held = len(bound), min(max(seen, 0), len(newest))
+    modes = len(bound)
     if modes < 3:
         return -1
-    counts, since, best, most, bet = np.zeros(modes), np.zeros(modes), 0, 0.0, 0
-    for b in range(len(rho)):
-        gain, miss = 0.0, np.log((1 - rho[b] * bound[k]) / (1 - bound[k]))
-        for i in range(held):
-            if newest[(seen - 1 - i) % len(newest)] == k:
-                if rho[b] == 0.0:
-                    break
-                gain += np.log(rho[b])
-            else:
-                gain += miss
-            if gain > most:
-                most, best, bet = gain, i + 1, b
+    counts, (most, best, bet) = np.zeros(modes), lost(k, np.zeros(modes, np.bool_), bound, rho, newest, seen)
     for i in range(best):
         c = newest[(seen - 1 - i) % len(newest)]
         if 0 <= c < modes:
@@ -183,30 +198,6 @@ def riser(k, enough, bound, rho, newest, seen):
             if left < least and (best - counts[j]) * given >= EXPECTED:
                 found, least = j, left
     return found
-
-
-@compiled
-def lost_beside(k, risen, bound, rho, newest, seen):
-    """The most that the newest samples say for the loss of mode k, those of the modes `risen` [K] left out: given that a sample is of none of these,
-    k has m_k / (1 - sum m_j) at least. The largest log L over bets and starts, a CUSUM, which rises to x as rarely as every e^x samples."""
-    left, most = 1.0, 0.0
-    for j in range(len(bound)):
-        left -= bound[j] if risen[j] else 0.0
-    if risen[k] or bound[k] >= left:
-        return most
-    m = bound[k] / left
-    for b in range(len(rho)):
-        gain, miss = 0.0, np.log((1 - rho[b] * m) / (1 - m))
-        for i in range(min(max(seen, 0), len(newest))):
-            c = newest[(seen - 1 - i) % len(newest)]
-            if c == k:
-                if rho[b] == 0.0:
-                    break
-                gain += np.log(rho[b])
-            elif not (0 <= c < len(bound) and risen[c]):
-                gain += miss
-            most = max(most, gain)
-    return most
 
 
 @compiled
@@ -228,7 +219,7 @@ def name(group, now, threshold, named, r_modes, mode_weights, drops, bound, rho,
                 return
             rises = named[len(named) - modes - 1 : len(named) - 1]
             if rises.any():
-                if lost_beside(k, rises, bound, rho, newest, seen) >= np.log(threshold * modes * len(rho)):
+                if lost(k, rises, bound, rho, newest, seen)[0] >= np.log(threshold * modes * len(rho)):
                     named[group] = True
                 return
             risen = riser(k, np.log(CONVINCING * modes), bound, rho, newest, seen)

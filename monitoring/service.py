@@ -68,7 +68,7 @@ BODY_LIMIT = 64 * 2**20  # bytes of one heartbeat
 FOLLOW_PERIOD = 0.25  # seconds between looks at the registry
 TAKE = 8192  # samples judged between two looks at clock and registry
 PUBLISH_PERIOD = 1.0  # seconds between views
-SAVE_PERIOD = 1.0  # seconds between two beginnings of a save, also while there is much to judge
+SAVE_PERIOD = 1.0  # seconds after a save until the next, also while there is much to judge
 HEARTBEAT_PERIOD = 15.0  # seconds of silence after which an event stream says that it is alive
 
 log = logging.getLogger("ganwatch.monitor")
@@ -242,7 +242,7 @@ class Service:
         self._step(self.runs.look, now)
         self.view: View = self.watch.publish(now)
         self.viewed = time.monotonic()
-        self._saved = self.viewed  # when the last save began
+        self._saved = self.viewed  # when the last save ended
 
     def start(self) -> None:
         self._thread.start()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Float32, Float64, Int64
+from jaxtyping import Float, Float32, Float64, Int64, Num
 from numpy import ndarray
 
 BLOCK = 4096  # samples
@@ -207,11 +207,11 @@ class Newest:
         self.points, self.count = state["points"], int(state["count"])
 
 
-def joined(ours: Float32[ndarray, "n p"], our_count: int, theirs: Float32[ndarray, "m p"], their_count: int) -> Float32[ndarray, "k p"]:
-    """NEWEST points at most of two streams of so many samples, whose points are given with those first that are to be kept longest.
+def joined(ours: Num[ndarray, "n *p"], our_count: int, theirs: Num[ndarray, "m *p"], their_count: int, *, most: int = NEWEST) -> Num[ndarray, "k *p"]:
+    """So many points at most of two streams of so many samples, whose points are given with those first that are to be kept longest.
 
     They take turns by rank over count. So either stream has its part of both here and in every head of what is returned, which
     makes it the same, but for one point or so of each, whatever the order in which several are joined.
     """
     turn = np.concatenate([(np.arange(len(points)) + 0.5) / max(1, count) for points, count in ((ours, our_count), (theirs, their_count))])
-    return np.concatenate([ours, theirs])[np.argsort(turn, kind="stable")[:NEWEST]]
+    return np.concatenate([ours, theirs])[np.argsort(turn, kind="stable")[:most]]
